@@ -1,0 +1,5 @@
+"""Fused kernels and reference models for CRATE, the white-box transformer of sparse rate reduction."""
+
+from . import ops as ops
+from .ops import use_backend as use_backend
+from .version import __version__ as __version__

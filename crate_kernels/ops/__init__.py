@@ -1,0 +1,10 @@
+"""The operators of CRATE's layers as differentiable functions. Each folder holds one: api, op, and a file per backend."""
+
+from .backends import requested_backend as requested_backend
+from .backends import use_backend as use_backend
+from .ista_block import ista_block as ista_block
+from .ista_step import fold as fold
+from .ista_step import ista_step as ista_step
+from .mssa_block import mssa_block as mssa_block
+from .overcomplete_ista import overcomplete_ista as overcomplete_ista
+from .subspace_attention import subspace_attention as subspace_attention

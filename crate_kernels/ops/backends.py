@@ -1,0 +1,120 @@
+"""Which implementation of an operator runs, and why another one does not.
+
+Every operator's folder holds one file per backend. ``implementations`` finds them, ``resolve`` picks one for given
+inputs: an explicit request (argument, ``use_backend``, ``CRATE_KERNELS_BACKEND``; in that order) is obeyed or refused
+with the reason, never replaced; without one, the first backend of ``AUTOMATIC`` that accepts the inputs is taken.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import importlib.util
+import os
+from collections.abc import Iterator, Mapping
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+FILES = {"cuda": "native", "triton": "triton", "eager": "eager", "reference": "reference"}
+"""Backend name -> name of the file beside an operator's ``op.py`` that implements it."""
+
+AUTOMATIC = {"cuda": ("cuda", "triton", "eager")}
+"""Device type -> order of the automatic choice. Any other device takes ``eager``."""
+
+ENVIRONMENT_VARIABLE = "CRATE_KERNELS_BACKEND"
+
+
+def _checked_name(name: str | None, source: str) -> str | None:
+    if name is None or name in FILES:
+        return name
+    raise ValueError(f"{source}: unknown backend {name!r}; accepted are {', '.join(FILES)}")
+
+
+_requested = _checked_name(os.environ.get(ENVIRONMENT_VARIABLE) or None, ENVIRONMENT_VARIABLE)
+
+
+@contextlib.contextmanager
+def use_backend(name: str | None) -> Iterator[None]:
+    """Request one backend for every operator called inside the ``with`` block; ``None`` restores automatic choice.
+
+    The choice is made in the forward call; the backward of that call uses the same backend wherever it runs.
+    """
+    global _requested
+    previous, _requested = _requested, _checked_name(name, "use_backend")
+    try:
+        yield
+    finally:
+        _requested = previous
+
+
+def requested_backend() -> str | None:
+    """The backend now requested by ``use_backend`` or ``CRATE_KERNELS_BACKEND``; ``None`` if the choice is automatic."""
+    return _requested
+
+
+def implementations(package: str) -> dict[str, ModuleType | str]:
+    """Import the backend files of an operator's package; a missing one is given as the reason why it is missing."""
+    found: dict[str, ModuleType | str] = {}
+    operator = package.rpartition(".")[2]
+    for backend, file in FILES.items():
+        if backend == "triton" and importlib.util.find_spec("triton") is None:
+            found[backend] = "the package triton is not installed"
+        elif importlib.util.find_spec(f"{package}.{file}") is None:
+            found[backend] = f"{operator} has no {backend} kernel yet"
+        else:
+            found[backend] = importlib.import_module(f"{package}.{file}")
+    return found
+
+
+def why_not(found: Mapping[str, ModuleType | str], backend: str, *inputs) -> str | None:
+    """The reason, in one sentence, why ``backend`` cannot run these inputs; ``None`` if it can."""
+    implementation = found[backend]
+    return implementation if isinstance(implementation, str) else implementation.why_not(*inputs)
+
+
+def resolve(found: Mapping[str, ModuleType | str], requested: str | None, *inputs) -> str:
+    """Name the backend that runs an operator on ``inputs`` (the arguments of its ``why_not``; the first is a tensor)."""
+    name = _checked_name(requested, "backend") or _requested
+    if name is not None:
+        reason = why_not(found, name, *inputs)
+        if reason is not None:
+            raise RuntimeError(f"backend {name!r} cannot run these inputs: {reason}")
+        return name
+    for name in AUTOMATIC.get(inputs[0].device.type, ()):
+        if why_not(found, name, *inputs) is None:
+            return name
+    return "eager"
+
+
+# -- autocast ------------------------------------------------------------------------------------------------------
+
+
+def autocast_dtype(tensor: Tensor) -> torch.dtype:
+    """The dtype an operator computes in: autocast's where autocast is on for a floating tensor's device, else its own.
+
+    float64 is left alone, as torch's own autocast does.
+    """
+    device = tensor.device.type
+    if tensor.dtype != torch.float64 and torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    return tensor.dtype
+
+
+def cast(dtype: torch.dtype, *tensors: Tensor | None) -> list[Tensor | None]:
+    """``tensors`` in ``dtype``; differentiable, and free where nothing changes."""
+    return [None if t is None else t.to(dtype) for t in tensors]
+
+
+def run(function, tensor: Tensor, *arguments):
+    """Call ``function(tensor, *arguments)`` with autocast off: dtypes are already decided when a kernel runs."""
+    if torch.is_autocast_enabled(tensor.device.type):
+        with torch.autocast(tensor.device.type, enabled=False):
+            return function(tensor, *arguments)
+    return function(tensor, *arguments)
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of row statistics and of sums inside kernels: float32, or float64 for float64 inputs."""
+    return torch.float64 if dtype == torch.float64 else torch.float32

@@ -1,0 +1,87 @@
+"""Argument checks shared by the operators: each names the argument, what was got and what is accepted."""
+
+from __future__ import annotations
+
+import numbers
+
+import torch
+from torch import Tensor
+
+FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+INTEGER = (torch.int32, torch.int64)
+
+
+def tensor(
+    name: str, value, shape: tuple[int | str, ...] | None = None, *, like: Tensor | None = None, dtypes=FLOATING
+):
+    """``value`` is a tensor of one of ``dtypes`` and of ``shape``, on the device of ``like`` = (argument, tensor).
+
+    In ``shape`` an integer is an exact size and a string names a free one; ``None`` leaves the rank open.
+    """
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: expected a torch.Tensor, got {type(value).__name__}")
+    if value.dtype not in dtypes:
+        accepted = ", ".join(str(d).removeprefix("torch.") for d in dtypes)
+        raise TypeError(f"{name}: dtype {value.dtype} is not supported; accepted are {accepted}")
+    if shape is not None:
+        wanted = "(" + ", ".join(str(s) for s in shape) + ("," if len(shape) == 1 else "") + ")"
+        fits = value.dim() == len(shape) and all(
+            isinstance(s, str) or g == s for s, g in zip(shape, value.shape, strict=True)
+        )
+        if not fits:
+            raise ValueError(f"{name}: expected shape {wanted}, got {tuple(value.shape)}")
+    if like is not None and value.device != like.device:
+        raise ValueError(f"{name}: is on {value.device}, but the first argument is on {like.device}")
+
+
+def same_dtype(dtype: torch.dtype, also: tuple[torch.dtype, ...] = (), **values: Tensor | None):
+    """All given tensors have ``dtype`` (or one of ``also``); nothing is promoted silently."""
+    for name, value in values.items():
+        if value is not None and value.dtype != dtype and value.dtype not in also:
+            extra = "".join(f" or {d}" for d in also)
+            raise TypeError(
+                f"{name}: has dtype {value.dtype}, but the first argument has {dtype}; expected {dtype}{extra}"
+            )
+
+
+def positive_int(name: str, value):
+    """``value`` is an integer of at least 1 (a symbolic size counts)."""
+    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+        raise TypeError(f"{name}: expected an integer, got {type(value).__name__}")
+    if value < 1:
+        raise ValueError(f"{name}: expected at least 1, got {value}")
+
+
+def number(name: str, value, *, minimum: float | None = None) -> float:
+    """``value`` as a float; not a tensor, not below ``minimum``."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
+    if minimum is not None and value < minimum:
+        raise ValueError(f"{name}: expected at least {minimum}, got {value}")
+    return float(value)
+
+
+def lengths(value: Tensor | None, batch: int, like: Tensor):
+    """``lengths`` is None or an integer tensor (B,). Its values are checked where they are on the CPU, see below."""
+    if value is not None:
+        tensor("lengths", value, (batch,), like=like, dtypes=INTEGER)
+
+
+def length_values(value: Tensor | None, tokens: int):
+    """1 <= lengths <= N. Called where real values exist, and only on the CPU: elsewhere it would stall the device."""
+    if value is None or value.device.type != "cpu" or value.numel() == 0:
+        return
+    low, high = value.aminmax()
+    if int(low) < 1 or int(high) > tokens:
+        raise ValueError(f"lengths: values must lie in 1..{tokens} (the number of tokens), got {int(low)}..{int(high)}")
+
+
+def norm(z: Tensor, norm_weight: Tensor, norm_bias: Tensor, eps: float):
+    """``z (..., d)`` and the LayerNorm parameters ``(d,)`` beside it, which may be float32 under a narrower ``z``."""
+    tensor("z", z)
+    if z.dim() < 1 or z.shape[-1] < 1:
+        raise ValueError(f"z: expected shape (..., d) with d at least 1, got {tuple(z.shape)}")
+    tensor("norm_weight", norm_weight, (z.shape[-1],), like=z)
+    tensor("norm_bias", norm_bias, (z.shape[-1],), like=z)
+    same_dtype(z.dtype, (torch.float32,), norm_weight=norm_weight, norm_bias=norm_bias)
+    number("eps", eps, minimum=0.0)

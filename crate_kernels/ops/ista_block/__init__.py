@@ -1,0 +1,1 @@
+from .api import ista_block as ista_block

@@ -1,0 +1,78 @@
+"""The public functions: check their arguments, choose a backend, run it."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from .. import backends, checks
+from . import eager, reference
+from .op import IMPLEMENTATIONS
+from .op import ista_step as operator
+
+
+def ista_step(
+    x: Tensor,
+    weight: Tensor,
+    *,
+    step_size: float = 0.1,
+    lambd: float = 0.1,
+    folded: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """One proximal (ISTA) step of non-negative sparse coding against a complete dictionary.
+
+    ``relu(x + step_size·(x W − x Wᵀ W) − step_size·lambd)`` (arXiv 2306.01129, equation 17; the rows of ``x`` are
+    tokens). Equivalent to::
+
+        torch.relu(x + step_size * (x @ weight - x @ weight.T @ weight) - step_size * lambd)
+
+    Args:
+        x: ``(..., d)``; float16, bfloat16, float32 or float64.
+        weight: ``(d, d)``, the dictionary W, in the dtype of ``x``.
+        step_size: positive; upstream's ``step_size`` or ``eta``.
+        lambd: non-negative weight of the l1 penalty; upstream's ``lambd``.
+        folded: ``fold(weight)`` if the caller has it already. It is a cache, not a second parameter: the result and
+            the gradient of ``weight`` are those without it, and it must be of the present ``weight``.
+        backend: ``"reference"``, ``"eager"``, ``"triton"``, ``"cuda"``, or None for the automatic choice.
+
+    Returns:
+        ``(..., d)``, non-negative, in the dtype of ``x`` (autocast's dtype under autocast).
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as for :func:`crate_kernels.ops.subspace_attention`.
+    """
+    checks.tensor("x", x)
+    if x.dim() < 1 or x.shape[-1] < 1:
+        raise ValueError(f"x: expected shape (..., d) with d at least 1, got {tuple(x.shape)}")
+    check_dictionary(weight, folded, x)
+    step_size, lambd = check_step(step_size, lambd)
+    rows, weight, folded = backends.cast(backends.autocast_dtype(x), x.reshape(-1, x.shape[-1]), weight, folded)
+    name = backends.resolve(IMPLEMENTATIONS, backend, rows, weight)
+    if name == "reference":
+        out = backends.run(reference.ista_step, rows, weight, step_size, lambd)
+    else:
+        out = operator(rows, weight, folded, step_size, lambd, name)
+    return out.reshape(x.shape)
+
+
+def fold(weight: Tensor) -> Tensor:
+    """``M = W − Wᵀ W`` of a dictionary ``weight (d, d)``: what every ISTA step with it multiplies by.
+
+    Computed once it saves d³ multiplications in each later call (``ista_step(..., folded=M)``). Not differentiable.
+    """
+    checks.tensor("weight", weight, ("d", weight.shape[0] if isinstance(weight, Tensor) and weight.dim() else "d"))
+    return eager.fold(weight.detach())
+
+
+def check_dictionary(weight: Tensor, folded: Tensor | None, x: Tensor):
+    """``weight`` and ``folded`` are ``(d, d)`` beside ``x (..., d)``, on one device, in one dtype."""
+    width = x.shape[-1]
+    checks.tensor("weight", weight, (width, width), like=x)
+    if folded is not None:
+        checks.tensor("folded", folded, (width, width), like=x)
+    checks.same_dtype(x.dtype, weight=weight, folded=folded)
+
+
+def check_step(step_size: float, lambd: float) -> tuple[float, float]:
+    """The two scalars of an ISTA step as floats, or an error that names the wrong one."""
+    return checks.number("step_size", step_size, minimum=0.0), checks.number("lambd", lambd, minimum=0.0)

@@ -1,0 +1,16 @@
+"""One ISTA step against a complete dictionary, literally: the specification and the test oracle."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def why_not(x: Tensor, *_) -> None:
+    return None
+
+
+def ista_step(x: Tensor, weight: Tensor, step_size: float, lambd: float) -> Tensor:
+    """``relu(x + step_size·(x W − x Wᵀ W) − step_size·lambd)``; ``x (n, d)``, ``weight (d, d)`` -> ``(n, d)``."""
+    reconstruction = x @ weight.T @ weight
+    return torch.relu(x + step_size * (x @ weight - reconstruction) - step_size * lambd)

@@ -1,0 +1,1 @@
+from .api import mssa_block as mssa_block

@@ -1,0 +1,1 @@
+from .api import overcomplete_ista as overcomplete_ista

@@ -1,0 +1,1 @@
+from .api import subspace_attention as subspace_attention

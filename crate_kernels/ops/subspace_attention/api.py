@@ -1,0 +1,66 @@
+"""The public function: checks its arguments, chooses a backend, runs it."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from .. import backends, checks
+from . import reference
+from .op import IMPLEMENTATIONS
+from .op import subspace_attention as operator
+
+
+def subspace_attention(
+    w: Tensor,
+    value: Tensor | None = None,
+    *,
+    scale: float | None = None,
+    causal: bool = False,
+    lengths: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Multi-head subspace self-attention of projected tokens: query, key and value are one tensor.
+
+    ``o = softmax(scale · w wᵀ) w`` in every head (MSSA, "White-Box Transformers via Sparse Rate Reduction",
+    arXiv 2306.01129, equation 11). Equivalent to::
+
+        q, v = w.transpose(1, 2), (w if value is None else value).transpose(1, 2)
+        o = torch.nn.functional.scaled_dot_product_attention(q, q, v, scale=scale, is_causal=causal).transpose(1, 2)
+
+    Args:
+        w: ``(B, N, H, p)``; float16, bfloat16, float32 or float64; any strides. B may be 0.
+        value: ``(B, N, H, p)``, the dtype and device of ``w``; replaces ``w`` as the value (rotary embeddings: pass
+            ``rope(w), w``).
+        scale: factor of the scores; ``p ** -0.5`` if None.
+        causal: token i sees only tokens j <= i.
+        lengths: ``(B,)`` int32 or int64 in 1..N; keys at ``lengths[b]`` and beyond are hidden from every query.
+            Outputs at those positions are defined (they attend to the visible keys) but rarely of use.
+        backend: ``"reference"``, ``"eager"``, ``"triton"``, ``"cuda"``, or None for the automatic choice.
+
+    Returns:
+        ``(B, N, H, p)``, contiguous, in the dtype of ``w`` (autocast's dtype under autocast).
+
+    Raises:
+        TypeError: an argument is of a wrong type or dtype, or dtypes differ.
+        ValueError: a shape, device or value does not fit.
+        RuntimeError: the backend asked for cannot run these inputs; the message says why.
+    """
+    checks.tensor("w", w, ("B", "N", "H", "p"))
+    batch, tokens, heads, width = w.shape
+    for name, size in (("N", tokens), ("H", heads), ("p", width)):
+        if size < 1:
+            raise ValueError(
+                f"w: expected shape (B, N, H, p) with N, H and p at least 1, got {tuple(w.shape)} ({name} = 0)"
+            )
+    if value is not None:
+        checks.tensor("value", value, tuple(w.shape), like=w)
+        checks.same_dtype(w.dtype, value=value)
+    checks.lengths(lengths, batch, w)
+    scale = width**-0.5 if scale is None else checks.number("scale", scale)
+    w, value = backends.cast(backends.autocast_dtype(w), w, value)
+    arguments = (w, value, lengths, scale, bool(causal))
+    name = backends.resolve(IMPLEMENTATIONS, backend, *arguments)
+    if name == "reference":
+        # Not through the operator: the oracle's gradient is torch's own, independent of the one the kernels share.
+        return backends.run(reference.subspace_attention, *arguments).contiguous()
+    return operator(*arguments, name)[0]

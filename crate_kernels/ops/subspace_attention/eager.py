@@ -1,0 +1,112 @@
+"""Subspace attention in stock PyTorch, with one gradient for the one operand.
+
+On the CPU, torch's flash kernels do both directions and the three gradients are summed. Elsewhere the softmax is
+recomputed from its log-normaliser in bounded blocks of queries, so that nothing of size N x N outlives a block.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..backends import accumulation_dtype
+from ..checks import length_values
+from .reference import forbidden
+
+BLOCK_ELEMENTS = 1 << 26
+"""Most score elements held at once on the blocked path (256 MiB in float32)."""
+
+
+def why_not(w: Tensor, *_) -> None:
+    return None
+
+
+def forward(
+    w: Tensor, value: Tensor | None, lengths: Tensor | None, scale: float, causal: bool
+) -> tuple[Tensor, Tensor]:
+    """-> ``o (B, N, H, p)`` contiguous, and the log-normaliser ``lse (B, H, N)`` of the softmax rows in float32."""
+    length_values(lengths, w.shape[1])
+    value = w if value is None else value
+    batch, tokens, heads, _ = w.shape
+    if w.numel() == 0:
+        return torch.empty_like(w, memory_format=torch.contiguous_format), w.new_empty(
+            (batch, heads, tokens), dtype=accumulation_dtype(w.dtype)
+        )
+    q, v = w.transpose(1, 2), value.transpose(1, 2)
+    if w.device.type == "cpu":
+        # torch's kernel takes either its causal flag or a mask, so both together become one mask.
+        mask = _additive_mask(w, lengths, causal) if lengths is not None else None
+        o, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            q, q, v, 0.0, causal and mask is None, attn_mask=mask, scale=scale
+        )
+        return o.transpose(1, 2).contiguous(), lse.contiguous()
+    o = torch.empty(value.shape, dtype=w.dtype, device=w.device)
+    lse = torch.empty((batch, heads, tokens), dtype=accumulation_dtype(w.dtype), device=w.device)
+    for rows in _row_blocks(w):
+        scores = _scores(q, rows, lengths, scale, causal)
+        lse[:, :, rows] = scores.logsumexp(-1)
+        o[:, rows] = (scores.softmax(-1).to(w.dtype) @ v).transpose(1, 2)
+    return o, lse
+
+
+def backward(
+    grad: Tensor,
+    w: Tensor,
+    value: Tensor | None,
+    lengths: Tensor | None,
+    o: Tensor,
+    lse: Tensor,
+    scale: float,
+    causal: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """-> ``(dw, dvalue)``; ``dvalue`` is None without a separate value, its part is then in ``dw``.
+
+    ``dS = P∘(g valueᵀ − rowsum(g∘o))``, ``dw = scale·(dS + dSᵀ) w + Pᵀg``.
+    """
+    shared = value is None
+    value = w if shared else value
+    if w.numel() == 0:
+        return torch.zeros_like(w, memory_format=torch.contiguous_format), None if shared else torch.zeros_like(
+            value, memory_format=torch.contiguous_format
+        )
+    q, v, g = w.transpose(1, 2), value.transpose(1, 2), grad.transpose(1, 2)
+    if w.device.type == "cpu":
+        mask = _additive_mask(w, lengths, causal) if lengths is not None else None
+        dq, dk, dv = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            g, q, q, v, o.transpose(1, 2), lse, 0.0, causal and mask is None, attn_mask=mask, scale=scale
+        )
+        dw = dq.add_(dk)
+        if shared:
+            dw.add_(dv)
+        return dw.transpose(1, 2).contiguous(), None if shared else dv.transpose(1, 2).contiguous()
+    dw = torch.zeros(q.shape, dtype=lse.dtype, device=w.device)
+    dv = dw if shared else torch.zeros_like(dw)
+    delta = (grad * o).sum(-1, dtype=lse.dtype).transpose(1, 2)
+    for rows in _row_blocks(w):
+        p = (_scores(q, rows, lengths, scale, causal) - lse[:, :, rows, None]).exp()
+        ds = (p * ((g[:, :, rows] @ v.transpose(-1, -2)).to(p.dtype) - delta[:, :, rows, None])).to(w.dtype)
+        dv += p.to(w.dtype).transpose(-1, -2) @ g[:, :, rows]
+        dw += scale * (ds.transpose(-1, -2) @ q[:, :, rows])
+        dw[:, :, rows] += scale * (ds @ q)
+    dw, dv = (t.to(w.dtype).transpose(1, 2).contiguous() for t in (dw, dv))
+    return dw, None if shared else dv
+
+
+def _row_blocks(w: Tensor) -> list[slice]:
+    batch, tokens, heads, _ = w.shape
+    size = max(1, BLOCK_ELEMENTS // (batch * heads * tokens))
+    return [slice(start, min(start + size, tokens)) for start in range(0, tokens, size)]
+
+
+def _scores(q: Tensor, rows: slice, lengths: Tensor | None, scale: float, causal: bool) -> Tensor:
+    scores = (q[:, :, rows] @ q.transpose(-1, -2)).to(accumulation_dtype(q.dtype)) * scale
+    mask = forbidden(q.shape[2], lengths, causal, q.device)
+    if mask is None:
+        return scores
+    return scores.masked_fill(mask[:, :, rows] if mask.shape[2] > 1 else mask, -torch.inf)
+
+
+def _additive_mask(w: Tensor, lengths: Tensor | None, causal: bool) -> Tensor:
+    tokens = w.shape[1]
+    mask = forbidden(tokens, lengths, causal, w.device).expand(w.shape[0], 1, tokens, tokens)
+    return torch.zeros(mask.shape, dtype=w.dtype).masked_fill_(mask, -torch.inf)

@@ -50,7 +50,7 @@ def use_backend(name: str | None) -> Iterator[None]:
 
 
 def requested_backend() -> str | None:
-    """The backend now requested by ``use_backend`` or ``CRATE_KERNELS_BACKEND``; ``None`` if the choice is automatic."""
+    """The backend requested by ``use_backend`` or ``CRATE_KERNELS_BACKEND``; ``None`` if the choice is automatic."""
     return _requested
 
 
@@ -75,7 +75,7 @@ def why_not(found: Mapping[str, ModuleType | str], backend: str, *inputs) -> str
 
 
 def resolve(found: Mapping[str, ModuleType | str], requested: str | None, *inputs) -> str:
-    """Name the backend that runs an operator on ``inputs`` (the arguments of its ``why_not``; the first is a tensor)."""
+    """Name the backend that runs an operator on ``inputs``: the arguments of its ``why_not``, a tensor first."""
     name = _checked_name(requested, "backend") or _requested
     if name is not None:
         reason = why_not(found, name, *inputs)

@@ -72,7 +72,7 @@ def _(
 
 def _setup_context(ctx, inputs, output):
     *tensors, _, ctx.scale, ctx.causal, ctx.step_size, ctx.eps, ctx.backend = inputs
-    out, *saved = output
+    _, *saved = output
     ctx.mark_non_differentiable(*saved)
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*tensors, *saved)

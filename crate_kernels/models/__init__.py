@@ -1,0 +1,14 @@
+"""The CRATE model family."""
+
+from .base import CrateModel as CrateModel
+from .checkpoint import CheckpointError as CheckpointError
+from .crate import CRATE as CRATE
+from .crate import CRATE_base as CRATE_base
+from .crate import CRATE_base_patch8 as CRATE_base_patch8
+from .crate import CRATE_large as CRATE_large
+from .crate import CRATE_small as CRATE_small
+from .crate import CRATE_small_patch8 as CRATE_small_patch8
+from .crate import CRATE_tiny as CRATE_tiny
+from .crate import CRATE_tiny_patch8 as CRATE_tiny_patch8
+from .registry import create_model as create_model
+from .registry import load_model as load_model

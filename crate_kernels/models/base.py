@@ -1,0 +1,56 @@
+"""What every model of the family shares: its configuration, and weights that go in and out in either layout."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any, ClassVar, Self
+
+from torch import Tensor, nn
+
+from ..nn import prepare_for_inference
+from . import checkpoint
+
+
+class CrateModel(nn.Module):
+    """Base of the models. A subclass sets ``layout`` and passes its constructor arguments as ``config``."""
+
+    layout: ClassVar[checkpoint.KeyMap | None] = None
+    """The public checkpoint layout of this family."""
+
+    def __init__(self, config: Mapping[str, Any]):
+        super().__init__()
+        self.config = dict(config)
+
+    def load_state_dict(self, state_dict: Mapping[str, Tensor], strict: bool = True, assign: bool = False):
+        """As :meth:`torch.nn.Module.load_state_dict`, and takes the family's public layout and wrapper prefixes too.
+
+        Raises:
+            CheckpointError: (a RuntimeError) keys or shapes differ; the message names them as the state does.
+        """
+        native = checkpoint.to_native(state_dict, self, self.layout, strict)
+        return super().load_state_dict(native, strict=strict, assign=assign)
+
+    def load_checkpoint(self, path: str | os.PathLike, strict: bool = True) -> Self:
+        """Load weights from a safetensors file or a public ``.pth`` (wrapper dictionaries included) and return self.
+
+        No pickled code is executed.
+        """
+        state, _ = checkpoint.read(path)
+        self.load_state_dict(state, strict=strict)
+        return self
+
+    def save(self, path: str | os.PathLike, **metadata) -> None:
+        """Write the weights as safetensors, atomically, with what :func:`crate_kernels.models.load_model` needs."""
+        header = {"model": type(self).__name__, "config": self.config, **metadata}
+        checkpoint.write(path, self.state_dict(), header)
+
+    def upstream_state_dict(self) -> dict[str, Tensor]:
+        """The weights under the keys of the public code, bit for bit."""
+        if self.layout is None:
+            raise NotImplementedError(f"{type(self).__name__} has no public checkpoint layout")
+        return checkpoint.to_public(self, self.layout)
+
+    def prepare_for_inference(self) -> Self:
+        """Evaluation mode with kept folded matrices, see :func:`crate_kernels.nn.prepare_for_inference`."""
+        return prepare_for_inference(self)

@@ -1,0 +1,191 @@
+"""Weights in files: safetensors as the native format, and the public layouts of other code as they are.
+
+A layout is a table from public key prefixes to the names used here, ``{i}`` standing for a layer's number. Files are
+never unpickled beyond tensors and plain containers.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+WRAPPERS = ("state_dict", "model")
+"""Keys under which public checkpoints keep the weights beside an epoch, an optimiser and the like."""
+
+PREFIXES = ("module.", "_orig_mod.")
+"""What DistributedDataParallel and torch.compile put before every key."""
+
+METADATA_KEY = "crate_kernels"
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint cannot be read, or does not fit the model; the message says which keys and shapes differ."""
+
+
+class KeyMap:
+    """A public layout's names for our names, both ways.
+
+    Args:
+        table: public prefix -> our prefix. A prefix stands for itself and for everything below it (``prefix.weight``).
+        ignored: patterns of public keys that carry nothing (mask buffers, unused tables) and are dropped when read.
+    """
+
+    def __init__(self, table: Mapping[str, str], ignored: Iterable[str] = ()):
+        self._to_native = [(_pattern(public), native) for public, native in _longest_first(table.items())]
+        self._to_public = [
+            (_pattern(native), public) for native, public in _longest_first((n, p) for p, n in table.items())
+        ]
+        self._ignored = [re.compile(pattern) for pattern in ignored]
+
+    def native(self, key: str) -> str | None:
+        """Our name of a public key; None if the layout does not know it."""
+        return _translate(key, self._to_native)
+
+    def public(self, key: str) -> str | None:
+        """The public name of one of our keys; None if the layout does not know it."""
+        return _translate(key, self._to_public)
+
+    def ignores(self, key: str) -> bool:
+        return any(pattern.fullmatch(key) for pattern in self._ignored)
+
+    def recognises(self, keys: Iterable[str]) -> bool:
+        """Whether any key is a public name that is not also one of ours."""
+        return any(self.native(key) not in (None, key) for key in keys)
+
+
+def _longest_first(pairs):
+    return sorted(pairs, key=lambda pair: -len(pair[0]))
+
+
+def _pattern(prefix: str) -> re.Pattern:
+    return re.compile(re.escape(prefix).replace(r"\{i\}", r"(\d+)") + r"(\..+)?")
+
+
+def _translate(key: str, table) -> str | None:
+    for pattern, target in table:
+        if match := pattern.fullmatch(key):
+            *numbers, rest = match.groups()
+            return target.format(i=numbers[0] if numbers else None) + (rest or "")
+    return None
+
+
+def read(path: str | os.PathLike) -> tuple[dict[str, Tensor], dict]:
+    """The weights in a file, unwrapped, and what its metadata says of the model (empty for foreign files).
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        CheckpointError: the file is truncated, of another format, or would execute code when unpickled.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no checkpoint at {path}")
+    try:
+        if path.suffix == ".safetensors":
+            with safetensors.safe_open(path, framework="pt") as file:
+                metadata = json.loads((file.metadata() or {}).get(METADATA_KEY, "{}"))
+                return {key: file.get_tensor(key) for key in file.keys()}, metadata  # noqa: SIM118
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        kind = "safetensors file" if path.suffix == ".safetensors" else "checkpoint of tensors and plain containers"
+        size = path.stat().st_size
+        first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise CheckpointError(
+            f"{path} is not a readable {kind} ({size} bytes; truncated, or of another format): {first_line}"
+        ) from error
+    return unwrap(content, str(path)), {}
+
+
+def unwrap(content, source: str = "checkpoint") -> dict[str, Tensor]:
+    """The state dict inside a training checkpoint, without the prefixes of wrapper modules."""
+    for wrapper in WRAPPERS:
+        if isinstance(content, Mapping) and isinstance(content.get(wrapper), Mapping):
+            content = content[wrapper]
+    if not isinstance(content, Mapping) or not content or not all(isinstance(v, Tensor) for v in content.values()):
+        found = sorted(map(str, content))[:8] if isinstance(content, Mapping) else type(content).__name__
+        raise CheckpointError(f"{source} holds no state dict (a mapping of names to tensors); found {found}")
+    return strip_prefixes(content)
+
+
+def strip_prefixes(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """``state`` without the prefixes that every key shares because a wrapper module was saved."""
+    state = dict(state)
+    while state and (prefix := next((p for p in PREFIXES if all(k.startswith(p) for k in state)), None)):
+        state = {key.removeprefix(prefix): value for key, value in state.items()}
+    return state
+
+
+def write(path: str | os.PathLike, state: Mapping[str, Tensor], metadata: Mapping) -> None:
+    """Write weights as safetensors, atomically: the file is complete or not there, also when power fails."""
+    # Tied weights and views become tensors of their own: the format stores no aliases.
+    tensors = {key: value.detach().cpu().contiguous().clone() for key, value in state.items()}
+    payload = safetensors.torch.save(tensors, metadata={METADATA_KEY: json.dumps(dict(metadata))})
+    write_atomically(path, payload)
+
+
+def write_atomically(path: str | os.PathLike, payload: bytes) -> None:
+    """Replace a file's content in one step: written beside it, flushed to disk, renamed."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(payload)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def to_native(state: Mapping[str, Tensor], model: nn.Module, layout: KeyMap | None, strict: bool) -> dict[str, Tensor]:
+    """``state`` under our names, whatever layout it came in, after checking that it fits ``model``.
+
+    The differences are reported in the names of the layout that the state came in.
+    """
+    state = strip_prefixes(state)
+    wanted = model.state_dict()
+    name = dict.fromkeys(wanted)
+    if layout is not None and layout.recognises(state):
+        name = {key: layout.public(key) for key in wanted}
+        state = {key: value for key, value in state.items() if not layout.ignores(key)}
+    else:
+        name = {key: key for key in wanted}
+    native = {public: key for key, public in name.items() if public is not None}
+
+    missing = [n or key for key, n in name.items() if n not in state]
+    unexpected = [key for key in state if key not in native]
+    shapes = [
+        f"{key}: file {tuple(value.shape)}, model {tuple(wanted[native[key]].shape)}"
+        for key, value in state.items()
+        if key in native and value.shape != wanted[native[key]].shape
+    ]
+    if shapes or (strict and (missing or unexpected)):
+        problems = []
+        if len(missing) == len(wanted):
+            problems.append("none of the model's keys is in it; it belongs to another architecture")
+        for title, entries in (
+            ("missing keys", missing),
+            ("unexpected keys", unexpected),
+            ("shapes that differ", shapes),
+        ):
+            if entries:
+                problems.append(f"{title} ({len(entries)}): {_some(entries)}")
+        raise CheckpointError(f"the checkpoint does not fit this {type(model).__name__}: " + "; ".join(problems))
+    return {native.get(key, key): value for key, value in state.items()}
+
+
+def _some(entries: list[str], most: int = 12) -> str:
+    return ", ".join(entries[:most]) + (f", and {len(entries) - most} more" if len(entries) > most else "")
+
+
+def to_public(model: nn.Module, layout: KeyMap) -> dict[str, Tensor]:
+    """The model's weights under the public layout's names: the same tensors."""
+    return {layout.public(key): value for key, value in model.state_dict().items()}

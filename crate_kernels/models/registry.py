@@ -1,0 +1,43 @@
+"""Models by name, and models rebuilt from their files."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+
+from . import checkpoint, crate
+from .base import CrateModel
+
+FACTORIES: dict[str, Callable[..., CrateModel]] = {
+    "crate_tiny_patch16_224": crate.CRATE_tiny,
+    "crate_small_patch16_224": crate.CRATE_small,
+    "crate_base_patch16_224": crate.CRATE_base,
+    "crate_large_patch16_224": crate.CRATE_large,
+    "crate_tiny_patch8_224": crate.CRATE_tiny_patch8,
+    "crate_small_patch8_224": crate.CRATE_small_patch8,
+    "crate_base_patch8_224": crate.CRATE_base_patch8,
+}
+"""Name -> factory. Factories take ``num_classes`` and any constructor argument of their class."""
+
+CLASSES: dict[str, type[CrateModel]] = {"CRATE": crate.CRATE}
+"""Class name, as files record it -> class."""
+
+
+def create_model(name: str, **options) -> CrateModel:
+    """Build a model by its registered name; ``options`` override the constructor arguments."""
+    if name not in FACTORIES:
+        raise ValueError(f"unknown model {name!r}; known are {', '.join(FACTORIES)}")
+    return FACTORIES[name](**options)
+
+
+def load_model(path: str | os.PathLike) -> CrateModel:
+    """Rebuild a model from a safetensors file that :meth:`CrateModel.save` wrote: architecture and weights."""
+    state, metadata = checkpoint.read(path)
+    name = metadata.get("model")
+    if name not in CLASSES:
+        raise checkpoint.CheckpointError(
+            f"{path} does not say which model it holds (found {name!r}); build the model and call load_checkpoint"
+        )
+    model = CLASSES[name](**metadata["config"])
+    model.load_state_dict(state)
+    return model

@@ -54,26 +54,18 @@ class MSSA(nn.Module):
 
     def attention(self, x: Tensor, lengths: Tensor | None = None) -> Tensor:
         """The attention maps ``softmax(scale · w wᵀ)``, written out: ``x (B, N, d)`` -> ``(B, H, N, N)``."""
-        return _attention_maps(self.project(x), self.scale, self.causal, lengths)
+        return ops.attention_maps(self.project(x), self.scale, self.causal, lengths)
 
     def forward(self, x: Tensor, lengths: Tensor | None = None) -> Tensor:
         """``x (B, N, d)`` -> ``(B, N, d)``; ``lengths (B,)`` hides padded tokens."""
         w = self.project(x)
         if self.training and self.dropout:
-            maps = nn.functional.dropout(_attention_maps(w, self.scale, self.causal, lengths), self.dropout)
+            maps = ops.attention_maps(w, self.scale, self.causal, lengths)
+            maps = nn.functional.dropout(maps, self.dropout)
             o = (maps @ w.transpose(1, 2)).transpose(1, 2)
         else:
             o = ops.subspace_attention(w, scale=self.scale, causal=self.causal, lengths=lengths)
         return nn.functional.dropout(self.output(o.flatten(2)), self.dropout, self.training)
-
-
-def _attention_maps(w: Tensor, scale: float, causal: bool, lengths: Tensor | None) -> Tensor:
-    from .ops.subspace_attention.reference import forbidden
-
-    heads = w.transpose(1, 2)
-    scores = scale * heads @ heads.transpose(-1, -2)
-    mask = forbidden(w.shape[1], lengths, causal, w.device)
-    return (scores if mask is None else scores.masked_fill(mask, -torch.inf)).softmax(-1)
 
 
 class ISTA(nn.Module):
@@ -174,6 +166,101 @@ class CrateBlock(nn.Module):
     def forward(self, z: Tensor, lengths: Tensor | None = None) -> Tensor:
         """``z (B, N, d)`` -> ``(B, N, d)``; ``lengths (B,)`` hides padded tokens from the attention."""
         return self.sparsify(self.compress(z, lengths))
+
+
+class OvercompleteISTA(nn.Module):
+    """Two ISTA steps against an overcomplete dictionary, decoded again: the sparse coding of CRATE-alpha and CRATE-LM.
+
+    Args:
+        dim: d, width of the tokens.
+        expansion: the dictionary ``D`` is ``(d, expansion·d)``.
+        tied: decode with ``D`` itself; otherwise with a second dictionary ``D1`` of the same shape.
+        step_size, lambd: see :func:`crate_kernels.ops.overcomplete_ista`.
+    """
+
+    def __init__(self, dim: int, *, expansion: int = 4, tied: bool = True, step_size: float = 0.1, lambd: float = 0.1):
+        super().__init__()
+        self.step_size = step_size
+        self.lambd = lambd
+        self.D = nn.Parameter(torch.empty(dim, expansion * dim))
+        self.D1 = None if tied else nn.Parameter(torch.empty(dim, expansion * dim))
+        self.reset_parameters()
+
+    def reset_parameters(self):
+        for dictionary in self.parameters():
+            nn.init.kaiming_uniform_(dictionary)
+
+    def extra_repr(self) -> str:
+        shape = tuple(self.D.shape)
+        return f"D={shape}, tied={self.D1 is None}, step_size={self.step_size}, lambd={self.lambd}"
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``x (..., d)`` -> ``(..., d)``."""
+        return ops.overcomplete_ista(x, self.D, self.D1, step_size=self.step_size, lambd=self.lambd)
+
+
+class OvercompleteCrateBlock(CrateBlock):
+    """A CRATE layer whose second half codes against an overcomplete dictionary.
+
+    ``z" = z' + ODL(LN z')`` in CRATE-alpha (``tied=False, residual=True``), ``z" = ODL(LN z')`` in the overcomplete
+    language model (``tied=True, residual=False``).
+
+    Args:
+        dim, heads, dim_head, options: see :class:`CrateBlock`.
+        expansion, tied: see :class:`OvercompleteISTA`.
+        residual: add the half-step's input to its output.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        heads: int,
+        dim_head: int | None = 64,
+        *,
+        expansion: int = 4,
+        tied: bool = False,
+        residual: bool = True,
+        **options,
+    ):
+        super().__init__(dim, heads, dim_head, **options)
+        step_size, lambd = self.ista.step_size, self.ista.lambd
+        self.ista = OvercompleteISTA(dim, expansion=expansion, tied=tied, step_size=step_size, lambd=lambd)
+        self.residual = residual
+
+    def sparsify(self, z: Tensor) -> Tensor:
+        """The second half-step: ``z + ODL(LN z)`` or ``ODL(LN z)``; ``z (B, N, d)``."""
+        coded = self.ista(self.ista_norm(z))
+        return z + coded if self.residual else coded
+
+
+class CrateDecoderBlock(nn.Module):
+    """CRATE-MAE's decoder layer, the encoder's steps undone in reverse: ``y = LN(z) Wᵀ``, ``z' = y − MSSA(LN y)``.
+
+    Args:
+        dim, heads, dim_head, dropout, output_bias: see :class:`MSSA`.
+        eps: of both LayerNorms.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        heads: int,
+        dim_head: int | None = 64,
+        *,
+        dropout: float = 0.0,
+        output_bias: bool = True,
+        eps: float = 1e-5,
+    ):
+        super().__init__()
+        self.dictionary_norm = nn.LayerNorm(dim, eps=eps)
+        self.dictionary = nn.Linear(dim, dim, bias=False)
+        self.mssa_norm = nn.LayerNorm(dim, eps=eps)
+        self.mssa = MSSA(dim, heads, dim_head, dropout=dropout, output_bias=output_bias)
+
+    def forward(self, z: Tensor, lengths: Tensor | None = None) -> Tensor:
+        """``z (B, N, d)`` -> ``(B, N, d)``."""
+        y = self.dictionary(self.dictionary_norm(z))
+        return mssa_half_step(self.mssa_norm, self.mssa, y, lengths, step_size=-1.0)
 
 
 def mssa_half_step(

@@ -1,1 +1,2 @@
 from .api import subspace_attention as subspace_attention
+from .reference import attention_maps as attention_maps

@@ -13,12 +13,15 @@ def why_not(w: Tensor, *_) -> None:
 def subspace_attention(w: Tensor, value: Tensor | None, lengths: Tensor | None, scale: float, causal: bool) -> Tensor:
     """``softmax(scale * w wᵀ) value`` per head; ``w, value (B, N, H, p)`` -> ``(B, N, H, p)``."""
     value = w if value is None else value
+    return (attention_maps(w, scale, causal, lengths) @ value.transpose(1, 2)).transpose(1, 2)
+
+
+def attention_maps(w: Tensor, scale: float, causal: bool = False, lengths: Tensor | None = None) -> Tensor:
+    """``softmax(scale · w wᵀ)`` written out; ``w (B, N, H, p)`` -> ``(B, H, N, N)``. Differentiable, N² memory."""
     heads = w.transpose(1, 2)
     scores = scale * heads @ heads.transpose(-1, -2)
     mask = forbidden(w.shape[1], lengths, causal, w.device)
-    if mask is not None:
-        scores = scores.masked_fill(mask, -torch.inf)
-    return (scores.softmax(dim=-1) @ value.transpose(1, 2)).transpose(1, 2)
+    return (scores if mask is None else scores.masked_fill(mask, -torch.inf)).softmax(dim=-1)
 
 
 def forbidden(tokens: int, lengths: Tensor | None, causal: bool, device: torch.device) -> Tensor | None:

@@ -14,7 +14,7 @@ INTEGER = (torch.int32, torch.int64)
 def tensor(
     name: str, value, shape: tuple[int | str, ...] | None = None, *, like: Tensor | None = None, dtypes=FLOATING
 ):
-    """``value`` is a tensor of one of ``dtypes`` and of ``shape``, on the device of ``like`` = (argument, tensor).
+    """``value`` is a tensor of one of ``dtypes`` and of ``shape``, on the device of ``like``.
 
     In ``shape`` an integer is an exact size and a string names a free one; ``None`` leaves the rank open.
     """
@@ -24,20 +24,25 @@ def tensor(
         accepted = ", ".join(str(d).removeprefix("torch.") for d in dtypes)
         raise TypeError(f"{name}: dtype {value.dtype} is not supported; accepted are {accepted}")
     if shape is not None:
-        wanted = "(" + ", ".join(str(s) for s in shape) + ("," if len(shape) == 1 else "") + ")"
-        fits = value.dim() == len(shape) and all(
-            isinstance(s, str) or g == s for s, g in zip(shape, value.shape, strict=True)
-        )
+        fits = value.dim() == len(shape)
+        for wanted, got in zip(shape, value.shape, strict=False):
+            fits = fits and (isinstance(wanted, str) or wanted == got)
         if not fits:
-            raise ValueError(f"{name}: expected shape {wanted}, got {tuple(value.shape)}")
+            wanted = ", ".join(str(size) for size in shape) + ("," if len(shape) == 1 else "")
+            raise ValueError(f"{name}: expected shape ({wanted}), got {tuple(value.shape)}")
     if like is not None and value.device != like.device:
         raise ValueError(f"{name}: is on {value.device}, but the first argument is on {like.device}")
 
 
 def same_dtype(dtype: torch.dtype, also: tuple[torch.dtype, ...] = (), **values: Tensor | None):
-    """All given tensors have ``dtype`` (or one of ``also``); nothing is promoted silently."""
+    """All given tensors have ``dtype`` (or one of ``also``); nothing is promoted silently.
+
+    Under autocast any mix will do, since it decides the dtype: one operator's bfloat16 output meets float32 weights.
+    """
     for name, value in values.items():
-        if value is not None and value.dtype != dtype and value.dtype not in also:
+        if value is None or torch.is_autocast_enabled(value.device.type):
+            continue
+        if value.dtype != dtype and value.dtype not in also:
             extra = "".join(f" or {d}" for d in also)
             raise TypeError(
                 f"{name}: has dtype {value.dtype}, but the first argument has {dtype}; expected {dtype}{extra}"

@@ -1,0 +1,72 @@
+"""The terms of sparse rate reduction, ``max R(Z) − R^c(Z; U) − lam·‖Z‖₀`` (arXiv 2306.01129, section 2)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def coding_rate(z: Tensor, eps: float = 0.5) -> Tensor:
+    """The lossy coding rate ``R(Z) = ½ logdet(I + d/(N·eps²) Z Zᵀ)``, in nats.
+
+    Args:
+        z: ``(..., N, d)``: N tokens of width d; any floating dtype. Computed in float64, differentiable.
+        eps: the allowed distortion, positive.
+
+    Returns:
+        ``(...)``, in the dtype of ``z`` (float32 for half precision).
+    """
+    if not isinstance(z, Tensor) or not z.is_floating_point() or z.dim() < 2:
+        raise ValueError(f"z: expected a floating tensor (..., N, d), got {_description(z)}")
+    if not eps > 0:
+        raise ValueError(f"eps: expected a positive number, got {eps}")
+    tokens, width = z.shape[-2:]
+    return _half_logdet(z, width / (tokens * eps**2))
+
+
+def subspace_coding_rate(w: Tensor, eps: float = 0.1) -> Tensor:
+    """The rate ``R^c`` of tokens coded in their heads' subspaces, one value per sample, in nats.
+
+    Each token's vector in each head is scaled to length one, then
+    ``R^c = Σ_h ½ logdet(I + p/(N·eps²) w_h w_hᵀ)``: the convention of the published measurements (eps² = 0.01).
+
+    Args:
+        w: ``(B, H, N, p)``, the projected tokens of every head; any floating dtype. Computed in float64.
+        eps: the allowed distortion, positive.
+
+    Returns:
+        ``(B,)``, in the dtype of ``w`` (float32 for half precision).
+    """
+    if not isinstance(w, Tensor) or not w.is_floating_point() or w.dim() != 4:
+        raise ValueError(f"w: expected a floating tensor (B, H, N, p), got {_description(w)}")
+    wide = w.to(_measuring_dtype(w))
+    return coding_rate(torch.nn.functional.normalize(wide, dim=-1), eps).sum(dim=-1).to(_result_dtype(w))
+
+
+def sparsity(z: Tensor) -> Tensor:
+    """The fraction of non-zero entries of every sample: ``z (B, ...)`` -> ``(B,)`` in float32. Lower is sparser."""
+    if not isinstance(z, Tensor) or z.dim() < 2:
+        raise ValueError(f"z: expected a tensor (B, ...), got {_description(z)}")
+    return (z != 0).flatten(1).float().mean(dim=1)
+
+
+def _half_logdet(z: Tensor, alpha: float) -> Tensor:
+    # I + alpha·Z Zᵀ and I + alpha·Zᵀ Z have the same determinant: take the smaller one. Its eigenvalues reach from 1
+    # to alpha·‖Z‖², too far for float32 as soon as eps is small, so it is formed and factorised in float64.
+    wide = z.to(_measuring_dtype(z))
+    gram = wide @ wide.mT if z.shape[-2] <= z.shape[-1] else wide.mT @ wide
+    identity = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
+    factor = torch.linalg.cholesky_ex(identity + alpha * gram).L
+    return factor.diagonal(dim1=-2, dim2=-1).log().sum(dim=-1).to(_result_dtype(z))
+
+
+def _measuring_dtype(z: Tensor) -> torch.dtype:
+    return torch.float32 if z.device.type == "mps" else torch.float64
+
+
+def _result_dtype(z: Tensor) -> torch.dtype:
+    return torch.float32 if z.dtype in (torch.float16, torch.bfloat16) else z.dtype
+
+
+def _description(value) -> str:
+    return f"{tuple(value.shape)} of {value.dtype}" if isinstance(value, Tensor) else type(value).__name__

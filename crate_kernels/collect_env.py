@@ -1,0 +1,89 @@
+"""What is installed and which backends can run here, each with its reason: ``python -m crate_kernels.collect_env``."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import importlib.metadata
+import os
+import platform
+import sys
+
+import torch
+
+from . import ops
+from .ops import backends
+from .version import __version__
+
+OPERATORS = ("subspace_attention", "ista_step", "overcomplete_ista", "mssa_block", "ista_block")
+
+
+def example_inputs(operator: str, device: torch.device, dtype: torch.dtype) -> tuple:
+    """Small inputs of an operator's ``why_not``, to ask a backend whether it would run here."""
+    d, heads = 128, 2
+    matrix, vector = torch.empty(d, d, device=device, dtype=dtype), torch.empty(d, device=device, dtype=dtype)
+    tokens = torch.empty(1, 16, d, device=device, dtype=dtype)
+    return {
+        "subspace_attention": (tokens.unflatten(-1, (heads, -1)), None, None, 0.125, False),
+        "ista_step": (tokens[0], matrix),
+        "overcomplete_ista": (tokens[0], torch.cat([matrix] * 4, dim=1), None),
+        "mssa_block": (tokens, vector, vector, matrix, matrix, vector, None, heads, 0.125, False, 1.0, 1e-5),
+        "ista_block": (tokens[0], vector, vector, matrix),
+    }[operator]
+
+
+def backend_report(device: torch.device | None = None) -> dict[str, dict[str, str]]:
+    """Operator -> backend -> ``"yes"`` or why not, for a bfloat16 call on ``device`` (CUDA if there is one)."""
+    device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return {
+        operator: {
+            backend: backends.why_not(
+                importlib.import_module(f"{ops.__name__}.{operator}.op").IMPLEMENTATIONS,
+                backend,
+                *example_inputs(operator, device, torch.bfloat16),
+            )
+            or "yes"
+            for backend in backends.FILES
+        }
+        for operator in OPERATORS
+    }
+
+
+def report() -> str:
+    """The whole report as text."""
+    versions = {"crate_kernels": __version__, "python": platform.python_version(), "torch": torch.__version__}
+    for package in ("triton", "timm", "torchvision", "safetensors", "numpy"):
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = "not installed"
+    lines = [f"{name:14} {version}" for name, version in versions.items()]
+    lines.append(f"{'platform':14} {platform.platform()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads")
+    lines.append(f"{'CUDA':14} torch built for {torch.version.cuda or 'none'}; " + _devices())
+    lines.append(f"{'requested':14} {backends.requested_backend() or 'automatic choice'}")
+    for operator, reasons in backend_report().items():
+        lines.append(f"\n{operator}")
+        lines.extend(f"  {backend:10} {reason}" for backend, reason in reasons.items())
+    return "\n".join(lines)
+
+
+def _devices() -> str:
+    if not torch.cuda.is_available():
+        return "no device visible"
+    return ", ".join(
+        f"{torch.cuda.get_device_name(i)} (sm_{''.join(map(str, torch.cuda.get_device_capability(i)))})"
+        for i in range(torch.cuda.device_count())
+    )
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The subcommand ``crate-kernels info`` takes no arguments."""
+
+
+def run(args: argparse.Namespace | None = None) -> int:
+    print(report())
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run())

@@ -28,7 +28,7 @@ def forward(
     length_values(lengths, w.shape[1])
     value = w if value is None else value
     batch, tokens, heads, _ = w.shape
-    if w.numel() == 0:
+    if batch == 0:
         return torch.empty_like(w, memory_format=torch.contiguous_format), w.new_empty(
             (batch, heads, tokens), dtype=accumulation_dtype(w.dtype)
         )
@@ -40,13 +40,7 @@ def forward(
             q, q, v, 0.0, causal and mask is None, attn_mask=mask, scale=scale
         )
         return o.transpose(1, 2).contiguous(), lse.contiguous()
-    o = torch.empty(value.shape, dtype=w.dtype, device=w.device)
-    lse = torch.empty((batch, heads, tokens), dtype=accumulation_dtype(w.dtype), device=w.device)
-    for rows in _row_blocks(w):
-        scores = _scores(q, rows, lengths, scale, causal)
-        lse[:, :, rows] = scores.logsumexp(-1)
-        o[:, rows] = (scores.softmax(-1).to(w.dtype) @ v).transpose(1, 2)
-    return o, lse
+    return blocked_forward(w, value, lengths, scale, causal)
 
 
 def backward(
@@ -65,7 +59,7 @@ def backward(
     """
     shared = value is None
     value = w if shared else value
-    if w.numel() == 0:
+    if w.shape[0] == 0:
         return torch.zeros_like(w, memory_format=torch.contiguous_format), None if shared else torch.zeros_like(
             value, memory_format=torch.contiguous_format
         )
@@ -79,8 +73,31 @@ def backward(
         if shared:
             dw.add_(dv)
         return dw.transpose(1, 2).contiguous(), None if shared else dv.transpose(1, 2).contiguous()
+    dw, dv = blocked_backward(grad, w, value, lengths, o, lse, scale, causal)
+    return (dw + dv, None) if shared else (dw, dv)
+
+
+def blocked_forward(
+    w: Tensor, value: Tensor, lengths: Tensor | None, scale: float, causal: bool
+) -> tuple[Tensor, Tensor]:
+    """:func:`forward` by blocks of queries, on any device; ``value`` is always given."""
+    q, v = w.transpose(1, 2), value.transpose(1, 2)
+    o = torch.empty(value.shape, dtype=w.dtype, device=w.device)
+    lse = torch.empty(q.shape[:3], dtype=accumulation_dtype(w.dtype), device=w.device)
+    for rows in _row_blocks(w):
+        scores = _scores(q, rows, lengths, scale, causal)
+        lse[:, :, rows] = scores.logsumexp(-1)
+        o[:, rows] = (scores.softmax(-1).to(w.dtype) @ v).transpose(1, 2)
+    return o, lse
+
+
+def blocked_backward(
+    grad: Tensor, w: Tensor, value: Tensor, lengths: Tensor | None, o: Tensor, lse: Tensor, scale: float, causal: bool
+) -> tuple[Tensor, Tensor]:
+    """The parts of the gradient that reach the scores' operand and the value, both ``(B, N, H, p)``."""
+    q, v, g = w.transpose(1, 2), value.transpose(1, 2), grad.transpose(1, 2)
     dw = torch.zeros(q.shape, dtype=lse.dtype, device=w.device)
-    dv = dw if shared else torch.zeros_like(dw)
+    dv = torch.zeros_like(dw)
     delta = (grad * o).sum(-1, dtype=lse.dtype).transpose(1, 2)
     for rows in _row_blocks(w):
         p = (_scores(q, rows, lengths, scale, causal) - lse[:, :, rows, None]).exp()
@@ -88,8 +105,7 @@ def backward(
         dv += p.to(w.dtype).transpose(-1, -2) @ g[:, :, rows]
         dw += scale * (ds.transpose(-1, -2) @ q[:, :, rows])
         dw[:, :, rows] += scale * (ds @ q)
-    dw, dv = (t.to(w.dtype).transpose(1, 2).contiguous() for t in (dw, dv))
-    return dw, None if shared else dv
+    return tuple(t.transpose(1, 2).to(w.dtype).contiguous() for t in (dw, dv))
 
 
 def _row_blocks(w: Tensor) -> list[slice]:

@@ -1,0 +1,123 @@
+"""Inputs of every operator, on shapes that hurt: one list for all the tests that go over all operators."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from crate_kernels import ops
+
+
+@dataclass
+class Case:
+    """One call: ``operator(*tensors, **options)``; None stands for an optional tensor left out."""
+
+    name: str
+    operator: Callable[..., Tensor]
+    tensors: tuple[Tensor | None, ...]
+    options: dict = field(default_factory=dict)
+
+    def to(self, dtype: torch.dtype) -> Case:
+        return replace(self, tensors=tuple(None if t is None else t.to(dtype) for t in self.tensors))
+
+    def run(self, **options) -> list[Tensor]:
+        """The output and the gradient of every tensor, for a fixed random output gradient."""
+        leaves = [None if t is None else t.detach().clone(memory_format=torch.preserve_format) for t in self.tensors]
+        for leaf in leaves:
+            if leaf is not None:
+                leaf.requires_grad_()
+        out = self.operator(*leaves, **self.options, **options)
+        weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(7), dtype=torch.float64).to(out.dtype)
+        return [out.detach(), *torch.autograd.grad(out, [t for t in leaves if t is not None], weights)]
+
+    def largest_score(self) -> float:
+        """The largest score an attention in this call takes the exponential of, ``scale·max‖w‖²``; 0 without one."""
+        if self.operator is ops.mssa_block:
+            z, norm_weight, norm_bias, u_weight, *_ = self.tensors
+            x = torch.nn.functional.layer_norm(z, z.shape[-1:], norm_weight, norm_bias, self.options.get("eps", 1e-5))
+            w = (x @ u_weight.T).unflatten(-1, (self.options["heads"], -1))
+        elif self.operator is ops.subspace_attention:
+            w = self.tensors[0]
+        else:
+            return 0.0
+        return self.options.get("scale", w.shape[-1] ** -0.5) * w.square().sum(-1).max().item()
+
+
+def cases() -> list[Case]:
+    """In float64, seeded."""
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int, spread: float = 1.0) -> Tensor:
+        return spread * torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    def matrix(rows: int, columns: int) -> Tensor:
+        return normal(rows, columns, spread=columns**-0.5)
+
+    found: list[Case] = []
+
+    def attention(name, batch, tokens, heads, width, value=False, spread=1.0, **options):
+        w = normal(batch, tokens, heads, width, spread=spread)
+        v = normal(batch, tokens, heads, width) if value else None
+        found.append(Case(f"attention-{name}", ops.subspace_attention, (w, v), options))
+
+    for tokens in (1, 2, 63, 64, 65, 197):
+        attention(f"N{tokens}", 2, tokens, 2, 16)
+        attention(f"N{tokens}-causal", 1, tokens, 2, 16, causal=True)
+    attention("odd-width", 2, 33, 3, 7)
+    attention("one-head", 1, 20, 1, 24, scale=0.3)
+    attention("value", 2, 21, 2, 8, value=True)
+    attention("value-causal-lengths", 2, 21, 2, 8, value=True, causal=True, lengths=torch.tensor([4, 21]))
+    attention("lengths", 3, 19, 2, 8, lengths=torch.tensor([1, 7, 19], dtype=torch.int32))
+    attention("large-norms", 1, 12, 2, 8, spread=30.0)
+    attention("equal-tokens", 1, 9, 2, 8, spread=0.0)
+    attention("empty", 0, 9, 2, 8)
+    strided = normal(2, 3, 17, 8).transpose(1, 2)
+    found.append(Case("attention-strided", ops.subspace_attention, (strided, None)))
+
+    for rows, width in ((1, 8), (7, 8), (8, 8), (50, 8), (33, 17)):
+        shape = f"{rows}x{width}"
+        found.append(Case(f"ista-{shape}", ops.ista_step, (normal(rows, width), matrix(width, width))))
+        found.append(
+            Case(f"overcomplete-{shape}", ops.overcomplete_ista, (normal(rows, width), matrix(width, 4 * width), None))
+        )
+    decoupled = (normal(2, 5, 8), matrix(8, 20), matrix(8, 20))
+    found.append(Case("overcomplete-decoupled", ops.overcomplete_ista, decoupled, dict(step_size=0.5, lambd=0.01)))
+    found.append(Case("ista-batched", ops.ista_step, (normal(3, 5, 6), matrix(6, 6)), dict(step_size=1.0, lambd=0.3)))
+    found.append(Case("ista-empty", ops.ista_step, (normal(0, 6), matrix(6, 6))))
+    found.append(Case("overcomplete-empty", ops.overcomplete_ista, (normal(0, 6), matrix(6, 24), None)))
+
+    def norm(width):
+        return 1 + 0.2 * normal(width), 0.2 * normal(width)
+
+    def mssa(name, batch, tokens, width, heads, p, output=True, bias=True, **options):
+        out_weight = matrix(width, heads * p) if output else None
+        out_bias = normal(width) if output and bias else None
+        tensors = (normal(batch, tokens, width), *norm(width), matrix(heads * p, width), out_weight, out_bias)
+        found.append(Case(f"mssa-{name}", ops.mssa_block, tensors, dict(heads=heads, **options)))
+
+    mssa("plain", 2, 33, 24, 3, 8)
+    mssa("one-token", 2, 1, 12, 2, 6)
+    mssa("wide-heads", 2, 9, 12, 2, 16)
+    mssa("identity-output", 2, 9, 12, 1, 12, output=False)
+    mssa("no-bias", 2, 9, 12, 3, 4, bias=False)
+    mssa("decoder", 2, 9, 12, 3, 4, step_size=-1.0)
+    mssa("causal-lengths", 2, 9, 12, 3, 4, causal=True, lengths=torch.tensor([5, 9]), eps=1e-3)
+    mssa("empty", 0, 9, 12, 3, 4)
+
+    for batch, tokens, width in ((2, 33, 12), (1, 3, 12), (0, 3, 12)):
+        tensors = (normal(batch, tokens, width), *norm(width), matrix(width, width))
+        found.append(Case(f"ista_block-{batch}x{tokens}x{width}", ops.ista_block, tensors))
+    return found
+
+
+CASES = {case.name: case for case in cases()}
+
+SMALL = [
+    "attention-N2", "attention-odd-width", "attention-value-causal-lengths", "ista-7x8", "ista-50x8",
+    "overcomplete-7x8", "overcomplete-decoupled", "mssa-decoder", "mssa-identity-output", "mssa-causal-lengths",
+    "ista_block-2x33x12",
+]  # fmt: skip
+"""A smaller list, still one of every operator and option, for what is slow."""

@@ -1,0 +1,70 @@
+"""How a backend is chosen: obeyed or refused with a reason, never replaced."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from crate_kernels import collect_env, ops
+from crate_kernels.ops import backends
+
+W = torch.randn(1, 3, 1, 4, dtype=torch.float64)
+
+
+def test_an_explicit_backend_that_cannot_run_raises_with_its_reason():
+    # float64 is run by no kernel backend, with or without a GPU, an interpreter or an extension.
+    for name in ("cuda", "triton"):
+        with pytest.raises(RuntimeError, match=rf"backend '{name}' cannot run these inputs: \S+"):
+            ops.subspace_attention(W, backend=name)
+
+
+def test_the_argument_outranks_the_context_and_the_context_is_restored():
+    before = ops.requested_backend()
+    with ops.use_backend("cuda"):
+        assert ops.requested_backend() == "cuda"
+        with pytest.raises(RuntimeError, match="backend 'cuda' cannot run"):
+            ops.subspace_attention(W)
+        ops.subspace_attention(W, backend="eager")
+        with ops.use_backend("reference"):
+            ops.subspace_attention(W)
+        assert ops.requested_backend() == "cuda"
+    assert ops.requested_backend() == before
+    with pytest.raises(ValueError, match="use_backend: unknown backend 'fast'"), ops.use_backend("fast"):
+        pass
+
+
+def run_python(code, **environment):
+    return subprocess.run(
+        [sys.executable, "-c", code], env=os.environ | environment, capture_output=True, text=True, timeout=120
+    )
+
+
+def test_the_environment_variable():
+    code = "import torch; from crate_kernels import ops; print(ops.requested_backend())"
+    assert run_python(code, CRATE_KERNELS_BACKEND="reference").stdout.strip() == "reference"
+    wrong = run_python(code, CRATE_KERNELS_BACKEND="quick")
+    assert wrong.returncode != 0
+    assert "CRATE_KERNELS_BACKEND: unknown backend 'quick'; accepted are cuda, triton, eager, reference" in wrong.stderr
+
+
+def test_importing_works_without_triton():
+    code = """
+import importlib.util
+find_spec = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *a: None if name == "triton" else find_spec(name, *a)
+from crate_kernels.ops.subspace_attention.op import IMPLEMENTATIONS
+print(IMPLEMENTATIONS["triton"])
+"""
+    assert run_python(code).stdout.strip() == "the package triton is not installed"
+
+
+def test_the_report_names_every_operator_and_backend():
+    table = collect_env.backend_report(torch.device("cpu"))
+    assert set(table) == set(collect_env.OPERATORS)
+    for reasons in table.values():
+        assert set(reasons) == set(backends.FILES)
+        assert reasons["eager"] == reasons["reference"] == "yes"
+        assert all(reason.strip() for reason in reasons.values())
+    assert "subspace_attention" in collect_env.report()

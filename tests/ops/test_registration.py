@@ -1,0 +1,105 @@
+"""The operators as torch sees them: schema, fake, gradient, compilation, autocast."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.library import opcheck
+
+from crate_kernels import ops
+
+from .cases import CASES, SMALL
+
+OPERATORS = {
+    ops.subspace_attention: torch.ops.crate.subspace_attention,
+    ops.ista_step: torch.ops.crate.ista_step,
+    ops.overcomplete_ista: torch.ops.crate.overcomplete_ista,
+    ops.mssa_block: torch.ops.crate.mssa_block,
+    ops.ista_block: torch.ops.crate.ista_block,
+}
+
+
+def schema_arguments(case):
+    """The arguments of the registered operator for a call of the public function."""
+    scalars = dict(causal=False, step_size=0.1, lambd=0.1, eps=1e-5, scale=0.5, lengths=None, folded=None)
+    if case.operator is ops.mssa_block:
+        scalars["step_size"] = 1.0
+    given = scalars | case.options | dict(backend="eager")
+    tensors = list(case.tensors)
+    arguments = []
+    for argument in OPERATORS[case.operator].default._schema.arguments:
+        if argument.name in given:
+            arguments.append(given[argument.name])
+        else:
+            tensor = tensors.pop(0)
+            if argument.name in ("x", "z") and case.operator is not ops.mssa_block:
+                tensor = tensor.flatten(0, -2)
+            arguments.append(tensor)
+    return arguments
+
+
+@pytest.mark.parametrize("gradients", [True, False], ids=["grad", "no-grad"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", SMALL)
+def test_opcheck(name, dtype, gradients):
+    case = CASES[name].to(dtype)
+    arguments = [
+        a.clone().requires_grad_(gradients) if isinstance(a, torch.Tensor) and a.is_floating_point() else a
+        for a in schema_arguments(case)
+    ]
+    opcheck(OPERATORS[case.operator], tuple(arguments))
+
+
+@pytest.mark.parametrize("backend", ["eager", "reference"])
+@pytest.mark.parametrize("name", ["attention-value-causal-lengths", "ista-50x8", "overcomplete-7x8", "mssa-decoder"])
+def test_compiles_without_a_graph_break_and_with_any_number_of_tokens(name, backend):
+    case = CASES[name]
+    torch._dynamo.reset()
+    compiled = torch.compile(case.operator, fullgraph=True, dynamic=True, backend="aot_eager")
+    count = torch._dynamo.utils.counters
+    count.clear()
+    rows = 0 if case.tensors[0].dim() == 2 else 1
+    for tokens in (case.tensors[0].shape[rows], 5, 6, 7):
+        # The first tensor has tokens, and so has the attention's value; everything else is a parameter.
+        varying = 2 if case.operator is ops.subspace_attention else 1
+        tensors = [t.narrow(rows, 0, tokens) for t in case.tensors[:varying]] + list(case.tensors[varying:])
+        options = dict(case.options)
+        if "lengths" in options:
+            options["lengths"] = options["lengths"].clamp(max=tokens)
+        leaves = [None if t is None else t.clone().requires_grad_() for t in tensors]
+        out = compiled(*leaves, **options, backend=backend)
+        expected = case.operator(*leaves, **options, backend=backend)
+        torch.testing.assert_close(out, expected)
+        wanted = [leaf for leaf in leaves if leaf is not None]
+        for got, want in zip(
+            torch.autograd.grad(out.sum(), wanted), torch.autograd.grad(expected.sum(), wanted), strict=True
+        ):
+            torch.testing.assert_close(got, want)
+    assert count["stats"]["unique_graphs"] <= 2  # the first call may be specialised
+
+
+@pytest.mark.parametrize("backend", ["eager", "reference"])
+@pytest.mark.parametrize("name", SMALL)
+def test_autocast_decides_the_dtype_and_the_gradients_keep_theirs(name, backend):
+    case = CASES[name].to(torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        out, *gradients = case.run(backend=backend)
+    # The same as casting by hand; LayerNorm's parameters (the second and third tensor of a block) stay in float32.
+    cast = case.to(torch.bfloat16)
+    if case.operator in (ops.mssa_block, ops.ista_block):
+        cast = replace(cast, tensors=(cast.tensors[0], *case.tensors[1:3], *cast.tensors[3:]))
+    expected, *expected_gradients = cast.run(backend=backend)
+    assert out.dtype == torch.bfloat16
+    assert torch.equal(out, expected)
+    for gradient, by_hand in zip(gradients, expected_gradients, strict=True):
+        assert gradient.dtype == torch.float32
+        assert torch.equal(gradient, by_hand.float())
+
+
+def test_a_second_derivative_is_refused_by_the_kernels_and_given_by_the_reference():
+    w = torch.randn(1, 4, 1, 3, dtype=torch.float64, requires_grad=True)
+    (first,) = torch.autograd.grad(ops.subspace_attention(w, backend="reference").square().sum(), w, create_graph=True)
+    assert torch.autograd.grad(first.sum(), w)[0].abs().max() > 0
+    (first,) = torch.autograd.grad(ops.subspace_attention(w, backend="eager").square().sum(), w, create_graph=True)
+    with pytest.raises(RuntimeError):
+        torch.autograd.grad(first.sum(), w)

@@ -23,10 +23,10 @@ def forward(x: Tensor, weight: Tensor, folded: Tensor | None, step_size: float, 
     """``x (n, d)``, ``weight (d, d)``, ``folded`` = ``fold(weight)`` if known -> ``(n, d)``."""
     # x stays outside the matrix, in the product's accumulator: I + step·M would round it away in low precision.
     shifted = x - step_size * lambd
-    if _folds(x, folded):
+    if folds(x, folded):
         shifted.addmm_(x, fold(weight) if folded is None else folded, alpha=step_size)
     else:
-        shifted.addmm_(_residual(x, weight), weight, alpha=step_size)
+        shifted.addmm_(residual(x, weight), weight, alpha=step_size)
     return shifted.relu_()
 
 
@@ -35,20 +35,22 @@ def backward(
 ) -> tuple[Tensor, Tensor]:
     """-> ``(dx, dweight)``. The ReLU's mask is the sign of ``out``."""
     g = torch.ops.aten.threshold_backward(grad, out, 0)
-    if _folds(x, folded):
+    if folds(x, folded):
         m = fold(weight) if folded is None else folded
         dx = torch.addmm(g, g, m.T, alpha=step_size)
         dm = (x.T @ g).mul_(step_size)
         return dx, torch.addmm(dm, weight, dm + dm.T, alpha=-1)
-    r = _residual(x, weight)
+    r = residual(x, weight)
     dr = (g @ weight.T).mul_(step_size)
     dweight = (r.T @ g).mul_(step_size).addmm_(dr.T, x, alpha=-1)
     return g.add_(dr).addmm_(dr, weight, alpha=-1), dweight
 
 
-def _folds(x: Tensor, folded: Tensor | None) -> bool:
+def folds(x: Tensor, folded: Tensor | None) -> bool:
+    """Whether the folded route is the shorter one: M is known, or its d³ product is paid by the rows."""
     return folded is not None or x.shape[0] >= x.shape[1]
 
 
-def _residual(x: Tensor, weight: Tensor) -> Tensor:
+def residual(x: Tensor, weight: Tensor) -> Tensor:
+    """``r = x − x Wᵀ``, so that ``x W − x Wᵀ W = r W``."""
     return torch.addmm(x, x, weight.T, alpha=-1)

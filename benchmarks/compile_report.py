@@ -1,0 +1,180 @@
+"""Compile every Triton kernel for eight targets without a GPU: shared memory, registers and spills of what is launched.
+
+    python benchmarks/compile_report.py [--targets sm_90 gfx942] [--cases base] [--jobs 2] [--json report.json]
+
+The operators run on meta tensors of the sizes that CRATE models have; where they would launch a kernel, the kernel is
+compiled for the target instead, with the very options that a device of that kind would get. Exit status 1 if a kernel
+fails to compile, needs more shared memory than the target has, or spills without a reason in ``SPILLS``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import concurrent.futures
+import json
+import multiprocessing
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+SHARED_MEMORY = {
+    "sm_80": 163 * 1024,
+    "sm_86": 99 * 1024,
+    "sm_89": 99 * 1024,
+    "sm_90": 227 * 1024,
+    "sm_100": 227 * 1024,
+    "sm_120": 99 * 1024,
+    "gfx90a": 64 * 1024,
+    "gfx942": 64 * 1024,
+}
+"""Target -> bytes of shared memory that one program may use."""
+
+SPILLS: dict[tuple[str, str], str] = {}
+"""(target, kernel) -> why a spill is accepted."""
+
+
+# -- what is compiled ----------------------------------------------------------------------------------------------
+
+
+def attention(dtype, batch=2, tokens=197, heads=12, width=64, *, causal=False, lengths=False, value=False):
+    """One forward and one backward of subspace attention."""
+    import torch
+    from crate_kernels.ops.subspace_attention import triton as backend
+
+    w = torch.empty((batch, tokens, heads, width), dtype=dtype, device="meta")
+    hidden = torch.empty(batch, dtype=torch.int64, device="meta") if lengths else None
+    values = torch.empty_like(w) if value else None
+    o, lse = backend.forward(w, values, hidden, 0.125, causal)
+    backend.backward(o, w, values, hidden, o, lse, 0.125, causal)
+
+
+def cases() -> dict:
+    """Name -> function that runs operators on meta tensors."""
+    import torch
+
+    half, single = torch.bfloat16, torch.float32
+    return {
+        "attention": lambda: attention(half),
+        "attention long": lambda: attention(half, tokens=785),
+        "attention causal": lambda: attention(half, tokens=1024, causal=True),
+        "attention lengths value": lambda: attention(half, lengths=True, value=True),
+        "attention p=48": lambda: attention(half, width=48),
+        "attention p=80": lambda: attention(half, width=80),
+        "attention p=256": lambda: attention(half, width=256),
+        "attention float32": lambda: attention(single),
+        "attention float32 p=256": lambda: attention(single, width=256),
+    }
+
+
+# -- compiling -----------------------------------------------------------------------------------------------------
+
+
+class Driver:
+    """What Triton asks of a device's driver when it only compiles."""
+
+    def __init__(self, target):
+        self.target = target
+
+    def get_current_target(self):
+        return self.target
+
+    def get_current_device(self):
+        return str(self.target.arch)
+
+    def get_current_stream(self, device):
+        return 0
+
+
+def compile_case(target: str, case: str) -> list[dict]:
+    """Compile what ``case`` launches on ``target``; one row per kernel."""
+    import triton
+    from crate_kernels.ops.triton_kernels import launch
+    from triton.backends.compiler import GPUTarget
+
+    amd = target.startswith("gfx")
+    arch = target if amd else int(target.removeprefix("sm_"))
+    triton.runtime.driver.set_active(Driver(GPUTarget("hip" if amd else "cuda", arch, 64 if amd else 32)))
+    rows = []
+
+    def compile_only(kernel, grid, *arguments, **options):
+        compiled = kernel.warmup(*arguments, grid=(grid,), **options)
+        row = {"target": target, "case": case, "kernel": kernel.fn.__name__.strip("_"), "programs": grid}
+        row |= {name: value for name, value in options.items() if name.startswith(("BLOCK", "num_"))}
+        rows.append(row | {"shared": compiled.metadata.shared} | (amd_usage if amd else nvidia_usage)(compiled))
+
+    launch.launch = compile_only
+    launch.shared_memory = lambda device: SHARED_MEMORY[target]
+    cases()[case]()
+    return rows
+
+
+def nvidia_usage(compiled) -> dict:
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        text = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    usage = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", text)}
+    return {"registers": usage["REG"], "spilled": usage["STACK"] + usage["LOCAL"]}
+
+
+def amd_usage(compiled) -> dict:
+    text = compiled.asm["amdgcn"]
+    find = {
+        name: int(re.search(rf"\.{name}:\s*(\d+)", text)[1]) for name in ("vgpr_count", "private_segment_fixed_size")
+    }
+    return {"registers": find["vgpr_count"], "spilled": find["private_segment_fixed_size"]}
+
+
+def faults(row: dict) -> list[str]:
+    """What is wrong with one compiled kernel."""
+    found = []
+    if row["shared"] > SHARED_MEMORY[row["target"]]:
+        found.append("shared memory")
+    if row["spilled"] and (row["target"], row["kernel"]) not in SPILLS:
+        found.append("spills")
+    return found
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--targets", nargs="+", choices=SHARED_MEMORY, default=list(SHARED_MEMORY))
+    parser.add_argument("--cases", nargs="+", default=None, help="only cases whose names contain one of these words")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count())
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args(arguments)
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        parser.error("kernels are interpreted, not compiled, under TRITON_INTERPRET=1")
+    names = [c for c in cases() if options.cases is None or any(word in c for word in options.cases)]
+    rows: list[dict] = []
+    failed = []
+    with concurrent.futures.ProcessPoolExecutor(options.jobs, multiprocessing.get_context("spawn")) as pool:
+        tasks = {pool.submit(compile_case, t, c): (t, c) for t in options.targets for c in names}
+        for task, (target, case) in tasks.items():
+            try:
+                rows += task.result()
+            except Exception as error:
+                failed.append(f"{target} {case}: {error!r}")
+    for row in rows:
+        row["faults"] = faults(row)
+    if options.json:
+        options.json.write_text(json.dumps({"kernels": rows, "failed": failed}, indent=1))
+    print("| target | case | kernel | tile | warps | stages | shared | registers | spilled | |")
+    print("|---|---|---|---|---|---|---|---|---|---|")
+    for row in rows:
+        tile = " x ".join(str(v) for k, v in row.items() if k.startswith("BLOCK"))
+        launch = f"{row.get('num_warps', '')} | {row.get('num_stages', '')}"
+        usage = f"{row['shared']} | {row['registers']} | {row['spilled']} | {', '.join(row['faults'])}"
+        print(f"| {row['target']} | {row['case']} | {row['kernel']} | {tile} | {launch} | {usage} |")
+    for line in failed:
+        print(line)
+    return 1 if failed or any(row["faults"] for row in rows) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,100 @@
+"""LayerNorm, subspace attention, output projection and residual in Triton: three launches over the rows forward.
+
+The projection normalises its rows itself, the output projection adds bias and residual. In the backward the products
+without an epilogue are the vendor's; one pass over the rows does LayerNorm, residual and their parameters' gradients.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ..subspace_attention import triton as attention
+from ..triton_kernels.layer_norm import MAX_WIDTH, layer_norm_backward
+from ..triton_kernels.product import fold_norm, product
+
+
+def why_not(
+    z: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    u_weight: Tensor,
+    out_weight: Tensor | None,
+    out_bias: Tensor | None,
+    lengths: Tensor | None,
+    heads: int,
+    scale: float,
+    causal: bool,
+    *_,
+) -> str | None:
+    if z.shape[-1] > MAX_WIDTH:
+        return f"the Triton LayerNorm kernel takes rows of up to {MAX_WIDTH} channels, not {z.shape[-1]}"
+    return attention.why_not_width(u_weight.shape[0] // heads, z)
+
+
+def forward(
+    z: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    u_weight: Tensor,
+    out_weight: Tensor | None,
+    out_bias: Tensor | None,
+    lengths: Tensor | None,
+    heads: int,
+    scale: float,
+    causal: bool,
+    step_size: float,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """-> ``out (B, N, d)``, ``w, o (B, N, H, p)``, ``lse (B, H, N)``, ``mean, rstd (B, N)``."""
+    batch, tokens, width = z.shape
+    rows = z.reshape(-1, width)
+    w, mean, rstd = product(rows, fold_norm(u_weight.T, norm_weight, norm_bias, eps))
+    w = w.view(batch, tokens, heads, -1)
+    o, lse = attention.forward(w, None, lengths, scale, causal)
+    if out_weight is None:
+        out = z.add(o.flatten(2), alpha=step_size).contiguous()
+    else:
+        (out,) = product(o.view(rows.shape[0], -1), out_weight.T, alpha=step_size, bias=out_bias, residual=rows)
+    return out.view(z.shape), w, o, lse, mean.view(batch, tokens), rstd.view(batch, tokens)
+
+
+def backward(
+    grad: Tensor,
+    z: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    u_weight: Tensor,
+    out_weight: Tensor | None,
+    out_bias: Tensor | None,
+    lengths: Tensor | None,
+    w: Tensor,
+    o: Tensor,
+    lse: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    scale: float,
+    causal: bool,
+    step_size: float,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+    """-> ``(dz, dnorm_weight, dnorm_bias, du_weight, dout_weight, dout_bias)``, the last two None where absent."""
+    step = grad.reshape(-1, z.shape[-1])
+    rows = z.reshape(-1, z.shape[-1])
+    if out_weight is None:
+        dout_weight = None
+        do = step if step_size == 1 else step_size * step
+    else:
+        # The step size goes with the small factor, not over the rows.
+        dout_weight = _scaled(step.T @ o.view(rows.shape[0], -1), step_size)
+        do = step @ (out_weight if step_size == 1 else step_size * out_weight)
+    dw, _ = attention.backward(do.view(o.shape), w, None, lengths, o, lse, scale, causal)
+    dw = dw.view(rows.shape[0], -1)
+    dz, dnorm_weight, dnorm_bias, x, total = layer_norm_backward(
+        dw @ u_weight, rows, norm_weight, norm_bias, mean.view(-1), rstd.view(-1), residual=step
+    )
+    dout_bias = None if out_bias is None else _scaled(total, step_size).to(out_bias.dtype)
+    return dz.view(z.shape), dnorm_weight, dnorm_bias, dw.T @ x, dout_weight, dout_bias
+
+
+def _scaled(gradient: Tensor, step_size: float) -> Tensor:
+    return gradient if step_size == 1 else gradient.mul_(step_size)

@@ -1,0 +1,79 @@
+"""Tile sizes and launch options of the Triton kernels: a short table per kernel, one row per class of shapes.
+
+A row is taken if the operand's row is no longer than its ``bytes``, there are at least ``rows`` rows, and the device
+has at least ``shared`` bytes of shared memory for one program; the first such row wins. Nothing is measured at import
+or at run time. ``override`` (or the environment variable, as JSON) replaces single options for experiments::
+
+    CRATE_KERNELS_TRITON='{"attention_forward": {"BLOCK_M": 128, "num_warps": 8}}'
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Iterator
+
+import triton
+from torch import Tensor
+
+from . import launch
+
+ENVIRONMENT_VARIABLE = "CRATE_KERNELS_TRITON"
+
+ANY = 1 << 30
+
+
+def _tiles(block_m: int, block_n: int, warps: int, stages: int, **more) -> dict:
+    return {"BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": warps, "num_stages": stages, **more}
+
+
+# (bytes, rows, shared, options)
+TABLE = {
+    "attention_forward": (
+        (128, 512, 0, _tiles(128, 64, 4, 2, MAX_FREE=True)),
+        (128, 0, 0, _tiles(64, 64, 4, 2, MAX_FREE=False)),
+        (256, 0, 0, _tiles(64, 64, 4, 2, MAX_FREE=False)),
+        (512, 0, 0, _tiles(64, 32, 4, 2, MAX_FREE=False)),
+        (ANY, 0, 0, _tiles(32, 16, 4, 1, MAX_FREE=False)),
+    ),
+    "attention_delta": ((ANY, 0, 0, {"BLOCK_M": 64, "num_warps": 4}),),
+    "attention_backward": (
+        (128, 0, 0, _tiles(64, 64, 4, 2)),
+        (256, 0, 0, _tiles(64, 32, 4, 2)),
+        (512, 0, 0, _tiles(32, 32, 4, 1)),
+        (ANY, 0, 0, _tiles(16, 16, 4, 1)),
+    ),
+    "fold_norm": ((ANY, 0, 0, {"BLOCK_K": 128, "BLOCK_N": 16, "num_warps": 4}),),
+    "product": ((ANY, 0, 0, _tiles(64, 64, 4, 3, BLOCK_K=32)),),
+}
+
+_overrides: dict[str, dict] = json.loads(os.environ.get(ENVIRONMENT_VARIABLE) or "{}")
+
+
+def configuration(kernel: str, operand: Tensor, rows: int, width: int) -> dict:
+    """Launch options of ``kernel`` for an operand of ``rows`` rows of ``width`` elements."""
+    size = triton.next_power_of_2(width) * operand.element_size()
+    memory = launch.shared_memory(operand.device)
+    options = next(
+        options
+        for bytes_, least, shared, options in TABLE[kernel]
+        if size <= bytes_ and rows >= least and memory >= shared
+    )
+    return options | _overrides.get(kernel, {})
+
+
+@contextlib.contextmanager
+def override(kernel: str, **options) -> Iterator[None]:
+    """Replace launch options of ``kernel`` inside the ``with`` block."""
+    if kernel not in TABLE:
+        raise ValueError(f"unknown kernel {kernel!r}; accepted are {', '.join(TABLE)}")
+    previous = _overrides.get(kernel)
+    _overrides[kernel] = (previous or {}) | options
+    try:
+        yield
+    finally:
+        if previous is None:
+            del _overrides[kernel]
+        else:
+            _overrides[kernel] = previous

@@ -1,0 +1,63 @@
+"""Where Triton kernels can run, and how they are launched."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+import triton
+from torch import Tensor
+
+INTERPRETED = triton.knobs.runtime.interpret
+"""True under ``TRITON_INTERPRET=1``: kernels are then run by Triton's interpreter, on CPU tensors too."""
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+def why_not(tensor: Tensor) -> str | None:
+    """The reason why no Triton kernel can run on ``tensor``, the first argument of an operator; None if one can."""
+    if tensor.dtype not in DTYPES:
+        return f"Triton kernels compute in float32 and do not take {str(tensor.dtype).removeprefix('torch.')}"
+    device = tensor.device
+    if INTERPRETED and device.type in ("cpu", "cuda"):
+        return None
+    if device.type != "cuda":
+        return f"Triton kernels need a CUDA or ROCm device, or TRITON_INTERPRET=1; the tensors are on {device.type}"
+    if torch.version.hip is None:
+        properties = torch.cuda.get_device_properties(device)
+        if properties.major < 8:
+            return f"Triton kernels need compute capability 8.0; {device} has {properties.major}.{properties.minor}"
+    return None
+
+
+def launch(kernel, grid: int, tensor: Tensor, *arguments, **options):
+    """Run ``kernel`` with ``grid`` programs on the device of ``tensor``, its first argument."""
+    # The kernels count on fused multiply-adds; Triton's own default differs between versions.
+    options["enable_fp_fusion"] = True
+    if tensor.device.type == "cuda" and tensor.device.index != torch.cuda.current_device():
+        with torch.cuda.device(tensor.device):
+            kernel[(grid,)](tensor, *arguments, **options)
+    else:
+        kernel[(grid,)](tensor, *arguments, **options)
+
+
+def dot_precision(dtype: torch.dtype) -> str:
+    """``input_precision`` of ``tl.dot``: float32 is multiplied as tf32 only where torch's own flag allows it."""
+    allowed = torch.backends.cuda.matmul.fp32_precision == "tf32" and torch.version.hip is None
+    return "tf32" if dtype == torch.float32 and allowed else "ieee"
+
+
+@functools.cache
+def shared_memory(device: torch.device) -> int:
+    """Bytes of shared memory that one program may use."""
+    if device.type != "cuda":
+        return 64 * 1024
+    properties = torch.cuda.get_device_properties(device)
+    if torch.version.hip is not None:
+        return properties.shared_memory_per_block
+    return properties.shared_memory_per_block_optin
+
+
+def unit_stride(tensor: Tensor) -> Tensor:
+    """``tensor`` itself where its last axis is dense, else a contiguous copy."""
+    return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()

@@ -1,0 +1,17 @@
+# The common jobs. PYTHON is the interpreter of an environment in which `make install` may install.
+PYTHON ?= python
+
+.PHONY: install lint test bench
+
+install:
+	$(PYTHON) -m pip install -e '.[train,test]'
+
+lint:
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m ruff format --check .
+
+test: lint
+	$(PYTHON) -m pytest
+
+bench:
+	$(PYTHON) -m pytest benchmarks --benchmark-only

@@ -9,8 +9,9 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from typing import BinaryIO
 
 import safetensors
 import safetensors.torch
@@ -36,14 +37,24 @@ class KeyMap:
     Args:
         table: public prefix -> our prefix. A prefix stands for itself and for everything below it (``prefix.weight``).
         ignored: patterns of public keys that carry nothing (mask buffers, unused tables) and are dropped when read.
+        transposed: patterns of public keys whose matrices are the transposes of ours.
+        tied: public key -> the public key whose tensor it repeats; read from either, written under both.
     """
 
-    def __init__(self, table: Mapping[str, str], ignored: Iterable[str] = ()):
+    def __init__(
+        self,
+        table: Mapping[str, str],
+        ignored: Iterable[str] = (),
+        transposed: Iterable[str] = (),
+        tied: Mapping[str, str] | None = None,
+    ):
         self._to_native = [(_pattern(public), native) for public, native in _longest_first(table.items())]
         self._to_public = [
             (_pattern(native), public) for native, public in _longest_first((n, p) for p, n in table.items())
         ]
         self._ignored = [re.compile(pattern) for pattern in ignored]
+        self._transposed = [re.compile(pattern) for pattern in transposed]
+        self._tied = dict(tied or {})
 
     def native(self, key: str) -> str | None:
         """Our name of a public key; None if the layout does not know it."""
@@ -55,6 +66,24 @@ class KeyMap:
 
     def ignores(self, key: str) -> bool:
         return any(pattern.fullmatch(key) for pattern in self._ignored)
+
+    def oriented(self, key: str, value: Tensor) -> Tensor:
+        """The tensor of a public key as the other layout holds it: its transpose, a view, where the layouts differ."""
+        return value.T if any(pattern.fullmatch(key) for pattern in self._transposed) else value
+
+    def tie(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """A public state with the repeated keys added; those of which ``state`` lacks the original are left out."""
+        return {**state, **{key: state[original] for key, original in self._tied.items() if original in state}}
+
+    def untie(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """A public state without the repeated keys, or an error where one does not repeat its original."""
+        state = dict(state)
+        for key, original in self._tied.items():
+            if key in state:
+                value = state.pop(key)
+                if not torch.equal(state.setdefault(original, value), value):
+                    raise CheckpointError(f"{key} and {original} differ, but this architecture ties them")
+        return state
 
     def recognises(self, keys: Iterable[str]) -> bool:
         """Whether any key is a public name that is not also one of ours."""
@@ -130,14 +159,17 @@ def write(path: str | os.PathLike, state: Mapping[str, Tensor], metadata: Mappin
     write_atomically(path, payload)
 
 
-def write_atomically(path: str | os.PathLike, payload: bytes) -> None:
-    """Replace a file's content in one step: written beside it, flushed to disk, renamed."""
+def write_atomically(path: str | os.PathLike, payload: bytes | Callable[[BinaryIO], object]) -> None:
+    """Replace a file's content in one step: written beside it, flushed to disk, renamed.
+
+    ``payload`` is the content, or a function that writes it to the file it is given.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
-            file.write(payload)
+            payload(file) if callable(payload) else file.write(payload)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -155,7 +187,7 @@ def to_native(state: Mapping[str, Tensor], model: nn.Module, layout: KeyMap | No
     name = dict.fromkeys(wanted)
     if layout is not None and layout.recognises(state):
         name = {key: layout.public(key) for key in wanted}
-        state = {key: value for key, value in state.items() if not layout.ignores(key)}
+        state = {key: layout.oriented(key, v) for key, v in layout.untie(state).items() if not layout.ignores(key)}
     else:
         name = {key: key for key in wanted}
     native = {public: key for key, public in name.items() if public is not None}
@@ -187,5 +219,6 @@ def _some(entries: list[str], most: int = 12) -> str:
 
 
 def to_public(model: nn.Module, layout: KeyMap) -> dict[str, Tensor]:
-    """The model's weights under the public layout's names: the same tensors."""
-    return {layout.public(key): value for key, value in model.state_dict().items()}
+    """The model's weights under the public layout's names: the same tensors, or views of them."""
+    public = {layout.public(key): value for key, value in model.state_dict().items()}
+    return layout.tie({key: layout.oriented(key, value) for key, value in public.items()})

@@ -1,0 +1,65 @@
+"""The command ``crate-kernels``: a table of subcommands, each imported only when it is asked for."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+
+from .version import __version__
+
+COMMANDS = {
+    "train": ("crate_kernels.training.command", "train a CRATE classifier on real images"),
+    "analyze": ("crate_kernels.analysis.command", "measure coding rate and sparsity, layer by layer"),
+    "info": ("crate_kernels.collect_env", "print versions, devices and why each backend can or cannot run"),
+}
+"""Subcommand -> the module that offers ``add_arguments(parser)`` and ``run(args)``, and one line of help."""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one subcommand and return its exit code: 0, 2 after an expected error, 130 after an interrupt."""
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    parser = argparse.ArgumentParser("crate-kernels", description="White-box transformers with kernels of their own.")
+    parser.add_argument("--version", action="version", version=__version__)
+    subparsers = parser.add_subparsers(dest="command", metavar="command", required=True)
+    try:
+        for name, (module, line) in COMMANDS.items():
+            subparser = subparsers.add_parser(name, help=line, description=line[0].upper() + line[1:] + ".")
+            subparser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+            if name in arguments[:1]:
+                importlib.import_module(module).add_arguments(subparser)
+        args = parser.parse_args(arguments)
+        return importlib.import_module(COMMANDS[args.command][0]).run(args) or 0
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except Exception as error:
+        if "--debug" in arguments or not expected(error):
+            raise
+        print(f"crate-kernels: {sentence(error)}", file=sys.stderr)
+        return 2
+
+
+def expected(error: Exception) -> bool:
+    """Whether an error is the user's to mend (a wrong argument, file or installation) and not a defect of ours.
+
+    Files, values and backends are refused with these types and a full sentence; the subclasses excluded here
+    come from code that does not know it went wrong.
+    """
+    if isinstance(error, ImportError):
+        return not (error.name or "").startswith("crate_kernels")
+    defects = (NotImplementedError, RecursionError, UnicodeError)
+    return isinstance(error, (OSError, ValueError, TypeError, RuntimeError)) and not isinstance(error, defects)
+
+
+def sentence(error: Exception) -> str:
+    """The message for one line of the terminal."""
+    if isinstance(error, ModuleNotFoundError) and error.name:
+        return f"this command needs the package {error.name.split('.')[0]}: pip install 'crate_kernels[train]'"
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+if __name__ == "__main__":
+    sys.exit(main())

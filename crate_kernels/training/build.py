@@ -1,0 +1,49 @@
+"""The model of a run, new or from a checkpoint's weights."""
+
+from __future__ import annotations
+
+from ..models import CRATE, CheckpointError, CrateModel, checkpoint, create_model
+from .config import Config
+from .data import ImageData
+
+
+def build_model(config: Config, data: ImageData) -> CrateModel:
+    """The model that ``config`` describes, with a head for the classes of ``data``.
+
+    Raises:
+        ValueError: sizes do not fit each other.
+        CheckpointError: the weights of ``config.init`` do not fit.
+    """
+    options = dict(num_classes=len(data.classes), channels=data.channels, pool=config.pool, dropout=config.dropout)
+    optional = dict(patch_size=config.patch_size, image_size=config.image_size, ista=config.step_size)
+    options |= {name: value for name, value in optional.items() if value is not None}
+    if config.model is not None:
+        model = create_model(config.model, **options)
+    else:
+        options.setdefault("image_size", data.image_size or 224)
+        sizes = dict(dim=config.dim, depth=config.depth, heads=config.heads, dim_head=config.dim // config.heads)
+        model = CRATE(**options, **sizes)
+    if config.init is not None:
+        load_initial(model, config.init, config.new_head)
+    return model
+
+
+def load_initial(model: CrateModel, path: str, new_head: bool) -> None:
+    """Load weights to start from; with ``new_head`` all but the head's."""
+    state, _ = checkpoint.read(path)
+    for name in ("head.weight", "head.bias"):
+        for key in {name, model.layout.public(name)} & state.keys():
+            if new_head:
+                state[key] = model.state_dict()[name]
+            elif state[key].shape[0] != model.num_classes:
+                raise CheckpointError(
+                    f"{path} was trained for {state[key].shape[0]} classes, the data has {model.num_classes}; "
+                    "--new-head starts the head anew"
+                )
+    model.load_state_dict(state)
+
+
+def image_size(model: CrateModel) -> tuple[int, int]:
+    """(height, width) of the images that ``model`` was built for."""
+    size = model.config["image_size"]
+    return (size, size) if isinstance(size, int) else tuple(size)

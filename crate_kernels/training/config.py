@@ -1,0 +1,162 @@
+"""Every option of a training run, in one place, with the defaults that each data set takes."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+from ..models.registry import FACTORIES
+from ..ops.backends import FILES
+
+RECIPES: dict[str, dict[str, Any]] = {
+    # 5,000 digits: a small model, enough epochs, and no mirror images, which are other characters.
+    "mnist5k": dict(dim=96, depth=4, heads=4, patch_size=7, epochs=30, flip=0.0, crop=0.8),
+    # 60,000 garments in under six minutes on two cores: 17 tokens an image.
+    "fashion-mnist": dict(dim=128, depth=4, heads=4, patch_size=7, epochs=12, flip=0.5, crop=0.85),
+    "cifar10": dict(dim=192, depth=8, heads=6, patch_size=4, epochs=100, flip=0.5, crop=0.6),
+}
+"""Data set -> what differs from the defaults of :class:`Config`. Folders of images take ``FOLDER``."""
+
+FOLDER: dict[str, Any] = dict(model="crate_tiny_patch16_224", epochs=100, learning_rate=3e-4, flip=0.5, crop=0.3)
+
+ARCHITECTURE = ("dim", "depth", "heads")
+
+
+def _option(default, text: str, group: str, **keywords):
+    return dataclasses.field(default=default, metadata={"help": text, "group": group, **keywords})
+
+
+@dataclass
+class Config:
+    """What a run does. Two runs with equal ``fixed()`` values on one machine end with equal weights."""
+
+    data: str = _option("mnist5k", "mnist5k, fashion-mnist, cifar10, or a folder of class folders", "data")
+    root: str | None = _option(None, "where the named data set's files are, in torchvision's layout", "data")
+    num_classes: int | None = _option(None, "size of the head; must be the number of classes in the data", "data")
+    crop: float = _option(1.0, "smallest share of an image's area that a random crop keeps; 1 crops nothing", "data")
+    flip: float = _option(0.0, "probability of mirroring an image", "data")
+    auto_augment: str | None = _option(None, "timm's policy, such as rand-m9-mstd0.5", "data")
+    mixup: float = _option(0.0, "mixup's alpha", "data")
+    cutmix: float = _option(0.0, "cutmix's alpha", "data")
+
+    model: str | None = _option(None, "a registered model, instead of dim, depth and heads", "model", choices=FACTORIES)
+    dim: int | None = _option(None, "width of the tokens", "model")
+    depth: int | None = _option(None, "number of layers", "model")
+    heads: int | None = _option(None, "number of attention heads", "model")
+    patch_size: int | None = _option(None, "pixels along a patch", "model")
+    image_size: int | None = _option(None, "pixels along an image; images of another size are resized", "model")
+    pool: str = _option("cls", "what the head reads", "model", choices=("cls", "mean"))
+    step_size: float | None = _option(None, "step size of the ISTA steps", "model")
+    dropout: float = _option(0.0, "dropout in the layers", "model")
+    init: str | None = _option(None, "checkpoint whose weights to start from", "model")
+    new_head: bool = _option(False, "leave the head of --init out, for other classes", "model")
+
+    epochs: int = _option(30, "passes over the training images", "optimisation")
+    batch_size: int = _option(128, "images per optimiser step and accumulation", "optimisation")
+    accumulate: int = _option(1, "batches whose gradients make one optimiser step", "optimisation")
+    optimizer: str = _option("adamw", "any of timm's, such as adamw or lion", "optimisation")
+    learning_rate: float = _option(1e-3, "after the warm-up", "optimisation")
+    weight_decay: float = _option(0.05, "of matrices, not of biases and norms", "optimisation")
+    schedule: str = _option("cosine", "timm's learning-rate schedule", "optimisation")
+    warmup_epochs: float = _option(1.0, "epochs of linear warm-up", "optimisation")
+    clip_grad: float = _option(1.0, "largest norm of the gradient; 0 does not clip", "optimisation")
+    label_smoothing: float = _option(0.1, "share of the target given to all classes", "optimisation")
+    ema: float = _option(
+        0.0, "decay of a moving average of the weights, used for evaluation; 0 keeps none", "optimisation"
+    )
+    seed: int = _option(0, "of weights, data order and augmentation", "optimisation")
+
+    precision: str = _option(
+        "auto", "auto takes bf16 where a short measurement finds it faster", "machine", choices=("auto", "fp32", "bf16")
+    )
+    backend: str | None = _option(
+        None, "backend of the operators, instead of the automatic choice", "machine", choices=FILES
+    )
+    device: str = _option("auto", "cpu, cuda, cuda:1 ...; auto takes a GPU if there is one", "machine")
+    compile: bool = _option(False, "train through torch.compile", "machine")
+    workers: int | None = _option(None, "processes that prepare batches", "machine")
+
+    output: str = _option("runs/{data}", "folder of everything the run writes", "output")
+    checkpoint_seconds: float = _option(30.0, "write the state this often, besides after every epoch", "output")
+    log_steps: int = _option(50, "optimiser steps between two records of the metrics log", "output")
+
+    def fixed(self) -> dict[str, Any]:
+        """The values that decide the result: a resumed run must agree on them."""
+        return {name: value for name, value in dataclasses.asdict(self).items() if name not in FREE}
+
+
+FREE = ("device", "workers", "output", "checkpoint_seconds", "log_steps", "root")
+"""Options that do not change the resulting weights."""
+
+_FIELDS = {field.name: field for field in dataclasses.fields(Config)}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """An argument for each field of :class:`Config`. Arguments not given stay out of the parsed namespace."""
+    groups: dict[str, Any] = {}
+    for field in _FIELDS.values():
+        metadata = dict(field.metadata)
+        title = metadata.pop("group")
+        group = groups.setdefault(title, parser.add_argument_group(title))
+        kind = str(field.type).removesuffix(" | None")
+        if kind == "bool":
+            metadata["action"] = "store_true"
+        else:
+            metadata["type"] = {"int": int, "float": float, "str": str}[kind]
+            metadata["metavar"] = None if "choices" in metadata else field.name.upper()
+            if field.default is not None:
+                metadata["help"] += f" (default {field.default})"
+        group.add_argument(f"--{field.name.replace('_', '-')}", dest=field.name, default=argparse.SUPPRESS, **metadata)
+
+
+def given(args: argparse.Namespace) -> dict[str, Any]:
+    """The fields of :class:`Config` that the command line names."""
+    return {name: value for name, value in vars(args).items() if name in _FIELDS}
+
+
+def resolve(options: dict[str, Any]) -> Config:
+    """The configuration of a new run: the data set's recipe under the given ``options``.
+
+    Raises:
+        ValueError: a value is out of its range, or two exclude each other.
+    """
+    data = options.get("data", _FIELDS["data"].default)
+    recipe = dict(RECIPES.get(data, FOLDER))
+    if options.get("model") is not None:
+        if named := [name for name in ARCHITECTURE if options.get(name) is not None]:
+            raise ValueError(f"--model fixes the architecture; leave out {', '.join('--' + name for name in named)}")
+        recipe = {name: value for name, value in recipe.items() if name not in (*ARCHITECTURE, "patch_size")}
+    elif any(options.get(name) is not None for name in ARCHITECTURE):
+        recipe.pop("model", None)
+    config = Config(**recipe | options)
+    if config.model is None and None in (config.dim, config.depth, config.heads, config.patch_size):
+        raise ValueError("a model needs --dim, --depth, --heads and --patch-size, or --model")
+    for name in (
+        "dim",
+        "depth",
+        "heads",
+        "patch_size",
+        "image_size",
+        "epochs",
+        "batch_size",
+        "accumulate",
+        "log_steps",
+    ):
+        value = getattr(config, name)
+        if value is not None and value < 1:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
+    for name, low, high in (("crop", 0.01, 1), ("flip", 0, 1), ("label_smoothing", 0, 0.99), ("ema", 0, 0.99999),
+                            ("dropout", 0, 0.99)):  # fmt: skip
+        if not low <= getattr(config, name) <= high:
+            raise ValueError(f"--{name.replace('_', '-')} must lie in {low}..{high}, got {getattr(config, name)}")
+    for name in ("learning_rate", "weight_decay", "warmup_epochs", "clip_grad", "mixup", "cutmix", "seed", "workers"):
+        value = getattr(config, name)
+        if value is not None and value < 0:
+            raise ValueError(f"--{name.replace('_', '-')} must not be negative, got {value}")
+    if config.dim and config.dim % config.heads:
+        raise ValueError(f"--heads {config.heads} does not divide --dim {config.dim}")
+    if (config.mixup or config.cutmix) and config.batch_size % 2:
+        raise ValueError(f"mixup and cutmix pair the images of a batch: --batch-size {config.batch_size} must be even")
+    return config

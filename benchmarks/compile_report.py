@@ -51,6 +51,43 @@ def attention(dtype, batch=2, tokens=197, heads=12, width=64, *, causal=False, l
     backend.backward(o, w, values, hidden, o, lse, 0.125, causal)
 
 
+def mssa_block(dtype, batch=256, tokens=197, heads=12, width=64):
+    """One forward and one backward of the attention block."""
+    import torch
+
+    from crate_kernels.ops.mssa_block import triton as backend
+
+    def empty(*shape, dtype=dtype):
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    dim = heads * width
+    norm = [empty(dim, dtype=torch.float32), empty(dim, dtype=torch.float32)]
+    arguments = empty(batch, tokens, dim), *norm, empty(dim, dim), empty(dim, dim), empty(dim), None
+    out, *saved = backend.forward(*arguments, heads, 0.125, False, 1.0, 1e-5)
+    backend.backward(out, *arguments, *saved, 0.125, False, 1.0, 1e-5)
+
+
+def ista(dtype, rows=256 * 197, dim=768):
+    """One forward and one backward of the ISTA step, of its block, and of the overcomplete step."""
+    import torch
+
+    from crate_kernels.ops.ista_block import triton as block
+    from crate_kernels.ops.ista_step import triton as step
+    from crate_kernels.ops.overcomplete_ista import triton as overcomplete
+
+    def empty(*shape, dtype=dtype):
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    x, weight, dictionary = empty(rows, dim), empty(dim, dim), empty(dim, 4 * dim)
+    norm = [empty(dim, dtype=torch.float32), empty(dim, dtype=torch.float32)]
+    out = step.forward(x, weight, None, 0.1, 0.1)
+    step.backward(out, x, weight, None, out, 0.1)
+    out, *statistics = block.forward(x, *norm, weight, None, 0.1, 0.1, 1e-5)
+    block.backward(out, x, *norm, weight, None, out, *statistics, 0.1, 1e-5)
+    out, *codes = overcomplete.forward(x, dictionary, None, 0.1, 0.1)
+    overcomplete.backward(out, x, dictionary, None, *codes, 0.1)
+
+
 def cases() -> dict:
     """Name -> function that runs operators on meta tensors."""
     import torch
@@ -66,6 +103,10 @@ def cases() -> dict:
         "attention p=256": lambda: attention(half, width=256),
         "attention float32": lambda: attention(single),
         "attention float32 p=256": lambda: attention(single, width=256),
+        "mssa_block": lambda: mssa_block(half),
+        "ista": lambda: ista(half),
+        "ista few rows": lambda: ista(half, rows=1000),
+        "ista float32": lambda: ista(single),
     }
 
 

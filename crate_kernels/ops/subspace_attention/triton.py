@@ -292,7 +292,7 @@ def _pair(
             p = tl.where((j[None, :] < visible) & (j[None, :] <= i), p, 0.0)
         elif MASKED or HIDING:
             p = tl.where(j[None, :] < visible, p, 0.0)
-        ds += p * (dot(g_i, tl.trans(v_j), None, PRECISION) - delta_i[:, None])
+        ds += p * dot(g_i, tl.trans(v_j), tl.broadcast_to(-delta_i[:, None], [BLOCK_M, BLOCK_N]), PRECISION)
     if KEY:
         g_j = _rows(g, g_n, start, tokens, P, WIDTH, BLOCK_N, MASKED)
         # No query beyond the last token: exp(-inf).
@@ -306,7 +306,7 @@ def _pair(
                 p = tl.where((i < visible) & (i <= j[None, :]), p, 0.0)
             elif HIDING:
                 p = tl.where(i < visible, p, 0.0)
-        ds += p * (dot(v_i, tl.trans(g_j), None, PRECISION) - delta_j[None, :])
+        ds += p * dot(v_i, tl.trans(g_j), tl.broadcast_to(-delta_j[None, :], [BLOCK_M, BLOCK_N]), PRECISION)
         if value is None:
             dw = dot(rounded(p, g_j.dtype), g_j, dw, PRECISION)
         else:
@@ -355,11 +355,18 @@ def _backward(
                 P, WIDTH, BLOCK_M, BLOCK_N, True, False, False, False, HIDING, False, PRECISION,
             )  # fmt: skip
         after = tl.minimum(first + BLOCK_M, tokens)
+        # Both roles at once would need one product less on these few tiles, and more registers in the whole kernel.
+        for start in range(first, tl.minimum(after, visible), BLOCK_N):
+            dw, dv = _pair(
+                dw, dv, w_i, g_i, v_i, lse_i, delta_i, first, start,
+                g, w, value, lse, delta, g_n, w_n, v_n, tokens, visible, scale, 0.0,
+                P, WIDTH, BLOCK_M, BLOCK_N, True, False, True, True, HIDING, False, PRECISION,
+            )  # fmt: skip
         for start in range(first, after, BLOCK_N):
             dw, dv = _pair(
                 dw, dv, w_i, g_i, v_i, lse_i, delta_i, first, start,
                 g, w, value, lse, delta, g_n, w_n, v_n, tokens, visible, scale, 0.0,
-                P, WIDTH, BLOCK_M, BLOCK_N, True, True, True, True, HIDING, False, PRECISION,
+                P, WIDTH, BLOCK_M, BLOCK_N, False, True, True, True, HIDING, False, PRECISION,
             )  # fmt: skip
         end = tokens
         if first >= visible:

@@ -1,8 +1,9 @@
 """Tile sizes and launch options of the Triton kernels: a short table per kernel, one row per class of shapes.
 
-A row is taken if the operand's row is no longer than its ``bytes``, there are at least ``rows`` rows, and the device
-has at least ``shared`` bytes of shared memory for one program; the first such row wins. Nothing is measured at import
-or at run time. ``override`` (or the environment variable, as JSON) replaces single options for experiments::
+A row is taken if elements are no larger than its ``size``, operand rows no wider than its ``width``, there are at least
+``rows`` rows, and the device has at least ``shared`` bytes of shared memory for one program; the first such row wins.
+Nothing is measured at import or at run time. ``override`` (or the environment variable, as JSON) replaces single
+options for experiments::
 
     CRATE_KERNELS_TRITON='{"attention_forward": {"BLOCK_M": 128, "num_warps": 8}}'
 """
@@ -14,7 +15,6 @@ import json
 import os
 from collections.abc import Iterator
 
-import triton
 from torch import Tensor
 
 from . import launch
@@ -22,45 +22,51 @@ from . import launch
 ENVIRONMENT_VARIABLE = "CRATE_KERNELS_TRITON"
 
 ANY = 1 << 30
+ROOMY = 160 * 1024
+"""Shared memory of the data-centre parts; the others have 99 KiB, or 64 on AMD."""
 
 
 def _tiles(block_m: int, block_n: int, warps: int, stages: int, **more) -> dict:
     return {"BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": warps, "num_stages": stages, **more}
 
 
-# (bytes, rows, shared, options)
+# (size, width, rows, shared, options)
 TABLE = {
     "attention_forward": (
-        (128, 512, 0, _tiles(128, 64, 4, 2, MAX_FREE=True)),
-        (128, 0, 0, _tiles(64, 64, 4, 2, MAX_FREE=False)),
-        (256, 0, 0, _tiles(64, 64, 4, 2, MAX_FREE=False)),
-        (512, 0, 0, _tiles(64, 32, 4, 2, MAX_FREE=False)),
-        (ANY, 0, 0, _tiles(32, 16, 4, 1, MAX_FREE=False)),
+        (2, 64, 512, 0, _tiles(128, 64, 4, 2, MAX_FREE=True)),
+        (2, 64, 0, 0, _tiles(64, 64, 4, 2, MAX_FREE=False)),
+        (2, 128, 0, 0, _tiles(64, 64, 4, 2, MAX_FREE=False)),
+        (2, 256, 0, 0, _tiles(64, 32, 4, 2, MAX_FREE=False)),
+        (4, 128, 0, 0, _tiles(32, 32, 4, 2, MAX_FREE=False)),
+        (4, 256, 0, 0, _tiles(32, 16, 4, 1, MAX_FREE=False)),
     ),
-    "attention_delta": ((ANY, 0, 0, {"BLOCK_M": 64, "num_warps": 4}),),
+    "attention_delta": ((4, 256, 0, 0, {"BLOCK_M": 64, "num_warps": 4}),),
     "attention_backward": (
-        (128, 0, 0, _tiles(64, 64, 4, 2)),
-        (256, 0, 0, _tiles(64, 32, 4, 2)),
-        (512, 0, 0, _tiles(32, 32, 4, 1)),
-        (ANY, 0, 0, _tiles(16, 16, 4, 1)),
+        (2, 64, 0, 0, _tiles(64, 64, 4, 2)),
+        (2, 128, 0, 0, _tiles(64, 32, 4, 2)),
+        (2, 256, 0, 0, _tiles(32, 32, 4, 1)),
+        (4, 128, 0, 0, _tiles(32, 16, 4, 1)),
+        (4, 256, 0, 0, _tiles(16, 16, 4, 1)),
     ),
-    "fold_norm": ((ANY, 0, 0, {"BLOCK_K": 128, "BLOCK_N": 16, "num_warps": 4}),),
-    "product": ((ANY, 0, 0, _tiles(64, 64, 4, 3, BLOCK_K=32)),),
+    "fold_norm": ((4, ANY, 0, 0, {"BLOCK_K": 128, "BLOCK_N": 16, "num_warps": 4}),),
+    "product": (
+        (2, ANY, 4096, ROOMY, _tiles(128, 128, 8, 3, BLOCK_K=64)),
+        (2, ANY, 4096, 0, _tiles(128, 128, 8, 2, BLOCK_K=32)),
+        (2, ANY, 0, 0, _tiles(64, 64, 4, 2, BLOCK_K=64)),
+        (4, ANY, 0, 0, _tiles(64, 64, 4, 2, BLOCK_K=32)),
+    ),
 }
 
 _overrides: dict[str, dict] = json.loads(os.environ.get(ENVIRONMENT_VARIABLE) or "{}")
 
 
 def configuration(kernel: str, operand: Tensor, rows: int, width: int) -> dict:
-    """Launch options of ``kernel`` for an operand of ``rows`` rows of ``width`` elements."""
-    size = triton.next_power_of_2(width) * operand.element_size()
-    memory = launch.shared_memory(operand.device)
-    options = next(
-        options
-        for bytes_, least, shared, options in TABLE[kernel]
-        if size <= bytes_ and rows >= least and memory >= shared
-    )
-    return options | _overrides.get(kernel, {})
+    """Launch options of ``kernel`` for an operand like ``operand`` of ``rows`` rows of ``width`` elements."""
+    size, memory = operand.element_size(), launch.shared_memory(operand.device)
+    for most_size, most_width, least_rows, least_memory, options in TABLE[kernel]:
+        if size <= most_size and width <= most_width and rows >= least_rows and memory >= least_memory:
+            return options | _overrides.get(kernel, {})
+    raise AssertionError(f"no configuration of {kernel} for {rows} rows of {width} elements of {size} bytes")
 
 
 @contextlib.contextmanager

@@ -172,7 +172,8 @@ def _product(
             x = x - origin[:, None]
             if not EVEN_K:
                 x = tl.where(k_in[None, :], x, 0.0)
-        if NORM:
+        acc = dot(x, y, acc, PRECISION)
+        if NORM:  # while the tensor cores work
             # Means and squared deviations per tile, merged as Chan et al. do: as exact as two passes over the row.
             count = tl.minimum(inner - start, BLOCK_K).to(tl.float32)
             wide = x.to(tl.float32)
@@ -184,7 +185,6 @@ def _product(
             share = count / (start + count)
             spread += tl.sum(off * off, 1) + gap * gap * (start * share)
             mean += gap * share
-        acc = dot(x, y, acc, PRECISION)
         a_at += BLOCK_K
         b_at += tl.cast(BLOCK_K, tl.int64) * b_k
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from functools import partial
 
-from . import checkpoint, crate
+from . import checkpoint, crate, gpt
 from .base import CrateModel
 
 FACTORIES: dict[str, Callable[..., CrateModel]] = {
@@ -16,10 +17,12 @@ FACTORIES: dict[str, Callable[..., CrateModel]] = {
     "crate_tiny_patch8_224": crate.CRATE_tiny_patch8,
     "crate_small_patch8_224": crate.CRATE_small_patch8,
     "crate_base_patch8_224": crate.CRATE_base_patch8,
+    **{f"crate_gpt2_{size}": partial(gpt.crate_gpt2, size) for size in gpt.SIZES},
+    **{f"crate_lm_{size}": partial(gpt.crate_lm, size) for size in gpt.SIZES},
 }
-"""Name -> factory. Factories take ``num_classes`` and any constructor argument of their class."""
+"""Name -> factory. Factories take any constructor argument of their class; vision's take ``num_classes`` first."""
 
-CLASSES: dict[str, type[CrateModel]] = {"CRATE": crate.CRATE}
+CLASSES: dict[str, type[CrateModel]] = {"CRATE": crate.CRATE, "CrateGPT": gpt.CrateGPT}
 """Class name, as files record it -> class."""
 
 

@@ -8,4 +8,5 @@ from .ista_step import ista_step as ista_step
 from .mssa_block import mssa_block as mssa_block
 from .overcomplete_ista import overcomplete_ista as overcomplete_ista
 from .subspace_attention import attention_maps as attention_maps
+from .subspace_attention import cached_subspace_attention as cached_subspace_attention
 from .subspace_attention import subspace_attention as subspace_attention

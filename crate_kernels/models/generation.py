@@ -1,0 +1,217 @@
+"""Text generation: the one-tensor cache, sampling, and the loop that joins them."""
+
+from __future__ import annotations
+
+import codecs
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+if TYPE_CHECKING:
+    from .gpt import CrateGPT
+    from .tokenizers import Tokenizer
+
+NOTHING = -1
+"""What :func:`stream` gives in place of a token for a sequence that has already ended."""
+
+
+class ProjectionCache:
+    """The projected tokens ``w`` of every layer: all that causal subspace attention needs to remember.
+
+    A key-value cache of the same model is twice as large, since CRATE's query, key and value are one tensor.
+
+    Args:
+        layers, batch, capacity, heads, width: sizes of the buffer ``(layers, batch, capacity, heads, width)``.
+        dtype, device: of the buffer.
+
+    Attributes:
+        lengths: ``(batch,)`` int64, tokens held of each sequence.
+    """
+
+    def __init__(
+        self,
+        layers: int,
+        batch: int,
+        capacity: int,
+        heads: int,
+        width: int,
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ):
+        # Zeros, not garbage: places that no query sees still meet a zero weight, and zero times NaN is NaN.
+        self.w = torch.zeros(layers, batch, capacity, heads, width, dtype=dtype, device=device)
+        self.lengths = torch.zeros(batch, dtype=torch.int64, device=device)
+        self.longest = 0
+
+    @property
+    def capacity(self) -> int:
+        return self.w.shape[2]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the buffer: layers · batch · capacity · heads · width · bytes per element."""
+        return self.w.nbytes
+
+    def write(self, layer: int, w: Tensor, positions: Tensor) -> Tensor:
+        """Put ``w (B, M, H, p)`` in its places ``positions (B, M)``; -> that layer's tokens ``(B, N, H, p)``, N just
+        enough for the longest sequence."""
+        rows = torch.arange(len(positions), device=positions.device)[:, None]
+        self.w[layer].index_put_((rows, positions), w.to(self.w.dtype))
+        return self.w[layer, :, : self.longest]
+
+
+def sample(
+    logits: Tensor,
+    *,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    uniform: Tensor | None = None,
+) -> Tensor:
+    """Choose a token for each row of ``logits (B, V)`` -> ``(B,)`` int64.
+
+    Args:
+        temperature: divides the logits; 0 takes the likeliest token.
+        top_k: only the k likeliest tokens.
+        top_p: only the likeliest tokens that together reach this probability; at least one.
+        uniform: ``(B,)`` numbers in [0, 1) that decide; drawn from torch's generator if None.
+    """
+    if temperature < 0:
+        raise ValueError(f"temperature: expected at least 0, got {temperature}")
+    if top_k is not None and top_k < 1:
+        raise ValueError(f"top_k: expected at least 1, got {top_k}")
+    if top_p is not None and not 0 < top_p <= 1:
+        raise ValueError(f"top_p: expected a probability above 0, got {top_p}")
+    if temperature == 0 or top_k == 1:
+        return logits.argmax(-1)
+    probabilities, tokens = (logits.float() / temperature).softmax(-1).sort(-1, descending=True)
+    # In this order either filter keeps a prefix, and drawing is looking up a number in the running sum.
+    if top_k is not None:
+        probabilities = probabilities[:, :top_k]
+        probabilities = probabilities / probabilities.sum(-1, keepdim=True)
+    reached = probabilities.cumsum(-1)
+    if top_p is not None:
+        reached = reached * (reached - probabilities < top_p)
+    total = reached.amax(-1)
+    if uniform is None:
+        uniform = torch.rand(len(logits), device=logits.device)
+    # Rounding could put the number at the total itself, past the last kept token.
+    below = torch.minimum(uniform.to(total) * total, total * (1 - 1e-6))
+    chosen = ((reached <= below[:, None]) & (reached > 0)).sum(-1)
+    return tokens.gather(1, chosen[:, None])[:, 0]
+
+
+@torch.no_grad()
+def stream(
+    model: CrateGPT,
+    prompts: Tensor | Sequence[Tensor | Sequence[int]],
+    max_new_tokens: int,
+    *,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    seed: int | Sequence[int] | None = None,
+    stop_token: int | None = None,
+) -> Iterator[Tensor]:
+    """Continue prompts, one token of each at a time.
+
+    Each sequence has its own random numbers and sees only itself, so its continuation does not depend on the batch
+    it stands in. Dropout is not applied. Past the model's ``block_size`` the oldest tokens fall out of sight; positions
+    then shift at every token and nothing can be reused, so each costs a pass over the whole window.
+
+    Args:
+        model: the language model.
+        prompts: ``(B, N)`` integers, or a sequence of B prompts of any lengths (at least one token each).
+        max_new_tokens: most tokens to add to each.
+        temperature, top_k, top_p: see :func:`sample`.
+        seed: of the random numbers; sequence b uses ``seed + b``, or ``seed[b]``. None draws it from torch's generator.
+        stop_token: ends a sequence that produces it.
+
+    Yields:
+        ``(B,)`` int64: the next token of each sequence, :data:`NOTHING` for those that have ended.
+    """
+    device = model.token_embedding.weight.device
+    rows = [torch.as_tensor(prompt, dtype=torch.int64, device=device) for prompt in prompts]
+    if not rows or any(row.dim() != 1 or not len(row) for row in rows):
+        raise ValueError("prompts: expected (B, N) or a sequence of prompts, with at least one token in each")
+    seeds = _seeds(seed, len(rows))
+    generators = [torch.Generator().manual_seed(s) for s in seeds]
+    lengths = torch.tensor([len(row) for row in rows], device=device)
+    longest = int(lengths.max())
+    tokens = torch.nn.functional.pad(pad_sequence(rows, batch_first=True), (0, max_new_tokens))
+    ended = torch.zeros(len(rows), dtype=torch.bool, device=device)
+    cache = None
+    for _ in range(max_new_tokens):
+        if cache is None or longest > model.block_size:
+            start = (lengths - model.block_size).clamp(min=0)
+            width = min(longest, model.block_size)
+            window = tokens.gather(1, (start[:, None] + torch.arange(width, device=device)).clamp(max=longest - 1))
+            cache = model.new_cache(len(rows), min(longest + max_new_tokens, model.block_size))
+            logits = model.step(window, cache, lengths - start)
+        else:
+            logits = model.step(tokens.gather(1, lengths[:, None] - 1), cache)
+        uniform = torch.stack([torch.rand((), generator=g) for g in generators]).to(device)
+        chosen = sample(logits, temperature=temperature, top_k=top_k, top_p=top_p, uniform=uniform)
+        # Sequences that have ended go through the same steps, unseen: a batch keeps one shape.
+        tokens.scatter_(1, lengths[:, None], chosen[:, None])
+        lengths, longest = lengths + 1, longest + 1
+        yield chosen.masked_fill(ended, NOTHING)
+        if stop_token is not None:
+            ended = ended | (chosen == stop_token)
+            if bool(ended.all()):
+                return
+
+
+def generate(
+    model: CrateGPT, prompts: Tensor | Sequence[Tensor | Sequence[int]], max_new_tokens: int, **options
+) -> Tensor | list[Tensor]:
+    """Continue prompts; arguments as for :func:`stream`.
+
+    Returns:
+        ``(B, N + new)`` for prompts ``(B, N)``, rows that ended early filled up with ``stop_token``; for a sequence of
+        prompts a list of 1-D tensors, each the prompt and its continuation up to and with ``stop_token``.
+    """
+    new = list(stream(model, prompts, max_new_tokens, **options))
+    device = model.token_embedding.weight.device
+    added = torch.stack(new, 1) if new else torch.empty(len(prompts), 0, dtype=torch.int64, device=device)
+    if isinstance(prompts, Tensor):
+        fill = options.get("stop_token")
+        return torch.cat([prompts.to(added), added if fill is None else added.masked_fill(added == NOTHING, fill)], 1)
+    return [
+        torch.cat([torch.as_tensor(prompt).to(added), row[row != NOTHING]])
+        for prompt, row in zip(prompts, added, strict=True)
+    ]
+
+
+def stream_text(model: CrateGPT, tokenizer: Tokenizer, prompt: str, max_new_tokens: int, **options) -> Iterator[str]:
+    """Continue one text: yields its pieces as they come, characters whole; options as for :func:`stream`.
+
+    The end-of-text token stands before an empty prompt, and ends the text unless ``stop_token`` says otherwise.
+    """
+    options.setdefault("stop_token", tokenizer.end_of_text)
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    prompt_tokens = tokenizer.encode(prompt) or [tokenizer.end_of_text]
+    for (token,) in stream(model, [prompt_tokens], max_new_tokens, **options):
+        if piece := decoder.decode(tokenizer.to_bytes([int(token)])):
+            yield piece
+    if rest := decoder.decode(b"", final=True):
+        yield rest
+
+
+def generate_text(model: CrateGPT, tokenizer: Tokenizer, prompt: str, max_new_tokens: int, **options) -> str:
+    """``prompt`` and its continuation; options as for :func:`stream`."""
+    return prompt + "".join(stream_text(model, tokenizer, prompt, max_new_tokens, **options))
+
+
+def _seeds(seed: int | Sequence[int] | None, batch: int) -> list[int]:
+    if seed is None:
+        seed = int(torch.randint(2**62, ()))
+    if isinstance(seed, int):
+        return [seed + b for b in range(batch)]
+    if len(seed) != batch:
+        raise ValueError(f"seed: {len(seed)} numbers for {batch} sequences")
+    return list(seed)

@@ -1,0 +1,233 @@
+"""CRATE-GPT2, the causal language model, and its overcomplete variant CRATE-LM (arXiv 2410.16443)."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from .. import ops
+from ..nn import CrateBlock, OvercompleteCrateBlock
+from . import generation
+from .base import CrateModel
+from .checkpoint import KeyMap
+
+IGNORED_TARGET = -1
+"""Targets of this value count for nothing in a language model's loss."""
+
+
+@dataclass
+class CrateGPTConfig:
+    """Sizes of a :class:`CrateGPT`; the defaults are CRATE-GPT2 base.
+
+    Args:
+        block_size: longest sequence, the number of learned positions.
+        vocab_size: tokens; GPT-2's 50257 rounded up to a multiple of 64.
+        n_layer, n_head, n_embd: layers, heads, width of the tokens.
+        dropout: after the embedding, on the attention maps and after the output projections.
+        overcomplete: two ISTA steps against a tied dictionary of 4 n_embd atoms, and a LayerNorm before the head.
+    """
+
+    block_size: int = 1024
+    vocab_size: int = 50304
+    n_layer: int = 12
+    n_head: int = 12
+    n_embd: int = 768
+    dropout: float = 0.0
+    overcomplete: bool = False
+
+
+def _layout(ista: str, **more) -> KeyMap:
+    return KeyMap(
+        {
+            "transformer.wte": "token_embedding",
+            "transformer.wpe": "position_embedding",
+            "transformer.h.{i}.prenorm_1": "blocks.{i}.mssa_norm",
+            "transformer.h.{i}.attn.c_attn": "blocks.{i}.mssa.projection",
+            "transformer.h.{i}.attn.c_proj": "blocks.{i}.mssa.output",
+            "transformer.h.{i}.prenorm_2": "blocks.{i}.ista_norm",
+            "transformer.h.{i}.ista.weight": f"blocks.{{i}}.ista.{ista}",
+            "transformer.ln_f": "norm",
+        },
+        ignored=[r"transformer\.h\.\d+\.attn\.bias"],
+        tied={"lm_head.weight": "transformer.wte.weight"},
+        **more,
+    )
+
+
+class CrateGPT(CrateModel):
+    """Causal CRATE: token and learned position embeddings, layers, and a head tied to the token embedding.
+
+    ``z' = z + MSSA(LN z)`` with a causal mask, ``z" = ISTA(LN z')`` (arXiv 2306.01129, equations 11 and 17); the
+    overcomplete variant has the two-step dictionary of :class:`crate_kernels.nn.OvercompleteISTA` in place of ISTA.
+
+    Args:
+        config: sizes; or give its fields by name.
+    """
+
+    layout = _layout("weight")
+
+    def __init__(self, config: CrateGPTConfig | None = None, **options):
+        if config is not None and options:
+            raise TypeError("give either a CrateGPTConfig or its fields, not both")
+        config = config or CrateGPTConfig(**options)
+        super().__init__(dataclasses.asdict(config))
+        if config.n_embd % config.n_head:
+            raise ValueError(f"n_head: {config.n_head} does not divide n_embd = {config.n_embd}")
+        self.block_size, self.vocab_size, self.heads = config.block_size, config.vocab_size, config.n_head
+        self.token_embedding = nn.Embedding(config.vocab_size, config.n_embd)
+        self.position_embedding = nn.Embedding(config.block_size, config.n_embd)
+        self.dropout = nn.Dropout(config.dropout)
+        sizes = dict(dim=config.n_embd, heads=config.n_head, dim_head=config.n_embd // config.n_head)
+        if config.overcomplete:
+            # The public weight is (4d, d), a matrix per direction of coding; ours is D (d, 4d).
+            self.layout = _layout("D", transposed=[r"transformer\.h\.\d+\.ista\.weight"])
+            make, sizes["tied"], sizes["residual"] = OvercompleteCrateBlock, True, False
+        else:
+            make = CrateBlock
+        self.blocks = nn.ModuleList(make(**sizes, dropout=config.dropout, causal=True) for _ in range(config.n_layer))
+        self.norm = nn.LayerNorm(config.n_embd) if config.overcomplete else nn.Identity()
+        self.reset_parameters()
+
+    def reset_parameters(self):
+        """N(0, 0.02), output projections N(0, 0.02 / sqrt(2·layers)), ISTA weights kaiming-uniform, biases zero."""
+        for embedding in (self.token_embedding, self.position_embedding):
+            nn.init.normal_(embedding.weight, std=0.02)
+        for block in self.blocks:
+            always_project(block)
+            nn.init.normal_(block.mssa.projection.weight, std=0.02)
+            nn.init.normal_(block.mssa.output.weight, std=0.02 * (2 * len(self.blocks)) ** -0.5)
+            nn.init.zeros_(block.mssa.output.bias)
+            if self.config["overcomplete"]:
+                # Kaiming's fan is that of the public orientation (4d, d).
+                nn.init.kaiming_uniform_(block.ista.D.detach().T)
+            else:
+                block.ista.reset_parameters()
+
+    def embed(self, idx: Tensor, positions: Tensor | None = None) -> Tensor:
+        """``idx (B, N)`` -> the first layer's tokens ``(B, N, n_embd)``; ``positions (B, N)``, 0, 1, ... if None."""
+        if idx.dim() != 2 or idx.shape[1] < 1 or idx.dtype not in (torch.int32, torch.int64):
+            raise ValueError(
+                f"idx: expected integers of shape (B, N), N at least 1, got {idx.dtype} {tuple(idx.shape)}"
+            )
+        if positions is None:
+            if idx.shape[1] > self.block_size:
+                raise ValueError(f"idx: {idx.shape[1]} tokens, but block_size is {self.block_size}")
+            positions = torch.arange(idx.shape[1], device=idx.device)
+        return self.token_embedding(idx) + self.position_embedding(positions)
+
+    def forward_features(self, idx: Tensor) -> Tensor:
+        """``idx (B, N)`` -> tokens ``(B, N, n_embd)`` as the head sees them."""
+        tokens = self.dropout(self.embed(idx))
+        for block in self.blocks:
+            tokens = block(tokens)
+        return self.norm(tokens)
+
+    def forward_head(self, tokens: Tensor) -> Tensor:
+        """``(..., n_embd)`` -> logits ``(..., vocab_size)``: scalar products with the token embeddings."""
+        return nn.functional.linear(tokens, self.token_embedding.weight)
+
+    def forward(self, idx: Tensor, targets: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """Predict the token after each of ``idx``.
+
+        Args:
+            idx: ``(B, N)`` int32 or int64, N at most ``block_size``. Padding on the right needs no mask here: tokens
+                see only those before them.
+            targets: ``(B, N)`` int64, the tokens that do follow; -1 where nothing is asked.
+
+        Returns:
+            Logits ``(B, N, vocab_size)`` and their mean cross-entropy; without targets the logits of the last position
+            ``(B, 1, vocab_size)`` and None.
+        """
+        tokens = self.forward_features(idx)
+        if targets is None:
+            return self.forward_head(tokens[:, -1:]), None
+        logits = self.forward_head(tokens)
+        loss = nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED_TARGET)
+        return logits, loss
+
+    def new_cache(self, batch: int, capacity: int | None = None) -> generation.ProjectionCache:
+        """An empty cache for ``batch`` sequences of up to ``capacity`` (``block_size`` if None) tokens."""
+        weight = self.blocks[0].mssa.projection.weight
+        capacity = self.block_size if capacity is None else capacity
+        heads, width = self.heads, weight.shape[0] // self.heads
+        device = weight.device
+        dtype = ops.backends.autocast_dtype(weight)
+        return generation.ProjectionCache(len(self.blocks), batch, capacity, heads, width, dtype=dtype, device=device)
+
+    @torch.no_grad()
+    def step(self, idx: Tensor, cache: generation.ProjectionCache, lengths: Tensor | None = None) -> Tensor:
+        """Take in the next tokens of each sequence and predict the one after them; dropout is not applied.
+
+        Args:
+            idx: ``(B, M)``, the prompts or, later, what follows them.
+            cache: of :meth:`new_cache`; it takes up the new tokens.
+            lengths: ``(B,)`` int64, how many of the M are real, the rest being padding on the right; all if None.
+
+        Returns:
+            Logits ``(B, vocab_size)`` after the last real token of each sequence: those of :meth:`forward` on all the
+            tokens so far.
+        """
+        batch, new = idx.shape
+        if batch != len(cache.lengths) or cache.longest + new > cache.capacity:
+            raise ValueError(
+                f"cache: has room for {len(cache.lengths)} sequences of {cache.capacity} tokens and holds"
+                f" {cache.longest}; {batch} sequences with {new} more do not fit"
+            )
+        lengths = torch.full_like(cache.lengths, new) if lengths is None else lengths
+        positions = cache.lengths[:, None] + torch.arange(new, device=idx.device)
+        first, cache.longest = cache.longest == 0, cache.longest + new
+        tokens = self.embed(idx, positions)
+        for layer, block in enumerate(self.blocks):
+            mssa = block.mssa
+            w = mssa.project(block.mssa_norm(tokens))
+            past = cache.write(layer, w, positions)
+            if first:
+                o = ops.subspace_attention(w, scale=mssa.scale, causal=True)
+            else:
+                o = ops.cached_subspace_attention(w, past.to(w.dtype), positions, scale=mssa.scale)
+            tokens = block.sparsify(tokens + mssa.output(o.flatten(2)))
+        cache.lengths += lengths
+        last = tokens.gather(1, (lengths - 1)[:, None, None].expand(-1, 1, tokens.shape[2]))
+        return self.forward_head(self.norm(last[:, 0]))
+
+    def generate(
+        self, idx: Tensor | Sequence, max_new_tokens: int, temperature: float = 1.0, top_k: int | None = None, **options
+    ) -> Tensor | list[Tensor]:
+        """Continue prompts, see :func:`crate_kernels.models.generation.generate`."""
+        return generation.generate(self, idx, max_new_tokens, temperature=temperature, top_k=top_k, **options)
+
+    def stream(self, idx: Tensor | Sequence, max_new_tokens: int, **options) -> Iterator[Tensor]:
+        """Continue prompts a token at a time, see :func:`crate_kernels.models.generation.stream`."""
+        return generation.stream(self, idx, max_new_tokens, **options)
+
+
+def always_project(block: CrateBlock) -> None:
+    """Give ``block`` the output projection that the vision models leave out where one head spans the whole width."""
+    if isinstance(block.mssa.output, nn.Identity):
+        weight = block.mssa.projection.weight
+        block.mssa.output = nn.Linear(*weight.shape, device=weight.device, dtype=weight.dtype)
+
+
+SIZES = {
+    "base": dict(n_layer=12, n_head=12, n_embd=768),
+    "medium": dict(n_layer=24, n_head=16, n_embd=1024),
+    "large": dict(n_layer=36, n_head=20, n_embd=1280),
+    "xl": dict(n_layer=48, n_head=25, n_embd=1600),
+}
+"""GPT-2's sizes."""
+
+
+def crate_gpt2(size: str = "base", **options) -> CrateGPT:
+    """CRATE-GPT2 of a size of :data:`SIZES`; base has 60,699,648 parameters. ``options`` override the configuration."""
+    if size not in SIZES:
+        raise ValueError(f"size: unknown {size!r}; known are {', '.join(SIZES)}")
+    return CrateGPT(**SIZES[size] | options)
+
+
+def crate_lm(size: str = "base", **options) -> CrateGPT:
+    """The overcomplete CRATE language model of a size of :data:`SIZES`; base has 81,934,848 parameters."""
+    return crate_gpt2(size, **{"overcomplete": True} | options)

@@ -1,0 +1,123 @@
+"""Text to tokens: bytes as they are, or GPT-2's byte-pair encoding."""
+
+from __future__ import annotations
+
+import base64
+import importlib.util
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+GPT2_RANKS = (("whisper", "assets/gpt2.tiktoken"),)
+"""Installed packages, and the files in them, that carry GPT-2's merge ranks."""
+
+GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
+"""How GPT-2 cuts text before merging bytes ("Language Models are Unsupervised Multitask Learners", section 2.2)."""
+
+
+class Tokenizer(Protocol):
+    """What the language models' tools need of a tokenizer."""
+
+    name: str
+    vocab_size: int
+    end_of_text: int
+
+    def encode(self, text: str) -> list[int]:
+        """The tokens of a text. Text that spells a special token is text."""
+
+    def to_bytes(self, tokens: Sequence[int]) -> bytes:
+        """The UTF-8 bytes of tokens; they may end within a character."""
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """The text of tokens; bytes that are no UTF-8 become U+FFFD."""
+
+
+class ByteTokenizer:
+    """256 bytes and an end-of-text token. Needs nothing, knows every language, and makes long sequences."""
+
+    name = "bytes"
+    vocab_size = 257
+    end_of_text = 256
+
+    def encode(self, text: str) -> list[int]:
+        return list(text.encode())
+
+    def to_bytes(self, tokens: Sequence[int]) -> bytes:
+        # Ids past the alphabet (end of text, and a vocabulary rounded up) stand for no bytes.
+        return bytes(token for token in tokens if token < 256)
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        return self.to_bytes(tokens).decode(errors="replace")
+
+
+class GPT2Tokenizer:
+    """GPT-2's byte-pair encoding: 50,257 tokens, the last of them end of text. Runs on the package tiktoken.
+
+    Args:
+        ranks: file of merge ranks in tiktoken's format, a base64 token and its rank per line; found in an installed
+            package of :data:`GPT2_RANKS` if None. Nothing is downloaded.
+    """
+
+    name = "gpt2"
+    vocab_size = 50257
+    end_of_text = 50256
+
+    def __init__(self, ranks: str | os.PathLike | None = None):
+        try:
+            import tiktoken
+        except ImportError as error:
+            raise ImportError("GPT2Tokenizer needs the package tiktoken: pip install tiktoken") from error
+        path = find_gpt2_ranks() if ranks is None else Path(ranks)
+        tokens = {base64.b64decode(t): int(rank) for t, rank in map(bytes.split, path.read_bytes().splitlines())}
+        if len(tokens) != 50256:
+            raise ValueError(f"{path} holds {len(tokens)} ranks, but GPT-2 has 50256")
+        self._encoding = tiktoken.Encoding(
+            "gpt2", pat_str=GPT2_PATTERN, mergeable_ranks=tokens, special_tokens={"<|endoftext|>": self.end_of_text}
+        )
+
+    def encode(self, text: str) -> list[int]:
+        return self._encoding.encode_ordinary(text)
+
+    def to_bytes(self, tokens: Sequence[int]) -> bytes:
+        return self._encoding.decode_bytes([token for token in tokens if token < self.end_of_text])
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        return self.to_bytes(tokens).decode(errors="replace")
+
+
+TOKENIZERS = {"bytes": ByteTokenizer, "gpt2": GPT2Tokenizer}
+"""Name -> class."""
+
+
+def create_tokenizer(name: str) -> Tokenizer:
+    """The tokenizer of that name."""
+    if name not in TOKENIZERS:
+        raise ValueError(f"unknown tokenizer {name!r}; known are {', '.join(TOKENIZERS)}")
+    return TOKENIZERS[name]()
+
+
+def find_gpt2_ranks() -> Path:
+    """GPT-2's ranks file in an installed package, which is not imported."""
+    for package, file in GPT2_RANKS:
+        spec = importlib.util.find_spec(package)
+        for folder in (spec and spec.submodule_search_locations) or ():
+            if (path := Path(folder) / file).is_file():
+                return path
+    raise FileNotFoundError(
+        "GPT-2's merge ranks are in no installed package: pip install --no-deps openai-whisper, which carries"
+        " whisper/assets/gpt2.tiktoken, or give the path of such a file"
+    )
+
+
+def word_starts(tokenizer: Tokenizer) -> Tensor:
+    """Which tokens begin a word: ``(vocab_size,)`` bool. All others continue the word before them.
+
+    A word is what whole-word masking hides at once: letters, digits and apostrophes, with the space before them.
+    """
+    continues = b"'_" + bytes(range(128, 256))
+    first = (tokenizer.to_bytes([token])[:1] for token in range(tokenizer.vocab_size))
+    return torch.tensor([not (b.isalnum() or (b != b"" and b in continues)) for b in first])

@@ -1,0 +1,42 @@
+"""Causal subspace attention of new tokens over a cache: the decode step of generation.
+
+Query, key and value are one tensor, so a cache of ``w`` alone serves all three roles: half of a key-value cache.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import backends, checks
+
+
+def cached_subspace_attention(w: Tensor, cache: Tensor, positions: Tensor, *, scale: float | None = None) -> Tensor:
+    """The rows of causal :func:`subspace_attention` that belong to new tokens, against all tokens so far.
+
+    ``o_i = softmax_j(scale · w_i · cache_j) cache_j`` over ``j <= positions_i``, in every head (arXiv 2306.01129,
+    equation 11, row by row). Stock PyTorch on every backend.
+
+    Args:
+        w: ``(B, M, H, p)``, the projections of the new tokens; float16, bfloat16, float32 or float64.
+        cache: ``(B, N, H, p)``, the projections of all tokens in their places, the new ones included.
+        positions: ``(B, M)`` int64 in 0..N-1, the places of the new tokens. Each sequence has its own, which is how
+            sequences of different lengths share a batch. Places of the cache beyond them are never seen.
+        scale: factor of the scores; ``p ** -0.5`` if None.
+
+    Returns:
+        ``(B, M, H, p)`` in the dtype of ``w``.
+    """
+    checks.tensor("w", w, ("B", "M", "H", "p"))
+    batch, tokens, heads, width = w.shape
+    checks.tensor("cache", cache, (batch, "N", heads, width), like=w)
+    checks.same_dtype(w.dtype, cache=cache)
+    checks.tensor("positions", positions, (batch, tokens), like=w, dtypes=(torch.int64,))
+    scale = width**-0.5 if scale is None else checks.number("scale", scale)
+    w, cache = backends.cast(backends.autocast_dtype(w), w, cache)
+    visible = torch.arange(cache.shape[1], device=w.device) <= positions[..., None]
+    keys = cache.transpose(1, 2)
+    o = torch.nn.functional.scaled_dot_product_attention(
+        w.transpose(1, 2), keys, keys, attn_mask=visible[:, None], scale=scale
+    )
+    return o.transpose(1, 2)

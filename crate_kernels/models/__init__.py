@@ -1,6 +1,7 @@
 """The CRATE model family."""
 
 from .base import CrateModel as CrateModel
+from .bert import CrateBert as CrateBert
 from .checkpoint import CheckpointError as CheckpointError
 from .crate import CRATE as CRATE
 from .crate import CRATE_base as CRATE_base

@@ -205,11 +205,11 @@ class CrateGPT(CrateModel):
         return generation.stream(self, idx, max_new_tokens, **options)
 
 
-def always_project(block: CrateBlock) -> None:
+def always_project(block: CrateBlock, bias: bool = True) -> None:
     """Give ``block`` the output projection that the vision models leave out where one head spans the whole width."""
     if isinstance(block.mssa.output, nn.Identity):
         weight = block.mssa.projection.weight
-        block.mssa.output = nn.Linear(*weight.shape, device=weight.device, dtype=weight.dtype)
+        block.mssa.output = nn.Linear(*weight.shape, bias=bias, device=weight.device, dtype=weight.dtype)
 
 
 SIZES = {

@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable
 from functools import partial
 
-from . import checkpoint, crate, gpt
+from . import bert, checkpoint, crate, gpt
 from .base import CrateModel
 
 FACTORIES: dict[str, Callable[..., CrateModel]] = {
@@ -19,10 +19,11 @@ FACTORIES: dict[str, Callable[..., CrateModel]] = {
     "crate_base_patch8_224": crate.CRATE_base_patch8,
     **{f"crate_gpt2_{size}": partial(gpt.crate_gpt2, size) for size in gpt.SIZES},
     **{f"crate_lm_{size}": partial(gpt.crate_lm, size) for size in gpt.SIZES},
+    "crate_bert_base": bert.CrateBert,
 }
 """Name -> factory. Factories take any constructor argument of their class; vision's take ``num_classes`` first."""
 
-CLASSES: dict[str, type[CrateModel]] = {"CRATE": crate.CRATE, "CrateGPT": gpt.CrateGPT}
+CLASSES: dict[str, type[CrateModel]] = {"CRATE": crate.CRATE, "CrateGPT": gpt.CrateGPT, "CrateBert": bert.CrateBert}
 """Class name, as files record it -> class."""
 
 

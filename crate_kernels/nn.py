@@ -85,7 +85,7 @@ class ISTA(nn.Module):
         self.lambd = lambd
         self.weight = nn.Parameter(torch.empty(dim, dim))
         self.keep_folded = False
-        self._folded: tuple[tuple, Tensor] | None = None
+        self._folded: tuple[tuple, Tensor, Tensor] | None = None
         self.reset_parameters()
 
     def reset_parameters(self):
@@ -93,6 +93,10 @@ class ISTA(nn.Module):
 
     def extra_repr(self) -> str:
         return f"dim={self.weight.shape[0]}, step_size={self.step_size}, lambd={self.lambd}"
+
+    def __getstate__(self):
+        # A copy's weight lies elsewhere: the kept matrix would not be its own.
+        return self.__dict__ | {"_folded": None}
 
     def train(self, mode: bool = True) -> ISTA:
         if mode:
@@ -107,7 +111,10 @@ class ISTA(nn.Module):
             return None
         state = (weight._version, weight.data_ptr(), weight.dtype, weight.device, tuple(weight.stride()))
         if self._folded is None or self._folded[0] != state:
-            self._folded = (state, ops.fold(weight))
+            # A matrix made in inference mode could not be used where gradients are wanted later. The alias keeps the
+            # storage alive, so that no other weight can come to lie at the same address.
+            with torch.inference_mode(False):
+                self._folded = (state, ops.fold(weight), weight.detach())
         return self._folded[1]
 
     def forward(self, x: Tensor) -> Tensor:

@@ -1,0 +1,373 @@
+"""The modules against literal torch code: values and every gradient in float64, and what people do with modules."""
+
+import copy
+import io
+
+import pytest
+import torch
+from torch import nn
+
+from crate_kernels.nn import (
+    ISTA,
+    MSSA,
+    CrateBlock,
+    CrateDecoderBlock,
+    OvercompleteCrateBlock,
+    OvercompleteISTA,
+    prepare_for_inference,
+)
+
+F = nn.functional
+
+
+# -- literal code --------------------------------------------------------------------------------------------------
+
+
+def norm(layer, x):
+    return F.layer_norm(x, x.shape[-1:], layer.weight, layer.bias, layer.eps)
+
+
+def hide(scores, causal, lengths):
+    tokens = scores.shape[-1]
+    if causal:
+        future = torch.ones(tokens, tokens, dtype=torch.bool).triu(1)
+        scores = scores.masked_fill(future, -torch.inf)
+    if lengths is not None:
+        scores = scores.masked_fill((torch.arange(tokens) >= lengths[:, None])[:, None, None], -torch.inf)
+    return scores
+
+
+def mssa(m, x, lengths=None):
+    w = F.linear(x, m.projection.weight).unflatten(-1, (m.heads, -1)).transpose(1, 2)
+    o = hide(m.scale * w @ w.mT, m.causal, lengths).softmax(-1) @ w
+    o = o.transpose(1, 2).flatten(2)
+    return F.linear(o, m.output.weight, m.output.bias) if isinstance(m.output, nn.Linear) else o
+
+
+def ista(m, x):
+    w = m.weight
+    return torch.relu(x + m.step_size * (x @ w - x @ w.T @ w) - m.step_size * m.lambd)
+
+
+def overcomplete(m, x):
+    a = x @ m.D
+    z1 = torch.relu(m.step_size * a - m.step_size * m.lambd)
+    z2 = torch.relu(z1 - m.step_size * (z1 @ m.D.T @ m.D - a) - m.step_size * m.lambd)
+    return z2 @ (m.D if m.D1 is None else m.D1).T
+
+
+def crate_block(m, z, lengths=None):
+    z = z + mssa(m.mssa, norm(m.mssa_norm, z), lengths)
+    return ista(m.ista, norm(m.ista_norm, z))
+
+
+def overcomplete_block(m, z, lengths=None):
+    z = z + mssa(m.mssa, norm(m.mssa_norm, z), lengths)
+    coded = overcomplete(m.ista, norm(m.ista_norm, z))
+    return z + coded if m.residual else coded
+
+
+def decoder_block(m, z, lengths=None):
+    y = norm(m.dictionary_norm, z) @ m.dictionary.weight.T
+    return y - mssa(m.mssa, norm(m.mssa_norm, y), lengths)
+
+
+# -- comparison ----------------------------------------------------------------------------------------------------
+
+
+def double(module):
+    """``module`` in float64 with random parameters, so that no bias is zero and no gain is one."""
+    module = module.double()
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    return module
+
+
+def with_gradients(function, module, *inputs, **arguments):
+    """Output and the gradients of the inputs and of every parameter, for a fixed random output gradient."""
+    leaves = [i.detach().clone().requires_grad_() for i in inputs]
+    out = function(*leaves, **arguments)
+    weights = torch.randn(out.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    parameters = dict(module.named_parameters())
+    gradients = torch.autograd.grad((out * weights).sum(), [*leaves, *parameters.values()], allow_unused=True)
+    return {"out": out.detach(), **dict(zip([*range(len(leaves)), *parameters], gradients, strict=True))}
+
+
+def agree(module, literal, *inputs, **arguments):
+    got = with_gradients(module, module, *inputs, **arguments)
+    want = with_gradients(lambda *x, **a: literal(module, *x, **a), module, *inputs, **arguments)
+    assert got.keys() == want.keys()
+    for name in want:
+        assert (got[name] is None) == (want[name] is None), name
+        torch.testing.assert_close(got[name], want[name], rtol=1e-10, atol=1e-10, msg=lambda m, n=name: f"{n}: {m}")
+    return got
+
+
+ATTENTION = [
+    dict(dim=12, heads=3, dim_head=4),
+    dict(dim=12, heads=2, dim_head=5),
+    dict(dim=8, heads=1, dim_head=8),
+    dict(dim=12, heads=3, dim_head=None, causal=True),
+    dict(dim=12, heads=3, dim_head=4, output_bias=False),
+]
+MODULES = [
+    *[pytest.param(lambda o=o: MSSA(**o), mssa, id=f"mssa-{i}") for i, o in enumerate(ATTENTION)],
+    pytest.param(lambda: ISTA(12, step_size=0.2, lambd=0.3), ista, id="ista"),
+    pytest.param(lambda: OvercompleteISTA(12, expansion=2, step_size=0.2, lambd=0.3), overcomplete, id="tied"),
+    pytest.param(lambda: OvercompleteISTA(12, expansion=3, tied=False), overcomplete, id="untied"),
+    *[pytest.param(lambda o=o: CrateBlock(**o, step_size=0.3), crate_block, id=f"block-{i}")
+      for i, o in enumerate(ATTENTION)],
+    pytest.param(lambda: OvercompleteCrateBlock(12, 3, 4), overcomplete_block, id="alpha-block"),
+    pytest.param(lambda: OvercompleteCrateBlock(12, 3, 4, tied=True, residual=False, causal=True),
+                 overcomplete_block, id="lm-block"),
+    pytest.param(lambda: CrateDecoderBlock(12, 3, 4, eps=1e-6), decoder_block, id="decoder-block"),
+]  # fmt: skip
+
+
+def width(module):
+    return next(m.in_features if isinstance(m, nn.Linear) else m.weight.shape[-1] if isinstance(m, ISTA)
+                else m.D.shape[0] for m in module.modules() if isinstance(m, nn.Linear | ISTA | OvercompleteISTA))  # fmt: skip
+
+
+@pytest.mark.parametrize("tokens", [1, 7, 16])
+@pytest.mark.parametrize(("build", "literal"), MODULES)
+def test_values_and_gradients(build, literal, tokens):
+    torch.manual_seed(0)
+    module = double(build())
+    agree(module, literal, torch.randn(2, tokens, width(module), dtype=torch.float64))
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize(
+    ("build", "literal"), [(MSSA, mssa), (CrateBlock, crate_block), (OvercompleteCrateBlock, overcomplete_block)]
+)
+def test_lengths(build, literal, causal):
+    torch.manual_seed(0)
+    module = double(build(12, 3, 4, causal=causal))
+    x, lengths = torch.randn(3, 6, 12, dtype=torch.float64), torch.tensor([6, 1, 4])
+    agree(module, literal, x, lengths=lengths)
+    # What lies behind the length changes nothing before it.
+    changed = x.clone()
+    changed[2, 4:] = 7
+    torch.testing.assert_close(module(x, lengths)[2, :4], module(changed, lengths)[2, :4])
+
+
+def test_decoder_lengths():
+    module = double(CrateDecoderBlock(12, 3, 4))
+    agree(module, decoder_block, torch.randn(2, 6, 12, dtype=torch.float64), lengths=torch.tensor([2, 6]))
+
+
+def test_one_head_of_full_width_has_no_output_projection():
+    assert isinstance(MSSA(8, 1, 8).output, nn.Identity)
+    assert isinstance(MSSA(8, 1, 4).output, nn.Linear)
+    assert isinstance(MSSA(8, 2, 4).output, nn.Linear)
+
+
+def test_heads_that_do_not_divide():
+    with pytest.raises(ValueError, match="dim_head"):
+        MSSA(10, 3, None)
+
+
+def test_attention_maps_are_those_of_the_output():
+    module = double(MSSA(12, 3, 4, causal=True))
+    x, lengths = torch.randn(2, 5, 12, dtype=torch.float64), torch.tensor([5, 3])
+    maps = module.attention(x, lengths)
+    assert maps.shape == (2, 3, 5, 5)
+    torch.testing.assert_close(maps.sum(-1), torch.ones(2, 3, 5, dtype=torch.float64))
+    o = (maps @ module.project(x).transpose(1, 2)).transpose(1, 2).flatten(2)
+    torch.testing.assert_close(module.output(o), module(x, lengths))
+
+
+# -- dropout -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("build", [CrateBlock, OvercompleteCrateBlock, CrateDecoderBlock])
+def test_dropout_acts_in_training_only(build):
+    torch.manual_seed(0)
+    module = double(build(12, 3, 4, dropout=0.4))
+    z = torch.randn(2, 7, 12, dtype=torch.float64)
+    first, second = module(z), module(z)
+    assert not torch.equal(first, second)
+    module.eval()
+    literal = {CrateBlock: crate_block, OvercompleteCrateBlock: overcomplete_block, CrateDecoderBlock: decoder_block}
+    agree(module, literal[build], z)
+
+
+def test_dropout_of_maps_and_of_the_output():
+    torch.manual_seed(0)
+    module = double(MSSA(12, 3, 4, dropout=0.4))
+    x = torch.randn(2, 7, 12, dtype=torch.float64)
+    torch.manual_seed(3)
+    got = module(x)
+    torch.manual_seed(3)
+    w = module.project(x).transpose(1, 2)
+    maps = F.dropout((module.scale * w @ w.mT).softmax(-1), 0.4)
+    want = F.dropout(module.output((maps @ w).transpose(1, 2).flatten(2)), 0.4)
+    torch.testing.assert_close(got, want)
+
+
+# -- what people do with modules -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("build", "literal"), MODULES)
+def test_state_dict_round_trip(build, literal):
+    first, second = build(), build()
+    x = torch.randn(2, 5, width(first))
+    assert not torch.equal(first(x), second(x))
+    second.load_state_dict(first.state_dict())
+    assert torch.equal(first(x), second(x))
+    copied = copy.deepcopy(first)
+    buffer = io.BytesIO()
+    torch.save(first, buffer)
+    buffer.seek(0)
+    loaded = torch.load(buffer, weights_only=False)
+    assert torch.equal(first(x), copied(x))
+    assert torch.equal(first(x), loaded(x))
+
+
+@pytest.mark.parametrize(("build", "literal"), MODULES)
+def test_autocast(build, literal):
+    torch.manual_seed(0)
+    module = build()
+    x = torch.randn(2, 20, width(module), requires_grad=True)
+    full = module(x)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = module(x)
+    assert out.dtype == torch.bfloat16
+    torch.testing.assert_close(out.float(), full, rtol=0.1, atol=0.1)  # a handful of roundings of 2^-8 each
+    out.float().sum().backward()
+    assert x.grad.dtype == torch.float32
+    assert all(p.grad.dtype == torch.float32 and p.grad.isfinite().all() for p in module.parameters())
+
+
+@pytest.mark.parametrize("build", [MSSA, CrateBlock, OvercompleteCrateBlock, CrateDecoderBlock])
+def test_compiles_without_breaks_for_any_number_of_tokens(build):
+    torch._dynamo.reset()
+    module = build(12, 3, 4)
+    compiled = torch.compile(module, backend="aot_eager", fullgraph=True, dynamic=True)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for tokens in (5, 9, 16):
+            x = torch.randn(2, tokens, 12, requires_grad=True)
+            (want,) = torch.autograd.grad(module(x).square().sum(), x)
+            (got,) = torch.autograd.grad(compiled(x).square().sum(), x)
+            torch.testing.assert_close(got, want)
+
+
+# -- the kept folded matrix ----------------------------------------------------------------------------------------
+
+
+class Prepared:
+    """An ISTA module with a filled cache, and the check that a call is right and what the cache did for it."""
+
+    def __init__(self):
+        torch.manual_seed(0)
+        self.ista = prepare_for_inference(ISTA(6))
+        self.x = torch.randn(20, 6)
+        self.check()
+
+    def check(self):
+        out = self.ista(self.x.to(self.ista.weight.dtype))
+        with torch.no_grad():
+            torch.testing.assert_close(out, ista(self.ista, self.x.to(self.ista.weight.dtype)))
+
+
+def in_place(p):
+    with torch.no_grad():
+        p.ista.weight.mul_(2)
+
+
+def optimizer_step(p):
+    optimizer = torch.optim.SGD(p.ista.parameters(), lr=1.0)
+    p.ista(p.x).sum().backward()
+    optimizer.step()
+
+
+def load(p):
+    p.ista.load_state_dict(ISTA(6).state_dict())
+
+
+def load_assigned(p):
+    p.ista.load_state_dict(ISTA(6).state_dict(), assign=True)
+
+
+def data_assigned(p):
+    p.ista.weight.data = torch.randn(6, 6)
+
+
+def replaced(p):
+    # The new matrix may well lie where the old one was.
+    del p.ista.weight
+    p.ista.weight = nn.Parameter(torch.randn(6, 6))
+
+
+def converted(p):
+    p.ista.to(torch.float64)
+
+
+def copied(p):
+    p.ista = copy.deepcopy(p.ista)
+    assert p.ista._folded is None
+    in_place(p)
+
+
+def trained(p):
+    p.ista.train()
+    in_place(p)
+    p.ista.eval()
+
+
+def under_inference_mode(p):
+    with torch.inference_mode():
+        in_place(p)
+        p.check()
+    p.ista(p.x).sum().backward()  # a matrix folded in inference mode would be refused here
+
+
+@pytest.mark.parametrize(
+    "change",
+    [in_place, optimizer_step, load, load_assigned, data_assigned, replaced, converted, copied, trained,
+     under_inference_mode],
+)  # fmt: skip
+def test_folded_is_never_stale(change):
+    prepared = Prepared()
+    change(prepared)
+    prepared.check()
+
+
+def test_folded_is_kept_and_dropped():
+    p = Prepared()
+    assert p.ista.folded() is p.ista.folded() is not None
+    p.ista.train()
+    assert p.ista._folded is None
+    assert p.ista.folded() is None
+    p.check()
+    assert ISTA(6).eval().folded() is None
+
+
+def test_folded_leaves_gradients_alone():
+    torch.manual_seed(0)
+    module = prepare_for_inference(double(CrateBlock(12, 3, 4)))
+    module(torch.randn(2, 9, 12, dtype=torch.float64))
+    assert module.ista._folded is not None
+    agree(module, crate_block, torch.randn(2, 9, 12, dtype=torch.float64))
+
+
+def test_folded_under_compile():
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    module = prepare_for_inference(CrateBlock(12, 3, 4))
+    z = torch.randn(2, 9, 12)
+    compiled = torch.compile(module, backend="aot_eager", fullgraph=True)
+    with torch.no_grad():
+        module(z)
+        torch.testing.assert_close(compiled(z), crate_block(module, z))
+        module.ista.weight.mul_(2)
+        torch.testing.assert_close(compiled(z), crate_block(module, z))
+
+
+def test_prepare_for_inference_returns_the_model_in_evaluation_mode():
+    model = nn.Sequential(CrateBlock(12, 3, 4), OvercompleteCrateBlock(12, 3, 4))
+    assert prepare_for_inference(model) is model
+    assert not any(m.training for m in model.modules())
+    assert model[0].ista.keep_folded

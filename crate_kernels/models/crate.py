@@ -6,43 +6,11 @@ import torch
 from torch import Tensor, nn
 
 from ..nn import CrateBlock
-from .base import CrateModel
 from .checkpoint import KeyMap
+from .vision import PatchEmbedding, VisionModel, interpolate_positions, pair
 
 
-class PatchEmbedding(nn.Module):
-    """Cut images into patches, flatten each as (row, column, channel), and embed it between two LayerNorms.
-
-    ``(B, C, H, W)`` -> ``(B, (H / patch height)·(W / patch width), dim)``.
-    """
-
-    def __init__(self, patch_size: tuple[int, int], channels: int, dim: int):
-        super().__init__()
-        self.patch_size = patch_size
-        self.channels = channels
-        patch_dim = channels * patch_size[0] * patch_size[1]
-        self.patch_norm = nn.LayerNorm(patch_dim)
-        self.projection = nn.Linear(patch_dim, dim)
-        self.norm = nn.LayerNorm(dim)
-
-    def grid(self, images: Tensor) -> tuple[int, int]:
-        """Rows and columns of patches in ``images``, or an error that says what does not fit."""
-        rows, columns = self.patch_size
-        if images.dim() != 4 or images.shape[1] != self.channels:
-            raise ValueError(f"images: expected shape (B, {self.channels}, H, W), got {tuple(images.shape)}")
-        height, width = images.shape[2:]
-        if height % rows or width % columns or not height or not width:
-            raise ValueError(f"images: {height} x {width} pixels are no multiple of the patch size {rows} x {columns}")
-        return height // rows, width // columns
-
-    def forward(self, images: Tensor) -> Tensor:
-        rows, columns = self.grid(images)
-        patches = images.unflatten(2, (rows, self.patch_size[0])).unflatten(4, (columns, self.patch_size[1]))
-        patches = patches.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
-        return self.norm(self.projection(self.patch_norm(patches)))
-
-
-class CRATE(CrateModel):
+class CRATE(VisionModel):
     """Vision CRATE: patch embedding, class token, learned positions, ``depth`` layers, LayerNorm and a linear head.
 
     Args:
@@ -72,6 +40,10 @@ class CRATE(CrateModel):
         }
     )
 
+    # What a variant of the architecture replaces.
+    embedding = PatchEmbedding
+    block = CrateBlock
+
     def __init__(
         self,
         *,
@@ -95,20 +67,18 @@ class CRATE(CrateModel):
                 emb_dropout=emb_dropout, ista=ista,
             )
         )  # fmt: skip
-        image_size, patch_size = _pair("image_size", image_size), _pair("patch_size", patch_size)
+        image_size, patch_size = pair("image_size", image_size), pair("patch_size", patch_size)
         if image_size[0] % patch_size[0] or image_size[1] % patch_size[1]:
             raise ValueError(f"image_size: {image_size} is no multiple of patch_size {patch_size}")
-        if pool not in ("cls", "mean"):
-            raise ValueError(f"pool: expected 'cls' or 'mean', got {pool!r}")
+        pool = pool_name(pool)
         self.grid_size = (image_size[0] // patch_size[0], image_size[1] // patch_size[1])
-        self.num_classes, self.pool = num_classes, pool
-        self.num_features = self.embed_dim = dim
+        self.num_classes, self.pool, self.num_features = num_classes, pool, dim
         self.position_embedding = nn.Parameter(torch.randn(1, self.grid_size[0] * self.grid_size[1] + 1, dim))
         self.cls_token = nn.Parameter(torch.randn(1, 1, dim))
-        self.patch_embedding = PatchEmbedding(patch_size, channels, dim)
+        self.patch_embedding = self.embedding(patch_size, channels, dim)
         self.dropout = nn.Dropout(emb_dropout)
         self.blocks = nn.ModuleList(
-            CrateBlock(dim, heads, dim_head, dropout=dropout, step_size=ista) for _ in range(depth)
+            self.block(dim, heads, dim_head, dropout=dropout, step_size=ista) for _ in range(depth)
         )
         self.norm = nn.LayerNorm(dim)
         self.head = nn.Linear(dim, num_classes) if num_classes else nn.Identity()
@@ -122,103 +92,39 @@ class CRATE(CrateModel):
 
     def forward_features(self, images: Tensor) -> Tensor:
         """The last layer's tokens ``(B, 1 + patches, dim)``, before the final LayerNorm."""
-        tokens = self.embed(images)
-        for block in self.blocks:
-            tokens = block(tokens)
-        return tokens
+        return self.run_blocks(self.embed(images))
 
     def forward_head(self, tokens: Tensor, pre_logits: bool = False) -> Tensor:
         """Pool, normalise and classify ``tokens (B, N, dim)`` -> ``(B, num_classes)``, or ``(B, dim)`` before that."""
         pooled = self.norm(tokens.mean(dim=1) if self.pool == "mean" else tokens[:, 0])
         return pooled if pre_logits else self.head(pooled)
 
+    def get_classifier(self) -> nn.Module:
+        return self.head
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """A new head for ``num_classes``, none for 0; ``global_pool`` is as ``pool``, or timm's name of it."""
+        if global_pool is not None:
+            self.pool = self.config["pool"] = pool_name(global_pool)
+        self.num_classes = self.config["num_classes"] = num_classes
+        reference = self.norm.weight
+        self.head = (
+            nn.Linear(self.num_features, num_classes, device=reference.device, dtype=reference.dtype)
+            if num_classes
+            else nn.Identity()
+        )
+
     def forward(self, images: Tensor) -> Tensor:
         """``(B, C, H, W)`` -> logits ``(B, num_classes)``. Positions are interpolated for other image sizes."""
         return self.forward_head(self.forward_features(images))
 
-    def forward_intermediates(
-        self,
-        images: Tensor,
-        indices: int | list[int] | None = None,
-        *,
-        norm: bool = False,
-        output_fmt: str = "NCHW",
-        return_prefix_tokens: bool = False,
-        intermediates_only: bool = False,
-        stop_early: bool = False,
-    ):
-        """Features of any layers, with timm's arguments.
 
-        Args:
-            indices: layers to return; an integer takes the last so many, None all; negative ones count from the end.
-            norm: apply the final LayerNorm to them.
-            output_fmt: ``"NCHW"`` gives maps ``(B, dim, rows, columns)``, ``"NLC"`` tokens ``(B, patches, dim)``.
-            return_prefix_tokens: pair each with its class token ``(B, 1, dim)``.
-            intermediates_only: return the list alone, not ``(last tokens, list)``.
-            stop_early: do not run layers past the last one asked for.
-        """
-        if output_fmt not in ("NCHW", "NLC"):
-            raise ValueError(f"output_fmt: expected 'NCHW' or 'NLC', got {output_fmt!r}")
-        wanted = self._layers(indices)
-        rows, columns = self.patch_embedding.grid(images)
-        tokens, features = self.embed(images), []
-        for layer, block in enumerate(self.blocks):
-            if stop_early and layer > max(wanted, default=-1):
-                break
-            tokens = block(tokens)
-            if layer in wanted:
-                feature = self.norm(tokens) if norm else tokens
-                prefix, patches = feature[:, :1], feature[:, 1:]
-                if output_fmt == "NCHW":
-                    patches = patches.transpose(1, 2).unflatten(2, (rows, columns))
-                features.append((patches, prefix) if return_prefix_tokens else patches)
-        return features if intermediates_only else (tokens, features)
-
-    def get_attention(self, images: Tensor, layer: int = -1) -> Tensor:
-        """The attention maps of one layer ``(B, heads, N, N)``, N = 1 + patches; index 0 is the class token."""
-        (layer,) = self._layers([layer])
-        block = self.blocks[layer]
-        return block.mssa.attention(block.mssa_norm(self._tokens_before(images, layer)))
-
-    def get_last_selfattention(self, images: Tensor) -> Tensor:
-        """:meth:`get_attention` of the last layer, under the name that DINO's tools call."""
-        return self.get_attention(images, -1)
-
-    def get_last_key(self, images: Tensor) -> Tensor:
-        """The last layer's projected tokens ``(B, heads, N, p)``: query, key and value in one."""
-        block = self.blocks[-1]
-        return block.mssa.project(block.mssa_norm(self._tokens_before(images, len(self.blocks) - 1))).transpose(1, 2)
-
-    def _tokens_before(self, images: Tensor, layer: int) -> Tensor:
-        tokens = self.embed(images)
-        for block in self.blocks[:layer]:
-            tokens = block(tokens)
-        return tokens
-
-    def _layers(self, indices: int | list[int] | None) -> list[int]:
-        depth = len(self.blocks)
-        if indices is None:
-            return list(range(depth))
-        indices = list(range(depth - indices, depth)) if isinstance(indices, int) else list(indices)
-        if any(not -depth <= i < depth for i in indices):
-            raise ValueError(f"layers: {indices} do not all lie in {-depth}..{depth - 1}")
-        return [i % depth for i in indices]
-
-
-def interpolate_positions(positions: Tensor, trained: tuple[int, int], grid: tuple[int, int]) -> Tensor:
-    """``(1, 1 + rows·columns, dim)`` for another grid of patches: bicubic, the class token's position unchanged."""
-    if grid == trained:
-        return positions
-    patches = positions[:, 1:].transpose(1, 2).unflatten(2, trained)
-    patches = nn.functional.interpolate(patches.float(), size=grid, mode="bicubic", antialias=True)
-    return torch.cat([positions[:, :1], patches.to(positions.dtype).flatten(2).transpose(1, 2)], dim=1)
-
-
-def _pair(name: str, value: int | tuple[int, int]) -> tuple[int, int]:
-    pair = (value, value) if isinstance(value, int) else tuple(value)
-    if len(pair) != 2 or any(not isinstance(v, int) or v < 1 for v in pair):
-        raise ValueError(f"{name}: expected a positive integer or a pair of them, got {value!r}")
-    return pair
+def pool_name(pool: str) -> str:
+    """``"cls"`` or ``"mean"``, also under timm's names ``"token"`` and ``"avg"``."""
+    name = {"token": "cls", "avg": "mean"}.get(pool, pool)
+    if name not in ("cls", "mean"):
+        raise ValueError(f"pool: expected 'cls' or 'mean', got {pool!r}")
+    return name
 
 
 SIZES = {

@@ -1,5 +1,11 @@
 """The CRATE model family."""
 
+from .alpha import CRATE_alpha_base as CRATE_alpha_base
+from .alpha import CRATE_alpha_clipa_huge as CRATE_alpha_clipa_huge
+from .alpha import CRATE_alpha_clipa_large as CRATE_alpha_clipa_large
+from .alpha import CRATE_alpha_huge as CRATE_alpha_huge
+from .alpha import CRATE_alpha_large as CRATE_alpha_large
+from .alpha import CrateAlpha as CrateAlpha
 from .base import CrateModel as CrateModel
 from .bert import CrateBert as CrateBert
 from .checkpoint import CheckpointError as CheckpointError
@@ -15,5 +21,10 @@ from .gpt import CrateGPT as CrateGPT
 from .gpt import CrateGPTConfig as CrateGPTConfig
 from .gpt import crate_gpt2 as crate_gpt2
 from .gpt import crate_lm as crate_lm
+from .mae import CrateMAE as CrateMAE
+from .mae import mae_crate_base as mae_crate_base
+from .mae import mae_crate_large as mae_crate_large
+from .mae import mae_crate_small as mae_crate_small
+from .mae import mae_crate_tiny as mae_crate_tiny
 from .registry import create_model as create_model
 from .registry import load_model as load_model

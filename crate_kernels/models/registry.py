@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable
 from functools import partial
 
-from . import bert, checkpoint, crate, gpt
+from . import alpha, bert, checkpoint, crate, gpt, mae
 from .base import CrateModel
 
 FACTORIES: dict[str, Callable[..., CrateModel]] = {
@@ -17,13 +17,24 @@ FACTORIES: dict[str, Callable[..., CrateModel]] = {
     "crate_tiny_patch8_224": crate.CRATE_tiny_patch8,
     "crate_small_patch8_224": crate.CRATE_small_patch8,
     "crate_base_patch8_224": crate.CRATE_base_patch8,
+    "crate_alpha_base_patch16_224": alpha.CRATE_alpha_base,
+    "crate_alpha_large_patch14_224": alpha.CRATE_alpha_large,
+    "crate_alpha_huge_patch14_224": alpha.CRATE_alpha_huge,
+    "crate_alpha_large_patch14_clipa_224": alpha.CRATE_alpha_clipa_large,
+    "crate_alpha_huge_patch14_clipa_224": alpha.CRATE_alpha_clipa_huge,
+    "crate_mae_tiny_patch16_224": mae.mae_crate_tiny,
+    "crate_mae_small_patch16_224": mae.mae_crate_small,
+    "crate_mae_base_patch16_224": mae.mae_crate_base,
+    "crate_mae_large_patch16_224": mae.mae_crate_large,
     **{f"crate_gpt2_{size}": partial(gpt.crate_gpt2, size) for size in gpt.SIZES},
     **{f"crate_lm_{size}": partial(gpt.crate_lm, size) for size in gpt.SIZES},
     "crate_bert_base": bert.CrateBert,
 }
 """Name -> factory. Factories take any constructor argument of their class; vision's take ``num_classes`` first."""
 
-CLASSES: dict[str, type[CrateModel]] = {"CRATE": crate.CRATE, "CrateGPT": gpt.CrateGPT, "CrateBert": bert.CrateBert}
+CLASSES: dict[str, type[CrateModel]] = {
+    cls.__name__: cls for cls in (crate.CRATE, alpha.CrateAlpha, mae.CrateMAE, gpt.CrateGPT, bert.CrateBert)
+}
 """Class name, as files record it -> class."""
 
 

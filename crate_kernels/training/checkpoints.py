@@ -41,14 +41,14 @@ def load(path: Path) -> dict[str, Any]:
     return state
 
 
-def resumed_config(state: dict[str, Any], options: dict[str, Any]) -> Config:
-    """The configuration of the run in ``state``, under ``options`` that leave its result as it is.
+def resumed_config(state: dict[str, Any], options: dict[str, Any], kind: type = Config):
+    """The configuration (a ``kind``) of the run in ``state``, under ``options`` that leave its result as it is.
 
     Raises:
         ValueError: an option contradicts the run.
     """
-    names = {field.name for field in dataclasses.fields(Config)}
-    stored = Config(**{name: value for name, value in state["config"].items() if name in names})
+    names = {field.name for field in dataclasses.fields(kind)}
+    stored = kind(**{name: value for name, value in state["config"].items() if name in names})
     for name, value in options.items():
         if name in stored.fixed() and getattr(stored, name) != value:
             raise ValueError(

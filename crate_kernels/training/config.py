@@ -24,7 +24,7 @@ FOLDER: dict[str, Any] = dict(model="crate_tiny_patch16_224", epochs=100, learni
 ARCHITECTURE = ("dim", "depth", "heads")
 
 
-def _option(default, text: str, group: str, **keywords):
+def option(default, text: str, group: str, **keywords):
     return dataclasses.field(default=default, metadata={"help": text, "group": group, **keywords})
 
 
@@ -32,55 +32,55 @@ def _option(default, text: str, group: str, **keywords):
 class Config:
     """What a run does. Two runs with equal ``fixed()`` values on one machine end with equal weights."""
 
-    data: str = _option("mnist5k", "mnist5k, fashion-mnist, cifar10, or a folder of class folders", "data")
-    root: str | None = _option(None, "where the named data set's files are, in torchvision's layout", "data")
-    num_classes: int | None = _option(None, "size of the head; must be the number of classes in the data", "data")
-    crop: float = _option(1.0, "smallest share of an image's area that a random crop keeps; 1 crops nothing", "data")
-    flip: float = _option(0.0, "probability of mirroring an image", "data")
-    auto_augment: str | None = _option(None, "timm's policy, such as rand-m9-mstd0.5", "data")
-    mixup: float = _option(0.0, "mixup's alpha", "data")
-    cutmix: float = _option(0.0, "cutmix's alpha", "data")
+    data: str = option("mnist5k", "mnist5k, fashion-mnist, cifar10, or a folder of class folders", "data")
+    root: str | None = option(None, "where the named data set's files are, in torchvision's layout", "data")
+    num_classes: int | None = option(None, "size of the head; must be the number of classes in the data", "data")
+    crop: float = option(1.0, "smallest share of an image's area that a random crop keeps; 1 crops nothing", "data")
+    flip: float = option(0.0, "probability of mirroring an image", "data")
+    auto_augment: str | None = option(None, "timm's policy, such as rand-m9-mstd0.5", "data")
+    mixup: float = option(0.0, "mixup's alpha", "data")
+    cutmix: float = option(0.0, "cutmix's alpha", "data")
 
-    model: str | None = _option(None, "a registered model, instead of dim, depth and heads", "model", choices=FACTORIES)
-    dim: int | None = _option(None, "width of the tokens", "model")
-    depth: int | None = _option(None, "number of layers", "model")
-    heads: int | None = _option(None, "number of attention heads", "model")
-    patch_size: int | None = _option(None, "pixels along a patch", "model")
-    image_size: int | None = _option(None, "pixels along an image; images of another size are resized", "model")
-    pool: str = _option("cls", "what the head reads", "model", choices=("cls", "mean"))
-    step_size: float | None = _option(None, "step size of the ISTA steps", "model")
-    dropout: float = _option(0.0, "dropout in the layers", "model")
-    init: str | None = _option(None, "checkpoint whose weights to start from", "model")
-    new_head: bool = _option(False, "leave the head of --init out, for other classes", "model")
+    model: str | None = option(None, "a registered model, instead of dim, depth and heads", "model", choices=FACTORIES)
+    dim: int | None = option(None, "width of the tokens", "model")
+    depth: int | None = option(None, "number of layers", "model")
+    heads: int | None = option(None, "number of attention heads", "model")
+    patch_size: int | None = option(None, "pixels along a patch", "model")
+    image_size: int | None = option(None, "pixels along an image; images of another size are resized", "model")
+    pool: str = option("cls", "what the head reads", "model", choices=("cls", "mean"))
+    step_size: float | None = option(None, "step size of the ISTA steps", "model")
+    dropout: float = option(0.0, "dropout in the layers", "model")
+    init: str | None = option(None, "checkpoint whose weights to start from", "model")
+    new_head: bool = option(False, "leave the head of --init out, for other classes", "model")
 
-    epochs: int = _option(30, "passes over the training images", "optimisation")
-    batch_size: int = _option(128, "images per optimiser step and accumulation", "optimisation")
-    accumulate: int = _option(1, "batches whose gradients make one optimiser step", "optimisation")
-    optimizer: str = _option("adamw", "any of timm's, such as adamw or lion", "optimisation")
-    learning_rate: float = _option(1e-3, "after the warm-up", "optimisation")
-    weight_decay: float = _option(0.05, "of matrices, not of biases and norms", "optimisation")
-    schedule: str = _option("cosine", "timm's learning-rate schedule", "optimisation")
-    warmup_epochs: float = _option(1.0, "epochs of linear warm-up", "optimisation")
-    clip_grad: float = _option(1.0, "largest norm of the gradient; 0 does not clip", "optimisation")
-    label_smoothing: float = _option(0.1, "share of the target given to all classes", "optimisation")
-    ema: float = _option(
+    epochs: int = option(30, "passes over the training images", "optimisation")
+    batch_size: int = option(128, "images per optimiser step and accumulation", "optimisation")
+    accumulate: int = option(1, "batches whose gradients make one optimiser step", "optimisation")
+    optimizer: str = option("adamw", "any of timm's, such as adamw or lion", "optimisation")
+    learning_rate: float = option(1e-3, "after the warm-up", "optimisation")
+    weight_decay: float = option(0.05, "of matrices, not of biases and norms", "optimisation")
+    schedule: str = option("cosine", "timm's learning-rate schedule", "optimisation")
+    warmup_epochs: float = option(1.0, "epochs of linear warm-up", "optimisation")
+    clip_grad: float = option(1.0, "largest norm of the gradient; 0 does not clip", "optimisation")
+    label_smoothing: float = option(0.1, "share of the target given to all classes", "optimisation")
+    ema: float = option(
         0.0, "decay of a moving average of the weights, used for evaluation; 0 keeps none", "optimisation"
     )
-    seed: int = _option(0, "of weights, data order and augmentation", "optimisation")
+    seed: int = option(0, "of weights, data order and augmentation", "optimisation")
 
-    precision: str = _option(
+    precision: str = option(
         "auto", "auto takes bf16 where a short measurement finds it faster", "machine", choices=("auto", "fp32", "bf16")
     )
-    backend: str | None = _option(
+    backend: str | None = option(
         None, "backend of the operators, instead of the automatic choice", "machine", choices=FILES
     )
-    device: str = _option("auto", "cpu, cuda, cuda:1 ...; auto takes a GPU if there is one", "machine")
-    compile: bool = _option(False, "train through torch.compile", "machine")
-    workers: int | None = _option(None, "processes that prepare batches", "machine")
+    device: str = option("auto", "cpu, cuda, cuda:1 ...; auto takes a GPU if there is one", "machine")
+    compile: bool = option(False, "train through torch.compile", "machine")
+    workers: int | None = option(None, "processes that prepare batches", "machine")
 
-    output: str = _option("runs/{data}", "folder of everything the run writes", "output")
-    checkpoint_seconds: float = _option(30.0, "write the state this often, besides after every epoch", "output")
-    log_steps: int = _option(50, "optimiser steps between two records of the metrics log", "output")
+    output: str = option("runs/{data}", "folder of everything the run writes", "output")
+    checkpoint_seconds: float = option(30.0, "write the state this often, besides after every epoch", "output")
+    log_steps: int = option(50, "optimiser steps between two records of the metrics log", "output")
 
     def fixed(self) -> dict[str, Any]:
         """The values that decide the result: a resumed run must agree on them."""
@@ -93,10 +93,10 @@ FREE = ("device", "workers", "output", "checkpoint_seconds", "log_steps", "root"
 _FIELDS = {field.name: field for field in dataclasses.fields(Config)}
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """An argument for each field of :class:`Config`. Arguments not given stay out of the parsed namespace."""
+def add_arguments(parser: argparse.ArgumentParser, kind: type = Config) -> None:
+    """An argument for each field of ``kind``. Arguments not given stay out of the parsed namespace."""
     groups: dict[str, Any] = {}
-    for field in _FIELDS.values():
+    for field in dataclasses.fields(kind):
         metadata = dict(field.metadata)
         title = metadata.pop("group")
         group = groups.setdefault(title, parser.add_argument_group(title))
@@ -111,9 +111,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         group.add_argument(f"--{field.name.replace('_', '-')}", dest=field.name, default=argparse.SUPPRESS, **metadata)
 
 
-def given(args: argparse.Namespace) -> dict[str, Any]:
-    """The fields of :class:`Config` that the command line names."""
-    return {name: value for name, value in vars(args).items() if name in _FIELDS}
+def given(args: argparse.Namespace, kind: type = Config) -> dict[str, Any]:
+    """The fields of ``kind`` that the command line names."""
+    names = {field.name for field in dataclasses.fields(kind)}
+    return {name: value for name, value in vars(args).items() if name in names}
 
 
 def resolve(options: dict[str, Any]) -> Config:

@@ -44,6 +44,10 @@ class Report:
         text = (
             f"epoch {epoch}  loss {loss:.4f}  accuracy {100 * accuracy:.1f} %  {rate:.0f} images/s  {clock(left)} left"
         )
+        self.show(step, text)
+
+    def show(self, step: int, text: str) -> None:
+        """Where the run is: in the bar at once, as a line now and then."""
         if self.live:
             self.bar.update(self.task, completed=step, description=text)
         elif time.monotonic() - self.last_line >= self.LINE_SECONDS:

@@ -59,7 +59,7 @@ def test_gradients_are_bitwise_repeatable(name):
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("lengths", [None, [3, 11]])
 def test_blocked_attention_for_other_devices(causal, lengths, monkeypatch):
-    monkeypatch.setattr(eager_attention, "BLOCK_ELEMENTS", 2 * 2 * 11 * 4)  # blocks of 4 of the 11 queries
+    monkeypatch.setattr(eager_attention.blocked, "BLOCK_ELEMENTS", 2 * 2 * 11 * 4)  # blocks of 4 of the 11 queries
     w, value, grad = torch.randn(3, 2, 11, 2, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     lengths = None if lengths is None else torch.tensor(lengths)
     leaves = w.clone().requires_grad_(), value.clone().requires_grad_()

@@ -11,10 +11,8 @@ from torch import Tensor
 
 from ..backends import accumulation_dtype
 from ..checks import length_values
+from . import blocked
 from .reference import forbidden
-
-BLOCK_ELEMENTS = 1 << 26
-"""Most score elements held at once on the blocked path (256 MiB in float32)."""
 
 
 def why_not(w: Tensor, *_) -> None:
@@ -84,45 +82,29 @@ def blocked_forward(
     w: Tensor, value: Tensor, lengths: Tensor | None, scale: float, causal: bool
 ) -> tuple[Tensor, Tensor]:
     """:func:`forward` by blocks of queries, on any device; ``value`` is always given."""
-    q, v = w.transpose(1, 2), value.transpose(1, 2)
-    o = torch.empty(value.shape, dtype=w.dtype, device=w.device)
-    lse = torch.empty(q.shape[:3], dtype=accumulation_dtype(w.dtype), device=w.device)
-    for rows in _row_blocks(w):
-        scores = _scores(q, rows, lengths, scale, causal)
-        lse[:, :, rows] = scores.logsumexp(-1)
-        o[:, rows] = (scores.softmax(-1).to(w.dtype) @ v).transpose(1, 2)
-    return o, lse
+    hidden = _hidden(w, lengths, causal)
+    o, lse = blocked.attend(*(t.transpose(1, 2) for t in (w, w, value)), scale, hidden)
+    return o.transpose(1, 2).contiguous(), lse
 
 
 def blocked_backward(
     grad: Tensor, w: Tensor, value: Tensor, lengths: Tensor | None, o: Tensor, lse: Tensor, scale: float, causal: bool
 ) -> tuple[Tensor, Tensor]:
     """The parts of the gradient that reach the scores' operand and the value, both ``(B, N, H, p)``."""
-    q, v, g = w.transpose(1, 2), value.transpose(1, 2), grad.transpose(1, 2)
-    dw = torch.zeros(q.shape, dtype=lse.dtype, device=w.device)
-    dv = torch.zeros_like(dw)
     delta = (grad * o).sum(-1, dtype=lse.dtype).transpose(1, 2)
-    for rows in _row_blocks(w):
-        p = (_scores(q, rows, lengths, scale, causal) - lse[:, :, rows, None]).exp()
-        ds = (p * ((g[:, :, rows] @ v.transpose(-1, -2)).to(p.dtype) - delta[:, :, rows, None])).to(w.dtype)
-        dv += p.to(w.dtype).transpose(-1, -2) @ g[:, :, rows]
-        dw += scale * (ds.transpose(-1, -2) @ q[:, :, rows])
-        dw[:, :, rows] += scale * (ds @ q)
-    return tuple(t.transpose(1, 2).to(w.dtype).contiguous() for t in (dw, dv))
+    tokens = *(t.transpose(1, 2) for t in (w, value, grad)), lse, delta
+    gradients = blocked.attend_backward(
+        *tokens, *tokens, scale, _hidden(w, lengths, causal), _hidden(w, lengths, causal, transposed=True)
+    )
+    return tuple(t.transpose(1, 2).to(w.dtype).contiguous() for t in gradients)
 
 
-def _row_blocks(w: Tensor) -> list[slice]:
-    batch, tokens, heads, _ = w.shape
-    size = max(1, BLOCK_ELEMENTS // (batch * heads * tokens))
-    return [slice(start, min(start + size, tokens)) for start in range(0, tokens, size)]
-
-
-def _scores(q: Tensor, rows: slice, lengths: Tensor | None, scale: float, causal: bool) -> Tensor:
-    scores = (q[:, :, rows] @ q.transpose(-1, -2)).to(accumulation_dtype(q.dtype)) * scale
-    mask = forbidden(q.shape[2], lengths, causal, q.device)
+def _hidden(w: Tensor, lengths: Tensor | None, causal: bool, transposed: bool = False) -> blocked.Mask:
+    mask = forbidden(w.shape[1], lengths, causal, w.device)
     if mask is None:
-        return scores
-    return scores.masked_fill(mask[:, :, rows] if mask.shape[2] > 1 else mask, -torch.inf)
+        return None
+    mask = mask.mT if transposed else mask
+    return lambda rows: mask[:, :, rows] if mask.shape[2] > 1 else mask
 
 
 def _additive_mask(w: Tensor, lengths: Tensor | None, causal: bool) -> Tensor:

@@ -1,0 +1,76 @@
+"""Subspace attention between two groups of tokens, in bounded memory and stock PyTorch.
+
+What a device without a kernel of its own runs (``eager.py``), and what ring attention runs between two shards. Tensors
+are head-major here: ``(B, H, rows, p)``, normalisers ``(B, H, rows)`` in float32 (float64 for float64).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from ..backends import accumulation_dtype
+
+BLOCK_ELEMENTS = 1 << 26
+"""Most score elements held at once (256 MiB in float32)."""
+
+Mask = Callable[[slice], Tensor | None] | None
+"""Of a slice of queries: True where they may not see a key, broadcastable to ``(B, H, rows, keys)``. None: all seen."""
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, scale: float, hidden: Mask = None) -> tuple[Tensor, Tensor]:
+    """``softmax(scale · q kᵀ) v`` and the log-normaliser of its rows: ``(B, H, M, p)``, ``(B, H, M)``."""
+    o = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    lse = torch.empty(q.shape[:3], dtype=accumulation_dtype(q.dtype), device=q.device)
+    for rows in row_blocks(q, k):
+        scores = _scores(q[:, :, rows], k, scale, hidden and hidden(rows))
+        lse[:, :, rows] = scores.logsumexp(-1)
+        o[:, :, rows] = scores.softmax(-1).to(q.dtype) @ v
+    return o, lse
+
+
+def attend_backward(
+    w: Tensor, v: Tensor, grad: Tensor, lse: Tensor, delta: Tensor,
+    w_other: Tensor, v_other: Tensor, grad_other: Tensor, lse_other: Tensor, delta_other: Tensor,
+    scale: float, hidden: Mask = None, hidden_other: Mask = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """What the pairs of our tokens with the others' add to our gradients ``(dw, dv)``, both ``(B, H, M, p)``.
+
+    Token i is a query to j and a key to j, and both roles take the one score ``w_i·w_j``::
+
+        dw_i = Σ_j scale·(dS_ij + dS_ji) w_j,   dv_i = Σ_j P_ji g_j,   dS = P∘(g vᵀ − delta),   delta = rowsum(g∘o)
+
+    Args:
+        w, v, grad, lse, delta: our tokens, their values, output gradients, log-normalisers and deltas.
+        w_other, v_other, grad_other, lse_other, delta_other: the others'.
+        hidden: which of the others our tokens may not see as queries (rows ours, columns the others').
+        hidden_other: which of the others may not see our tokens as keys (rows ours, columns the others').
+    """
+    dw, dv = torch.empty_like(w, dtype=lse.dtype), torch.empty_like(v, dtype=lse.dtype)
+    for rows in row_blocks(w, w_other):
+        scores = _scores(w[:, :, rows], w_other, scale, None)
+        p = (scores - lse[:, :, rows, None]).exp()
+        if (mask := hidden and hidden(rows)) is not None:
+            p = p.masked_fill(mask, 0)
+        ds = p * ((grad[:, :, rows] @ v_other.mT).to(p.dtype) - delta[:, :, rows, None])
+        p = (scores - lse_other[:, :, None, :]).exp()
+        if (mask := hidden_other and hidden_other(rows)) is not None:
+            p = p.masked_fill(mask, 0)
+        ds += p * ((v[:, :, rows] @ grad_other.mT).to(p.dtype) - delta_other[:, :, None, :])
+        dw[:, :, rows] = scale * (ds.to(w.dtype) @ w_other)
+        dv[:, :, rows] = p.to(w.dtype) @ grad_other
+    return dw, dv
+
+
+def row_blocks(q: Tensor, k: Tensor) -> list[slice]:
+    """Slices of the rows of ``q`` whose scores against ``k`` stay below ``BLOCK_ELEMENTS``."""
+    batch, heads, tokens, _ = q.shape
+    size = max(1, BLOCK_ELEMENTS // max(1, batch * heads * k.shape[2]))
+    return [slice(start, min(start + size, tokens)) for start in range(0, tokens, size)]
+
+
+def _scores(q: Tensor, k: Tensor, scale: float, mask: Tensor | None) -> Tensor:
+    scores = (q @ k.mT).to(accumulation_dtype(q.dtype)) * scale
+    return scores if mask is None else scores.masked_fill(mask, -torch.inf)

@@ -1,0 +1,28 @@
+"""Run a test function on several gloo processes of this machine."""
+
+from __future__ import annotations
+
+import os
+import socket
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as multiprocessing
+
+
+def run_on_ranks(size: int, function, *arguments) -> None:
+    """Call ``function(*arguments)`` on ``size`` ranks; a failure on any of them fails the test with its traceback."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    multiprocessing.spawn(_rank, (size, port, function, arguments), nprocs=size)
+
+
+def _rank(rank: int, size: int, port: int, function, arguments) -> None:
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), GLOO_SOCKET_IFNAME="lo")
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", rank=rank, world_size=size)
+    try:
+        function(*arguments)
+    finally:
+        dist.destroy_process_group()

@@ -1,0 +1,269 @@
+// The gradient of attention_forward.cuh: one block a head, one output.
+//
+//   P_ij = exp(s w_i·w_j - lse_i)      D_ij = g_i·w_j      delta_i = g_i·o_i
+//   X_ij = s (P_ij (D_ij - delta_i) + P_ji (D_ji - delta_j))         symmetric
+//   dw_i = Σ_j X_ij w_j + Σ_j P_ji g_j
+//
+// A pair of row tiles (i, j) meets once (round_robin.cuh). It costs one product for the scores, two for D_ij and D_ji,
+// and then each side needs two: seven of the ten that separate dq, dk and dv would take. The warp that computes keeps
+// X_ij and P_ji as left operands for its own rows and hands X_ij and P_ij, transposed, to the other. Sums stay in
+// registers in an order fixed by the shape alone: no atomics, bitwise the same every time.
+//
+// Exponents are taken against each row's own lse, so nothing can overflow whatever the norms are and no second path is
+// needed; it costs a second exponential a pair, of which the products leave room for many.
+//
+// Global traffic is w, g and o once, four bytes a row, and dw once.
+#pragma once
+
+#include "crate/dispatch.h"
+#include "crate/round_robin.cuh"
+#include "crate/warp_tile.cuh"
+
+namespace crate {
+
+struct AttentionBackwardParams {
+    const void* w;     // (B, N, H, p), unit stride in p, rows aligned to 16 bytes
+    const void* grad;  // likewise
+    const void* o;     // (B, N, H, p), contiguous
+    const float* lse;  // (B, H, N)
+    void* dw;          // (B, N, H, p), contiguous
+    const int32_t* lengths;  // (B,), or null
+    int64_t w_batch_stride, w_token_stride, w_head_stride;  // in elements
+    int64_t grad_batch_stride, grad_token_stride, grad_head_stride;
+    int tokens, heads;
+    float scale, scale_log2;  // s, and s log2(e)
+    bool causal;
+};
+
+struct alignas(16) TwoRows {
+    Float2 row[2];
+};
+
+template <class T, int kWidth, int kTokens>
+struct AttentionBackward {
+    static_assert(kWidth % 16 == 0);
+    static constexpr int kBand = 16;  // rows of a warp
+    static constexpr int kRowBytes = (kWidth + kChunkElements) * 2;
+    static constexpr int kMaxThreads = (kTokens + kBand - 1) / kBand * kWarpSize;
+    static constexpr int kMinBlocks = 1;
+    // Whether a warp keeps its own rows of w and g in registers or reads them again for every pair.
+    static constexpr bool kKeepOwn = kWidth <= (kTokens <= kSmallTokens ? 64 : 16);
+    static constexpr int kOwn = kKeepOwn ? kWidth / 16 : 1;
+    // Where the output of 16 rows does not fit the registers, the head is gone through twice, for half the columns each.
+    static constexpr int kPasses = kTokens > kSmallTokens && kWidth > 80 ? 2 : 1;
+    static constexpr int kPassWidth = kWidth / kPasses;
+    static constexpr int kStagingRowBytes = kPasses == 1 ? kRowBytes : (kPassWidth + kChunkElements) * 2;
+
+    using Params = AttentionBackwardParams;
+
+    CRATE_HOST_DEVICE static int warps(int tokens) { return (tokens + kBand - 1) / kBand; }
+    CRATE_HOST_DEVICE static int rows_bytes(int warps) { return warps * kBand * kRowBytes; }
+    CRATE_HOST_DEVICE static int exchange_bytes(int warps) { return warps * 2 * kTileBytes; }
+    CRATE_HOST_DEVICE static int shared_bytes(int tokens) {
+        const int n = warps(tokens), staging = kPasses == 1 ? 0 : n * kBand * kStagingRowBytes;
+        return 2 * rows_bytes(n) + 2 * exchange_bytes(n) + n * kBand * int(sizeof(Float2)) + staging;
+    }
+
+    const Params& params;
+    const RoundRobin meeting;
+    const int band;    // first row of this warp
+    const int length;  // keys that may be attended to
+    const SharedAddress w_rows, grad_rows, exchange, scalars;  // scalars: of every row, lse in powers of two and delta
+    uint32_t own_w[kOwn][4], own_grad[kOwn][4];
+    int first_column;  // of this pass
+    float out[kPassWidth / 16][2][4];
+
+    CRATE_DEVICE static void run(const Params& params) {
+        const int batch = block_index() / params.heads;
+        const int length = params.lengths ? load_global(params.lengths + batch) : params.tokens;
+        const RoundRobin meeting{block_threads() / kWarpSize, warp_index()};
+        const SharedAddress w_rows = shared_base(), grad_rows = w_rows + rows_bytes(meeting.warps),
+                            exchange = grad_rows + rows_bytes(meeting.warps),
+                            scalars = exchange + 2 * exchange_bytes(meeting.warps);
+        AttentionBackward{params, meeting, meeting.warp * kBand, length, w_rows, grad_rows, exchange, scalars}.head();
+    }
+
+    CRATE_DEVICE void head() {
+        const int batch = block_index() / params.heads, head = block_index() % params.heads;
+        const T* w = static_cast<const T*>(params.w) + batch * params.w_batch_stride + head * params.w_head_stride;
+        const T* grad =
+            static_cast<const T*>(params.grad) + batch * params.grad_batch_stride + head * params.grad_head_stride;
+        const int padded = meeting.warps * kBand;
+        copy_rows<kWidth>(w_rows, kRowBytes, w, params.w_token_stride, params.tokens, padded);
+        copy_rows<kWidth>(grad_rows, kRowBytes, grad, params.grad_token_stride, params.tokens, padded);
+        wait_async<0>();
+        sync_block();
+        compute_scalars();
+        sync_block();
+
+        if constexpr (kKeepOwn) {
+            CRATE_UNROLL
+            for (int k = 0; k < kOwn; ++k) {
+                load_left(own_w[k], address(w_rows, band, k), kRowBytes);
+                load_left(own_grad[k], address(grad_rows, band, k), kRowBytes);
+            }
+        }
+        CRATE_NO_UNROLL
+        for (first_column = 0; first_column < kWidth; first_column += kPassWidth) {
+            CRATE_UNROLL
+            for (int i = 0; i < kPassWidth / 2; ++i) out[i / 8][i / 4 % 2][i % 4] = 0.0f;
+            meet();
+            sync_block();  // the exchange is free again, and after the last pass the rows too
+            write();
+        }
+    }
+
+    CRATE_DEVICE void write() const {
+        const int batch = block_index() / params.heads, head = block_index() % params.heads;
+        const int64_t token_stride = int64_t(params.heads) * kWidth;
+        T* dw = static_cast<T*>(params.dw) + (int64_t(batch) * params.tokens + band) * token_stride + head * kWidth;
+        // With one pass the rows of w have served, and are the staging; otherwise it lies behind everything else.
+        const SharedAddress staging =
+            kPasses == 1 ? address(w_rows, band, 0)
+                         : scalars_of(meeting.warps * kBand) + band * kStagingRowBytes;
+        store_rows<T, kPassWidth>(dw + first_column, token_stride, params.tokens - band, out, 1.0f, 1.0f, staging,
+                                  kStagingRowBytes);
+    }
+
+    CRATE_DEVICE void meet() {
+        CRATE_NO_UNROLL
+        for (int step = 0; step < meeting.steps(); ++step) {
+            const int partner = meeting.partner(step), giver = meeting.giver(step);
+            if (meeting.computes(step, meeting.warp)) compute_pair(step, partner);
+            if (step == 0) continue;
+            sync_block();
+            if (meeting.computes(step, giver)) take(step, giver);
+        }
+    }
+
+    CRATE_DEVICE static SharedAddress address(SharedAddress rows, int row, int k) {
+        return rows + row * kRowBytes + 32 * k;
+    }
+    CRATE_DEVICE SharedAddress slot(int step, int warp, int which) const {
+        return exchange + step % 2 * exchange_bytes(meeting.warps) + (2 * warp + which) * kTileBytes;
+    }
+
+    CRATE_DEVICE SharedAddress scalars_of(int row) const { return scalars + row * int(sizeof(Float2)); }
+
+    // lse and delta of this warp's rows: four lanes a row, eight rows at a time.
+    CRATE_DEVICE void compute_scalars() const {
+        const int batch = block_index() / params.heads, head = block_index() % params.heads;
+        const int lane = lane_index(), t = lane % 4;
+        CRATE_NO_UNROLL
+        for (int half = 0; half < 2; ++half) {
+            const int row = band + lane / 4 + 8 * half;
+            const T* o = static_cast<const T*>(params.o) +
+                         ((int64_t(batch) * params.tokens + row) * params.heads + head) * kWidth;
+            float sum = 0.0f;
+            for (int chunk = t; row < params.tokens && chunk < kWidth / kChunkElements; chunk += 4) {
+                const Chunk a = load_global(reinterpret_cast<const Chunk*>(o + chunk * kChunkElements));
+                const Chunk b = load_shared<Chunk>(grad_rows + row * kRowBytes + chunk * 16);
+                CRATE_UNROLL
+                for (int i = 0; i < 4; ++i) {
+                    float a0, a1, b0, b1;
+                    unpack<T>(a.word[i], a0, a1);
+                    unpack<T>(b.word[i], b0, b1);
+                    sum += a0 * b0 + a1 * b1;
+                }
+            }
+            sum += shuffle_xor(sum, 1);
+            sum += shuffle_xor(sum, 2);
+            if (t == 0) {
+                const float* lse = params.lse + int64_t(block_index()) * params.tokens;
+                store_shared(scalars_of(row), Float2{row < params.tokens ? load_global(lse + row) * kLog2E : 0.0f, sum});
+            }
+        }
+    }
+
+    // May a query of this warp's tile see a key of the other's (`forward`), or the other way round? Which products a
+    // pair needs follows; both warps ask the same question.
+    CRATE_DEVICE bool sees(int query_tile, int key_tile) const {
+        return key_tile * kBand < length && (!params.causal || key_tile <= query_tile);
+    }
+
+    CRATE_DEVICE void compute_pair(int step, int partner) {
+        const bool forward = sees(meeting.warp, partner), backward = sees(partner, meeting.warp);
+        if (!forward && !backward) return;
+        float s[2][4] = {}, d[2][4] = {}, d_other[2][4] = {};  // w_i·w_j, g_i·w_j, w_i·g_j
+        CRATE_UNROLL
+        for (int k = 0; k < kWidth / 16; ++k) {
+            uint32_t b[4];
+            uint32_t(&a_w)[4] = own_w[kKeepOwn ? k : 0];
+            uint32_t(&a_grad)[4] = own_grad[kKeepOwn ? k : 0];
+            if constexpr (!kKeepOwn) {
+                load_left(a_w, address(w_rows, band, k), kRowBytes);
+                load_left(a_grad, address(grad_rows, band, k), kRowBytes);
+            }
+            load_right_of_transpose(b, address(w_rows, partner * kBand, k), kRowBytes);
+            multiply<T>(s, a_w, b);
+            if (forward) multiply<T>(d, a_grad, b);
+            if (backward) {
+                load_right_of_transpose(b, address(grad_rows, partner * kBand, k), kRowBytes);
+                multiply<T>(d_other, a_w, b);
+            }
+        }
+
+        const int lane = lane_index(), t = lane % 4;
+        const Float2 row_scalars[2] = {load_shared<Float2>(scalars_of(band + lane / 4)),
+                                       load_shared<Float2>(scalars_of(band + lane / 4 + 8))};
+        const bool masked = params.causal || band + kBand > length || (partner + 1) * kBand > length;
+        CRATE_UNROLL
+        for (int n = 0; n < 2; ++n) {
+            const int first = partner * kBand + 8 * n + 2 * t;  // this lane's columns: first and the next
+            const TwoRows columns = load_shared<TwoRows>(scalars_of(first));
+            CRATE_UNROLL
+            for (int e = 0; e < 4; ++e) {
+                const int column = first + e % 2, row = band + lane / 4 + e / 2 * 8;
+                const float score = s[n][e] * params.scale_log2;
+                const Float2 own = row_scalars[e / 2], other = columns.row[e % 2];
+                float p = exp2_approx(score - own.x);
+                float p_other = exp2_approx(score - other.x);
+                if (masked) {
+                    if (column >= length || (params.causal && column > row)) p = 0.0f;
+                    if (row >= length || (params.causal && row > column)) p_other = 0.0f;
+                }
+                s[n][e] = params.scale * (p * (d[n][e] - own.y) + p_other * (d_other[n][e] - other.y));
+                d[n][e] = p;
+                d_other[n][e] = p_other;
+            }
+        }
+        uint32_t x[4], p[4];
+        round_to_left<T>(x, s);
+        if (step > 0) {
+            hand_over(slot(step, meeting.warp, 0), x);
+            if (forward) {
+                round_to_left<T>(p, d);
+                hand_over(slot(step, meeting.warp, 1), p);
+            }
+        }
+        accumulate(x, w_rows, partner);
+        if (backward) {
+            round_to_left<T>(p, d_other);
+            accumulate(p, grad_rows, partner);
+        }
+    }
+
+    CRATE_DEVICE void take(int step, int giver) {
+        const bool forward = sees(giver, meeting.warp), backward = sees(meeting.warp, giver);
+        if (!forward && !backward) return;
+        uint32_t a[4];
+        take_transposed(a, slot(step, giver, 0));
+        accumulate(a, w_rows, giver);
+        if (forward) {
+            take_transposed(a, slot(step, giver, 1));
+            accumulate(a, grad_rows, giver);
+        }
+    }
+
+    // out += a · rows of the tile, the columns of this pass
+    CRATE_DEVICE void accumulate(const uint32_t (&a)[4], SharedAddress rows, int tile) {
+        CRATE_UNROLL
+        for (int n = 0; n < kPassWidth / 16; ++n) {
+            uint32_t b[4];
+            load_right(b, address(rows, tile * kBand, n) + 2 * first_column, kRowBytes);
+            multiply<T>(out[n], a, b);
+        }
+    }
+};
+
+}  // namespace crate

@@ -1,0 +1,37 @@
+// Which instantiation of an attention kernel serves a head: the shapes built are listed here and nowhere else.
+#pragma once
+
+#include "crate/numeric.h"
+
+namespace crate {
+
+// Heads of up to 208 tokens (13 row tiles; ViT at patch 16 has 197) leave each warp more registers than larger ones.
+constexpr int kSmallTokens = 208, kMaxTokens = 272;
+
+// Calls f.template operator()<T, kWidth, kMaxTokens>(); false if no instantiation serves this head.
+template <class F>
+bool dispatch_attention(bool is_bf16, int width, int tokens, F f) {
+    const auto by_tokens = [&]<class T, int kWidth>() {
+        if (tokens <= kSmallTokens)
+            f.template operator()<T, kWidth, kSmallTokens>();
+        else
+            f.template operator()<T, kWidth, kMaxTokens>();
+        return true;
+    };
+    const auto by_width = [&]<class T>() {
+        switch (width) {
+            case 16: return by_tokens.template operator()<T, 16>();
+            case 32: return by_tokens.template operator()<T, 32>();
+            case 48: return by_tokens.template operator()<T, 48>();
+            case 64: return by_tokens.template operator()<T, 64>();
+            case 80: return by_tokens.template operator()<T, 80>();
+            case 96: return by_tokens.template operator()<T, 96>();
+            case 128: return by_tokens.template operator()<T, 128>();
+            default: return false;
+        }
+    };
+    if (tokens < 1 || tokens > kMaxTokens) return false;
+    return is_bf16 ? by_width.template operator()<bf16>() : by_width.template operator()<fp16>();
+}
+
+}  // namespace crate

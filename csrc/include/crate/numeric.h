@@ -1,0 +1,30 @@
+// The two 16-bit number formats, as storage. Arithmetic is always fp32; `pack` and `unpack` in primitives.h convert.
+#pragma once
+
+#include <cstdint>
+
+namespace crate {
+
+struct bf16 {
+    uint16_t bits;
+};
+
+struct fp16 {
+    uint16_t bits;
+};
+
+// 16 bytes: the widest access of one thread, eight 16-bit elements.
+struct alignas(16) Chunk {
+    uint32_t word[4];
+};
+
+struct alignas(8) Float2 {
+    float x, y;
+};
+
+constexpr int kChunkElements = 8;
+constexpr int kWarpSize = 32;
+constexpr float kLog2E = 1.4426950408889634f;
+constexpr float kLn2 = 0.6931471805599453f;
+
+}  // namespace crate

@@ -1,0 +1,115 @@
+"""Builds the SIMT emulator with the host compiler and calls its kernels on torch tensors.
+
+Objects are kept in ``build/simt``, named by a hash of what they were made from, so that a second run builds nothing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.machinery
+import importlib.util
+import os
+import shutil
+import subprocess
+import sysconfig
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+ROOT = Path(__file__).parents[2]
+SOURCES = ROOT / "csrc"
+BUILD = ROOT / "build" / "simt"
+UNITS = ("machine", "python", "attention_forward", "attention_backward")
+SANITIZE = ("-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer")
+
+
+def compiler() -> str:
+    return os.environ.get("CXX", "g++")
+
+
+def missing() -> str | None:
+    """Why the emulator cannot be built here; None if it can."""
+    if shutil.which(compiler()) is None:
+        return f"no host compiler: {compiler()} is not on the PATH"
+    if importlib.util.find_spec("pybind11") is None:
+        return "pybind11 is not installed"
+    return None
+
+
+def build(flags: tuple[str, ...] = ("-O2",), sources: Path = SOURCES) -> Path:
+    """Compile ``sources/simt`` and return the path of the module."""
+    import pybind11
+
+    BUILD.mkdir(parents=True, exist_ok=True)
+    text = hashlib.sha256()
+    for header in sorted([*sources.glob("include/**/*.h"), *sources.glob("include/**/*.cuh"), *sources.glob("simt/*.h")]):
+        text.update(header.read_bytes())
+    includes = [f"-I{d}" for d in (sources, sources / "include", pybind11.get_include(), sysconfig.get_path("include"))]
+    options = ["-std=c++20", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-missing-field-initializers"]
+    options += [*flags, "-Werror"]
+
+    def compile_unit(unit: str) -> Path:
+        source = sources / "simt" / f"{unit}.cpp"
+        key = text.copy()
+        key.update(source.read_bytes() + " ".join([compiler(), *options]).encode())
+        out = BUILD / f"{unit}-{key.hexdigest()[:16]}.o"
+        if not out.exists():
+            partial = out.with_suffix(f".{os.getpid()}.o")
+            subprocess.run([compiler(), *options, *includes, "-c", source, "-o", partial], check=True)
+            partial.rename(out)
+        return out
+
+    with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS", 2))) as pool:
+        objects = list(pool.map(compile_unit, UNITS))
+    name = hashlib.sha256(" ".join(o.name for o in objects).encode()).hexdigest()[:16]
+    module = BUILD / name / f"crate_simt{importlib.machinery.EXTENSION_SUFFIXES[0]}"
+    if not module.exists():
+        module.parent.mkdir(exist_ok=True)
+        partial = module.with_suffix(f".{os.getpid()}")
+        subprocess.run([compiler(), "-shared", *flags, *objects, "-o", partial], check=True)
+        partial.rename(module)
+    return module
+
+
+def load(path: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location("crate_simt", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def words(tensor: Tensor):
+    """A 16-bit tensor as numpy sees it; shares its memory."""
+    return tensor.contiguous().view(torch.int16).numpy()
+
+
+class Kernels:
+    """The kernels of one build of the emulator, on torch tensors. Outputs are poisoned before a kernel runs."""
+
+    def __init__(self, module: ModuleType):
+        self.module = module
+
+    def attention(self, w, lengths=None, *, scale=None, causal=False, **options):
+        """-> o, lse, counters"""
+        batch, tokens, heads, width = w.shape
+        o = torch.full(w.shape, torch.nan, dtype=w.dtype)
+        lse = torch.full((batch, heads, tokens), torch.nan)
+        counters = self.module.attention_forward(
+            str(w.dtype).removeprefix("torch."), words(w), words(o), lse.numpy(),
+            None if lengths is None else lengths.to(torch.int32).numpy(),
+            width**-0.5 if scale is None else scale, causal, self.module.Options(**options),
+        )  # fmt: skip
+        return o, lse, counters
+
+    def attention_backward(self, grad, w, o, lse, lengths=None, *, scale=None, causal=False, **options):
+        """-> dw, counters"""
+        dw = torch.full(w.shape, torch.nan, dtype=w.dtype)
+        counters = self.module.attention_backward(
+            str(w.dtype).removeprefix("torch."), words(w), words(grad), words(o), lse.numpy(), words(dw),
+            None if lengths is None else lengths.to(torch.int32).numpy(),
+            w.shape[-1] ** -0.5 if scale is None else scale, causal, self.module.Options(**options),
+        )  # fmt: skip
+        return dw, counters

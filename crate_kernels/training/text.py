@@ -1,0 +1,473 @@
+"""Training of the language models on a text file: causal (CRATE-GPT2, overcomplete CRATE-LM) or masked (CRATE-BERT).
+
+Without options it trains a small causal model on the Python manual that comes with Python. Every step draws its text
+from the seed and its own number, so a resumed run ends where an uninterrupted one does.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..models import CrateBert, CrateGPT, CrateModel
+from ..models.bert import mask_tokens
+from ..models.checkpoint import write_atomically
+from ..models.generation import stream_text
+from ..models.gpt import IGNORED_TARGET
+from ..models.tokenizers import TOKENIZERS, Tokenizer, create_tokenizer, word_starts
+from ..ops import requested_backend, use_backend
+from ..ops.backends import FILES
+from ..version import __version__
+from . import checkpoints, config
+from .config import FREE, option
+from .progress import Report, clock
+
+EVALUATION_TOKENS = 1 << 16
+"""About how many validation tokens an evaluation reads, evenly spread where there are more."""
+
+
+@dataclass
+class TextConfig:
+    """What a run does. Two runs with equal ``fixed()`` values on one machine end with equal weights."""
+
+    text: str | None = option(None, "a UTF-8 text file; the Python manual without it", "data")
+    tokenizer: str = option("bytes", "bytes, or GPT-2's byte pairs", "data", choices=TOKENIZERS)
+    whole_words: bool = option(False, "bert: hide whole words, not tokens", "data")
+
+    model: str = option("gpt2", "gpt2, lm (overcomplete), or bert (masked)", "model", choices=("gpt2", "lm", "bert"))
+    context: int = option(128, "tokens the model sees", "model")
+    dim: int = option(128, "width of the tokens", "model")
+    depth: int = option(4, "number of layers", "model")
+    heads: int = option(4, "number of attention heads", "model")
+    dropout: float = option(0.0, "dropout", "model")
+
+    steps: int = option(1500, "optimiser steps", "optimisation")
+    batch_size: int = option(16, "texts per step", "optimisation")
+    learning_rate: float = option(2e-3, "after the warm-up; falls to a tenth along a cosine", "optimisation")
+    warmup_steps: int = option(100, "steps of linear warm-up", "optimisation")
+    weight_decay: float = option(0.1, "of matrices, not of biases and norms", "optimisation")
+    clip_grad: float = option(1.0, "largest norm of the gradient; 0 does not clip", "optimisation")
+    seed: int = option(0, "of weights, texts and masks", "optimisation")
+
+    precision: str = option("auto", "auto takes bf16 on a GPU", "machine", choices=("auto", "fp32", "bf16"))
+    backend: str | None = option(
+        None, "backend of the operators, instead of the automatic choice", "machine", choices=FILES
+    )
+    device: str = option("auto", "cpu, cuda, cuda:1 ...; auto takes a GPU if there is one", "machine")
+
+    output: str = option("runs/text-{model}", "folder of everything the run writes", "output")
+    checkpoint_seconds: float = option(30.0, "write the state this often", "output")
+    log_steps: int = option(50, "steps between two records of the metrics log", "output")
+    evaluate_steps: int = option(500, "steps between two looks at the validation text", "output")
+    prompt: str = option("", "what the sample at the end begins with", "output")
+    sample_tokens: int = option(400, "tokens of the sample at the end", "output")
+    temperature: float = option(0.8, "of the sample at the end", "output")
+    top_p: float = option(0.95, "of the sample at the end", "output")
+
+    def fixed(self) -> dict[str, Any]:
+        """The values that decide the result: a resumed run must agree on them."""
+        free = (*FREE, "evaluate_steps", "prompt", "sample_tokens", "temperature", "top_p")
+        return {name: value for name, value in dataclasses.asdict(self).items() if name not in free}
+
+    def check(self) -> None:
+        """Raise ValueError for a value out of its range."""
+        for name in ("context", "dim", "depth", "heads", "steps", "batch_size", "log_steps", "evaluate_steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(self, name)}")
+        if self.context < 8:
+            raise ValueError(f"--context must be at least 8, got {self.context}")
+        for name in ("learning_rate", "warmup_steps", "weight_decay", "clip_grad", "seed", "sample_tokens"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"--{name.replace('_', '-')} must not be negative, got {getattr(self, name)}")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"--dropout must lie in 0..1, got {self.dropout}")
+        if self.dim % self.heads:
+            raise ValueError(f"--heads {self.heads} does not divide --dim {self.dim}")
+
+
+# -- data --------------------------------------------------------------------------------------------------------------
+
+
+def python_manual() -> str:
+    """The language reference that Python's own ``help()`` shows, about 465,000 characters."""
+    from pydoc_data.topics import topics
+
+    return "\n\n".join(topics[name] for name in sorted(topics))
+
+
+class Corpus:
+    """A tokenized text: the first nine tenths to train on, the rest to judge by.
+
+    Args:
+        text: all of it.
+        tokenizer: cuts it.
+        context: the longest window that is read.
+    """
+
+    def __init__(self, text: str, tokenizer: Tokenizer, context: int):
+        tokens = torch.tensor(tokenizer.encode(text), dtype=torch.int32)
+        cut = len(tokens) * 9 // 10
+        self.tokenizer, self.context = tokenizer, context
+        self.train, self.validation = tokens[:cut], tokens[cut:]
+        if len(self.validation) <= context:
+            raise ValueError(
+                f"the text has {len(tokens)} tokens; a tenth of it must be longer than --context {context}"
+            )
+        self.bytes_per_token = len(tokenizer.to_bytes(self.validation.tolist())) / len(self.validation)
+        # One token more than the tokenizer's, for masks; a multiple of 64 as GPT-2's 50,304 is.
+        self.mask_token = tokenizer.vocab_size
+        self.vocab_size = -(-(tokenizer.vocab_size + 1) // 64) * 64
+
+    def windows(self, count: int, size: int, generator: torch.Generator) -> Tensor:
+        """Random pieces of the training text ``(count, size)`` int64."""
+        starts = torch.randint(len(self.train) - size + 1, (count,), generator=generator)
+        return self.train[starts[:, None] + torch.arange(size)].long()
+
+    def validation_windows(self, size: int) -> Tensor:
+        """Pieces of the validation text that do not overlap, evenly spread: ``(count, size)`` int64."""
+        pieces = self.validation[: len(self.validation) // size * size].view(-1, size)
+        return pieces[:: max(1, pieces.numel() // EVALUATION_TOKENS)].long()
+
+
+class Task:
+    """What is asked of a model: batches as the arguments of its forward, ``targets`` among them."""
+
+    def __init__(self, settings: TextConfig, corpus: Corpus):
+        self.settings, self.corpus = settings, corpus
+
+    def batch(self, generator: torch.Generator) -> dict[str, Tensor]:
+        raise NotImplementedError
+
+    def validation(self) -> Iterator[dict[str, Tensor]]:
+        raise NotImplementedError
+
+    def build_model(self) -> CrateModel:
+        raise NotImplementedError
+
+    def sample(self, model: CrateModel) -> Iterator[str]:
+        """Text to judge the model by, piece by piece."""
+        raise NotImplementedError
+
+
+class NextToken(Task):
+    """Predict each token from those before it."""
+
+    def build_model(self) -> CrateGPT:
+        s = self.settings
+        return CrateGPT(
+            block_size=s.context, vocab_size=self.corpus.vocab_size, n_layer=s.depth, n_head=s.heads, n_embd=s.dim,
+            dropout=s.dropout, overcomplete=s.model == "lm",
+        )  # fmt: skip
+
+    def batch(self, generator: torch.Generator) -> dict[str, Tensor]:
+        return self._asked(self.corpus.windows(self.settings.batch_size, self.settings.context + 1, generator))
+
+    def validation(self) -> Iterator[dict[str, Tensor]]:
+        windows = self.corpus.validation_windows(self.settings.context + 1)
+        return map(self._asked, windows.split(self.settings.batch_size))
+
+    @staticmethod
+    def _asked(windows: Tensor) -> dict[str, Tensor]:
+        return {"idx": windows[:, :-1], "targets": windows[:, 1:]}
+
+    def sample(self, model: CrateGPT) -> Iterator[str]:
+        s = self.settings
+        tokenizer = self.corpus.tokenizer
+        prompt = s.prompt or tokenizer.decode(self.corpus.validation[: s.context // 4].tolist())
+        yield prompt
+        options = dict(temperature=s.temperature, top_p=s.top_p, seed=s.seed)
+        yield from stream_text(model, tokenizer, prompt, s.sample_tokens, **options)
+
+
+class MaskedToken(Task):
+    """Name hidden tokens from all others. Texts begin with the end-of-text token and have different lengths."""
+
+    def __init__(self, settings: TextConfig, corpus: Corpus):
+        super().__init__(settings, corpus)
+        self.starts = word_starts(corpus.tokenizer) if settings.whole_words else None
+
+    def build_model(self) -> CrateBert:
+        s = self.settings
+        return CrateBert(
+            vocab_size=self.corpus.vocab_size, max_length=s.context, dim=s.dim, depth=s.depth, heads=s.heads,
+            dropout=s.dropout, emb_dropout=s.dropout,
+        )  # fmt: skip
+
+    def batch(self, generator: torch.Generator) -> dict[str, Tensor]:
+        s = self.settings
+        lengths = torch.randint(s.context // 2, s.context + 1, (s.batch_size,), generator=generator)
+        return self._asked(self.corpus.windows(s.batch_size, s.context - 1, generator), lengths, generator)
+
+    def validation(self) -> Iterator[dict[str, Tensor]]:
+        generator = torch.Generator().manual_seed(0)
+        for windows in self.corpus.validation_windows(self.settings.context - 1).split(self.settings.batch_size):
+            lengths = torch.full((len(windows),), self.settings.context)
+            yield self._asked(windows, lengths, generator)
+
+    def _asked(self, windows: Tensor, lengths: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
+        first = self.corpus.tokenizer.end_of_text
+        tokens = torch.nn.functional.pad(windows, (1, 0), value=first)
+        tokens = tokens.masked_fill(torch.arange(tokens.shape[1]) >= lengths[:, None], first)
+        idx, targets = mask_tokens(
+            tokens, lengths, mask_token=self.corpus.mask_token, vocab_size=self.corpus.tokenizer.vocab_size,
+            protected=(first,), word_starts=self.starts, generator=generator,
+        )  # fmt: skip
+        return {"idx": idx, "lengths": lengths, "targets": targets}
+
+    @torch.no_grad()
+    def sample(self, model: CrateBert) -> Iterator[str]:
+        """A validation text with what the model puts at the hidden places: ``[right]``, or ``[wrong|true]``."""
+        batch = next(iter(self.validation()))
+        idx, targets = batch["idx"][:2], batch["targets"][:2]
+        device = model.token_embedding.weight.device
+        logits, _ = model(idx.to(device), batch["lengths"][:2].to(device))
+        decode = self.corpus.tokenizer.decode
+        for tokens, guesses, truths in zip(idx.tolist(), logits.argmax(-1).tolist(), targets.tolist(), strict=True):
+            for token, guess, truth in zip(tokens, guesses, truths, strict=True):
+                if truth == IGNORED_TARGET:
+                    yield decode([token])
+                else:
+                    yield f"[{decode([guess])}]" if guess == truth else f"[{decode([guess])}|{decode([truth])}]"
+            yield "\n\n"
+
+
+TASKS: dict[str, type[Task]] = {"gpt2": NextToken, "lm": NextToken, "bert": MaskedToken}
+
+
+# -- loop --------------------------------------------------------------------------------------------------------------
+
+
+class TextTrainer:
+    """A language model in training.
+
+    Args:
+        settings: how.
+        corpus: on what.
+        output: folder of ``last.pt`` and ``metrics.jsonl``.
+        device: where.
+    """
+
+    def __init__(self, settings: TextConfig, corpus: Corpus, output: Path, device: torch.device):
+        self.settings, self.corpus, self.output, self.device = settings, corpus, output, device
+        self.task = TASKS[settings.model](settings, corpus)
+        torch.manual_seed(settings.seed)
+        self.model = self.task.build_model().to(device)
+        matrices = [p for p in self.model.parameters() if p.dim() > 1]
+        others = [p for p in self.model.parameters() if p.dim() < 2]
+        groups = [{"params": matrices, "weight_decay": settings.weight_decay}, {"params": others, "weight_decay": 0.0}]
+        self.optimizer = torch.optim.AdamW(groups, lr=settings.learning_rate, betas=(0.9, 0.95))
+        bf16 = settings.precision == "bf16" or (settings.precision == "auto" and device.type == "cuda")
+        self.precision = "bf16" if bf16 else "fp32"
+        self.step, self.seconds = 0, 0.0
+
+    def autocast(self) -> contextlib.AbstractContextManager:
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
+
+    def learning_rate(self) -> float:
+        """Linear warm-up, then a cosine down to a tenth."""
+        s = self.settings
+        warmup = min(s.warmup_steps, s.steps // 5)
+        if self.step < warmup:
+            return s.learning_rate * (self.step + 1) / warmup
+        done = (self.step - warmup) / max(1, s.steps - warmup)
+        return s.learning_rate * (0.1 + 0.45 * (1 + math.cos(math.pi * done)))
+
+    def train_step(self) -> Tensor:
+        """One optimiser step -> its loss; whatever it draws at random depends on the seed and the step alone."""
+        s = self.settings
+        self.model.train()
+        torch.manual_seed(s.seed * 1_000_003 + self.step)  # dropout
+        generator = torch.Generator().manual_seed(s.seed * 1_000_003 + self.step)
+        with self.autocast():
+            _, loss = self.model(**self.moved(self.task.batch(generator)))
+        loss.backward()
+        if s.clip_grad:
+            torch.nn.utils.clip_grad_norm_(self.model.parameters(), s.clip_grad)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.learning_rate()
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+        return loss.detach()
+
+    def moved(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {name: value.to(self.device, non_blocking=True) for name, value in batch.items()}
+
+    @torch.no_grad()
+    def evaluate(self) -> dict[str, float]:
+        """Mean loss in nats per token asked for, and the share named right, on the validation text."""
+        self.model.eval()
+        loss = right = count = 0.0
+        for batch in self.task.validation():
+            batch = self.moved(batch)
+            targets = batch["targets"]
+            with self.autocast():
+                logits, mean = self.model(**batch)
+            asked = targets != IGNORED_TARGET
+            loss += mean.item() * int(asked.sum())
+            right += int((logits.argmax(-1) == targets)[asked].sum())
+            count += int(asked.sum())
+        return {"loss": loss / count, "accuracy": right / count}
+
+    def baseline(self) -> dict[str, float]:
+        """The same figures for a model that knows only how frequent each token is in the training text."""
+        frequency = torch.bincount(self.corpus.train, minlength=self.corpus.vocab_size).double() + 1
+        log_probability = (frequency / frequency.sum()).log()
+        targets = torch.cat([batch["targets"].flatten() for batch in self.task.validation()])
+        targets = targets[targets != IGNORED_TARGET]
+        return {
+            "loss": -log_probability[targets].mean().item(),
+            "accuracy": (targets == frequency.argmax()).double().mean().item(),
+        }
+
+    def state(self) -> dict[str, Any]:
+        return {
+            "version": __version__,
+            "config": dataclasses.asdict(self.settings),
+            "tokens": len(self.corpus.train),
+            "step": self.step,
+            "seconds": self.seconds,
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+        }
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Go on from a state that :meth:`state` made; ValueError if the text is another."""
+        if state["tokens"] != len(self.corpus.train):
+            raise ValueError(f"the run to resume read {state['tokens']} tokens, this text has {len(self.corpus.train)}")
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.step, self.seconds = state["step"], state["seconds"]
+
+    def save_state(self) -> None:
+        checkpoints.save(self.output / checkpoints.LAST, self.state())
+
+    def fit(self, report: Report) -> None:
+        """Train to the last step, writing the log and the state."""
+        s = self.settings
+        log = checkpoints.MetricsLog(self.output / "metrics.jsonl", self.step)
+        before, started, first = self.seconds, time.monotonic(), self.step
+        saved, total, counted = started, 0.0, 0
+        while self.step < s.steps:
+            total, counted = total + self.train_step(), counted + 1
+            now = time.monotonic()
+            self.seconds = before + now - started
+            if self.step % s.log_steps == 0 or self.step == s.steps:
+                loss, total, counted = float(total) / counted, 0.0, 0
+                rate = (self.step - first) * s.batch_size * s.context / (now - started)
+                left = (s.steps - self.step) * (now - started) / (self.step - first)
+                log.write(step=self.step, loss=loss, learning_rate=self.learning_rate(), tokens_per_second=rate)
+                report.show(self.step, f"step {self.step}  loss {loss:.4f}  {rate:.0f} tokens/s  {clock(left)} left")
+            if self.step % s.evaluate_steps == 0 and self.step < s.steps:
+                figures = self.evaluate()
+                log.write(step=self.step, **{f"validation_{name}": value for name, value in figures.items()})
+                report.line(f"step {self.step}: {self.describe(figures)}")
+            if now - saved >= s.checkpoint_seconds:
+                self.save_state()
+                saved = time.monotonic()
+        self.save_state()
+
+    def describe(self, figures: dict[str, float]) -> str:
+        bits = figures["loss"] / math.log(2) / self.corpus.bytes_per_token
+        return (
+            f"validation loss {figures['loss']:.4f} nats per token ({bits:.3f} bits per byte), "
+            f"{100 * figures['accuracy']:.2f} % of tokens right"
+        )
+
+
+# -- command -----------------------------------------------------------------------------------------------------------
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """All options of :class:`TextConfig`, and ``--resume``."""
+    parser.epilog = "Without options: the Python manual that comes with Python, in a few minutes on two cores."
+    config.add_arguments(parser, TextConfig)
+    parser.add_argument("--resume", metavar="FOLDER", help="continue the run in this folder to the same result")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Train as the command line says; every file lands in the output folder."""
+    began = time.monotonic()
+    options = config.given(args, TextConfig)
+    state = None
+    if args.resume is None:
+        settings = TextConfig(**options)
+    else:
+        state = checkpoints.load(Path(args.resume) / checkpoints.LAST)
+        settings = checkpoints.resumed_config(state, {"output": args.resume, **options}, TextConfig)
+    settings.check()
+    output = Path(settings.output.format(model=settings.model))
+    if state is None and (output / checkpoints.LAST).exists() and not (output / "summary.json").exists():
+        raise ValueError(f"{output} holds an unfinished run: continue it with --resume {output}, or choose another")
+    name = settings.device
+    device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+    text = python_manual() if settings.text is None else read_text(Path(settings.text))
+    corpus = Corpus(text, create_tokenizer(settings.tokenizer), settings.context)
+
+    with use_backend(settings.backend or requested_backend()):
+        trainer = TextTrainer(settings, corpus, output, device)
+        if state is not None:
+            trainer.load_state(state)
+        output.mkdir(parents=True, exist_ok=True)
+        checkpoints.remove_leftovers(output)
+        (output / "summary.json").unlink(missing_ok=True)
+        with Report(settings.steps) as report:
+            parameters = sum(p.numel() for p in trainer.model.parameters())
+            report.line(
+                f"{settings.text or 'the Python manual'}: {len(corpus.train):,} training and "
+                f"{len(corpus.validation):,} validation tokens ({settings.tokenizer}); {parameters:,} parameters, "
+                f"{trainer.precision} on {device}"
+                + (f", going on from step {trainer.step} of {settings.steps}" if trainer.step else "")
+            )
+            trainer.fit(report)
+        finish(trainer, report, began)
+    return 0
+
+
+def read_text(path: Path) -> str:
+    """The content of a UTF-8 text file."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is no UTF-8 text: {error}") from error
+
+
+def finish(trainer: TextTrainer, report: Report, began: float) -> None:
+    """Save the model, then judge it: figures beside those of token frequencies, and a sample."""
+    settings, output = trainer.settings, trainer.output
+    path = output / "model.safetensors"
+    trainer.model.save(path, tokenizer=settings.tokenizer, mask_token=trainer.corpus.mask_token)
+    figures, baseline = trainer.evaluate(), trainer.baseline()
+    report.line(trainer.describe(figures))
+    report.line(
+        f"token frequencies alone: {baseline['loss']:.4f} nats per token, {100 * baseline['accuracy']:.2f} % right"
+    )
+    sample = "".join(trainer.task.sample(trainer.model.eval()))
+    report.line(f"\n{sample}\n")
+    write_atomically(output / "sample.txt", (sample + "\n").encode())
+    summary = {
+        "validation": figures,
+        "token_frequencies": baseline,
+        "bytes_per_token": trainer.corpus.bytes_per_token,
+        "training_seconds": trainer.seconds,
+        "precision": trainer.precision,
+        "device": str(trainer.device),
+        "threads": torch.get_num_threads(),
+        "parameters": sum(p.numel() for p in trainer.model.parameters()),
+        "config": dataclasses.asdict(settings),
+        "versions": {"crate_kernels": __version__, "torch": torch.__version__},
+        "total_seconds": time.monotonic() - began,
+    }
+    write_atomically(output / "summary.json", (json.dumps(summary, indent=2) + "\n").encode())
+    report.line(f"{clock(summary['total_seconds'])} in all; model {path}")

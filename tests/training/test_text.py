@@ -1,0 +1,148 @@
+import argparse
+import json
+import math
+
+import pytest
+import torch
+
+from crate_kernels.models import load_model
+from crate_kernels.models.gpt import IGNORED_TARGET
+from crate_kernels.models.tokenizers import ByteTokenizer
+from crate_kernels.training import text
+from crate_kernels.training.progress import Report
+from crate_kernels.training.text import Corpus, TextConfig, TextTrainer
+
+SMALL = dict(context=16, dim=16, depth=2, heads=2, batch_size=4, warmup_steps=2, sample_tokens=12)
+MODELS = pytest.mark.parametrize("model", ["gpt2", "lm", "bert"])
+
+
+def train(*arguments):
+    small = [part for name, value in SMALL.items() for part in (f"--{name.replace('_', '-')}", str(value))]
+    parser = argparse.ArgumentParser()
+    text.add_arguments(parser)
+    return text.run(parser.parse_args([*small, *map(str, arguments)]))
+
+
+@pytest.fixture(scope="module")
+def rhyme(tmp_path_factory):
+    path = tmp_path_factory.mktemp("text") / "rhyme.txt"
+    path.write_text("The sparse and the dense went up the hill; it's said that the naïve one fell.\n" * 60)
+    return path
+
+
+def corpus(model="gpt2", **options):
+    settings = TextConfig(model=model, context=16, dim=16, depth=1, heads=2, batch_size=8, **options)
+    return settings, Corpus("abc, def! " * 300, ByteTokenizer(), settings.context)
+
+
+@MODELS
+def test_a_run_learns_and_leaves_its_files(tmp_path, rhyme, model, capsys):
+    output = tmp_path / "run"
+    assert train("--text", rhyme, "--model", model, "--steps", 250, "--learning-rate", 0.02, "--output", output) == 0
+    summary = json.loads((output / "summary.json").read_text())
+    assert summary["validation"]["loss"] < summary["token_frequencies"]["loss"]
+    if model != "bert":  # filling in takes longer to learn than this
+        assert summary["validation"]["accuracy"] > summary["token_frequencies"]["accuracy"] + 0.2
+    losses = [line["loss"] for line in map(json.loads, (output / "metrics.jsonl").read_text().splitlines())]
+    assert losses[-1] < math.log(320)
+    shown = capsys.readouterr().out
+    assert (output / "sample.txt").read_text().split("\n")[0] in shown
+    assert "of tokens right" in shown
+    loaded = load_model(output / "model.safetensors")
+    assert loaded.vocab_size == 320
+    with torch.no_grad():
+        _, loss = loaded(torch.zeros(1, 4, dtype=torch.long), targets=torch.zeros(1, 4, dtype=torch.long))
+    assert loss.isfinite()
+
+
+@MODELS
+def test_an_interrupted_run_ends_where_an_uninterrupted_one_does(tmp_path, rhyme, model, monkeypatch):
+    common = ("--text", rhyme, "--model", model, "--steps", 8, "--dropout", 0.1, "--log-steps", 1)
+    train(*common, "--output", tmp_path / "whole")
+
+    class Killed(BaseException):
+        pass
+
+    def show(self, step, _):
+        if step == 5:
+            raise Killed
+
+    part = tmp_path / "part"
+    with monkeypatch.context() as patch:
+        patch.setattr(Report, "show", show)
+        with pytest.raises(Killed):
+            train(*common, "--output", part, "--checkpoint-seconds", 0)
+    with pytest.raises(ValueError, match="unfinished run"):
+        train(*common, "--output", part)
+    parser = argparse.ArgumentParser()
+    text.add_arguments(parser)
+    text.run(parser.parse_args(["--resume", str(part)]))
+    whole, resumed = (load_model(tmp_path / name / "model.safetensors") for name in ("whole", "part"))
+    for (name, one), other in zip(whole.named_parameters(), resumed.parameters(), strict=True):
+        assert torch.equal(one, other), name
+    logs = [(tmp_path / name / "metrics.jsonl").read_text().splitlines() for name in ("whole", "part")]
+    assert [json.loads(line)["loss"] for line in logs[0]] == [json.loads(line)["loss"] for line in logs[1]]
+    with pytest.raises(ValueError, match="--seed 3 contradicts the run to resume"):
+        text.run(parser.parse_args(["--resume", str(part), "--seed", "3"]))
+
+
+def test_next_token_batches():
+    settings, data = corpus()
+    task = text.NextToken(settings, data)
+    batch = task.batch(torch.Generator().manual_seed(0))
+    assert torch.equal(batch["idx"][:, 1:], batch["targets"][:, :-1])
+    assert ByteTokenizer().decode(batch["idx"][0].tolist()) in "abc, def! " * 5
+    windows = [b["idx"] for b in task.validation()]
+    assert torch.cat(windows).shape == (300 // 17, 16)
+
+
+def test_masked_batches():
+    settings, data = corpus("bert", whole_words=True)
+    batch = text.MaskedToken(settings, data).batch(torch.Generator().manual_seed(0))
+    idx, lengths, targets = batch["idx"], batch["lengths"], batch["targets"]
+    beyond = torch.arange(16) >= lengths[:, None]
+    assert len(lengths.unique()) > 1
+    assert (idx[:, 0] == 256).all()
+    assert (idx[beyond] == 256).all()
+    assert (targets[beyond] == IGNORED_TARGET).all()
+    assert ((targets != IGNORED_TARGET).sum(1) >= 1).all()
+    assert (idx == data.mask_token).any()
+
+
+def test_baseline_is_the_entropy_of_frequencies(tmp_path):
+    settings, data = corpus()
+    trainer = TextTrainer(settings, data, tmp_path, torch.device("cpu"))
+    baseline = trainer.baseline()
+    # Two of ten characters are spaces, the other eight are different: log(10)·0.8 + log(5)·0.2.
+    assert baseline["loss"] == pytest.approx(0.8 * math.log(10) + 0.2 * math.log(5), abs=0.15)
+    assert baseline["accuracy"] == pytest.approx(0.2, abs=0.02)
+    assert trainer.evaluate()["loss"] == pytest.approx(math.log(320), rel=0.1)
+
+
+def test_the_manual_is_there():
+    manual = text.python_manual()
+    assert len(manual) > 300_000
+    assert 'The "assert" statement' in manual
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--heads", "3"], "--heads 3 does not divide --dim 16"),
+        (["--steps", "0"], "--steps must be at least 1"),
+        (["--dropout", "1"], "--dropout must lie in 0..1"),
+        (["--context", "4000"], "must be longer than --context 4000"),
+        (["--learning-rate", "-1"], "--learning-rate must not be negative"),
+    ],
+)
+def test_errors_are_sentences(tmp_path, rhyme, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        train("--text", rhyme, "--output", tmp_path, *arguments)
+
+
+def test_a_file_that_is_no_text(tmp_path):
+    (tmp_path / "picture").write_bytes(b"\xff\xd8\xff\xe0" * 100)
+    with pytest.raises(ValueError, match="is no UTF-8 text"):
+        train("--text", tmp_path / "picture", "--output", tmp_path)
+    with pytest.raises(FileNotFoundError):
+        train("--text", tmp_path / "missing", "--output", tmp_path)

@@ -1,0 +1,210 @@
+"""What is measured at the level of operators: the shapes of every model family, and who competes on them."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+
+import torch
+import torch._functorch.config
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from .. import ops
+from ..ops import backends
+from . import cost
+
+SDPA = {
+    "sdpa math": SDPBackend.MATH,
+    "sdpa flash": SDPBackend.FLASH_ATTENTION,
+    "sdpa efficient": SDPBackend.EFFICIENT_ATTENTION,
+    "sdpa cudnn": SDPBackend.CUDNN_ATTENTION,
+}
+COMPILED = "reference, compiled"
+SLICE_ELEMENTS = 1 << 28
+"""Most attention scores the float64 oracle holds; larger attentions are judged on some of their heads and samples."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One operator at one shape: ``batch`` sequences of ``tokens`` tokens of width ``dim``, ``heads`` of ``width``."""
+
+    operator: str
+    family: str
+    batch: int
+    tokens: int
+    heads: int
+    width: int
+    causal: bool = False
+    compiled: bool = False
+    """Also time ``torch.compile`` of the literal equations: compilation takes long, so not at every shape."""
+
+    @property
+    def dim(self) -> int:
+        return self.heads * self.width
+
+    @property
+    def attends(self) -> bool:
+        return self.operator in ("subspace_attention", "mssa_block")
+
+    @property
+    def decodes(self) -> bool:
+        return self.operator == "cached_subspace_attention"
+
+    @property
+    def name(self) -> str:
+        shape = f"B{self.batch} N{self.tokens} d{self.dim} H{self.heads}" + (" causal" if self.causal else "")
+        return f"{self.operator} {self.family} {shape}"
+
+    @property
+    def directions(self) -> tuple[str, ...]:
+        return ("forward",) if self.decodes else cost.DIRECTIONS
+
+    def shape(self) -> dict:
+        return {k: v for k, v in asdict(self).items() if k not in ("operator", "family", "compiled")} | {"dim": self.dim}
+
+    def tensors(self, device: torch.device, dtype: torch.dtype, seed: int = 0) -> list[Tensor]:
+        """Fresh inputs; normalised tokens for the plain operators, as they come out of LayerNorm and projection."""
+        generator = torch.Generator(device).manual_seed(seed)
+
+        def normal(*shape: int, spread: float = 1.0) -> Tensor:
+            return (spread * torch.randn(*shape, generator=generator, device=device)).to(dtype)
+
+        d, tokens = self.dim, (self.batch, self.tokens)
+        if self.operator == "subspace_attention":
+            return [normal(*tokens, self.heads, self.width)]
+        if self.decodes:
+            cache = normal(*tokens, self.heads, self.width)
+            return [cache[:, -1:].clone(), cache]
+        if self.operator == "ista_step":
+            return [normal(*tokens, d), normal(d, d, spread=d**-0.5)]
+        if self.operator == "overcomplete_ista":
+            return [normal(*tokens, d), normal(d, 4 * d, spread=d**-0.5), normal(d, 4 * d, spread=d**-0.5)]
+        norm = [1 + normal(d, spread=0.1), normal(d, spread=0.1)]
+        matrices = [normal(d, d, spread=d**-0.5)]
+        if self.operator == "mssa_block":
+            matrices += [normal(d, d, spread=d**-0.5), normal(d, spread=0.1)]
+        return [normal(*tokens, d), *norm, *matrices]
+
+    def call(self, backend: str) -> Callable[..., Tensor]:
+        """The public operator, bound to this case's options and one backend."""
+        if self.decodes:
+            return _decode if backend != "reference" else _decode_literally
+        options: dict = {"backend": backend}
+        if self.attends:
+            options["causal"] = self.causal
+        if self.operator == "mssa_block":
+            options["heads"] = self.heads
+        return functools.partial(getattr(ops, self.operator), **options)
+
+    def cost(self, direction: str, itemsize: int) -> cost.Cost:
+        shape = dict(batch=self.batch, tokens=self.tokens, heads=self.heads, width=self.width, itemsize=itemsize)
+        if self.decodes:
+            return cost.cached_subspace_attention(**shape)
+        if self.operator == "subspace_attention":
+            return cost.subspace_attention(direction, causal=self.causal, **shape)
+        if self.operator == "mssa_block":
+            return cost.mssa_block(direction, dim=self.dim, causal=self.causal, **shape)
+        rows = dict(rows=self.batch * self.tokens, dim=self.dim, itemsize=itemsize)
+        if self.operator == "overcomplete_ista":
+            return cost.overcomplete_ista(direction, atoms=4 * self.dim, tied=False, **rows)
+        return getattr(cost, self.operator)(direction, **rows)
+
+    def contenders(self, device: torch.device) -> dict[str, Callable[..., Tensor]]:
+        """Name -> call, the literal equations first; whether each can run is found out by running it."""
+        if self.decodes:
+            return {"reference": self.call("reference"), "eager": self.call("eager"), "sdpa key-value": _decode_twice}
+        found = {"reference": self.call("reference")}
+        found |= {name: self.call(name) for name in backends.FILES if name != "reference"}
+        if self.compiled:
+            # A compiled backward may be repeated on its own only if it does not give its saved tensors away.
+            torch._functorch.config.donated_buffer = False
+            found[COMPILED] = torch.compile(self.call("reference"), dynamic=False)
+        if self.operator == "subspace_attention":
+            found |= {name: functools.partial(_sdpa, backend=kind, causal=self.causal) for name, kind in SDPA.items()}
+        return found
+
+    def judged(self, tensors: list[Tensor]) -> list[Tensor]:
+        """The part of the inputs or gradients of attention that is judged: heads and samples do not mix."""
+        if self.operator != "subspace_attention":
+            return tensors
+        scores = self.tokens**2
+        heads = max(1, min(self.heads, SLICE_ELEMENTS // scores))
+        samples = max(1, min(self.batch, SLICE_ELEMENTS // (scores * heads)))
+        return [t[:samples, :, :heads] for t in tensors]
+
+    def largest_score(self, tensors: list[Tensor]) -> float:
+        """The largest ``scale·‖w‖²`` of the attention in this call; 0 without one."""
+        if not self.attends:
+            return 0.0
+        w = tensors[0].float()
+        if self.operator == "mssa_block":
+            x = torch.nn.functional.layer_norm(w, w.shape[-1:], tensors[1].float(), tensors[2].float())
+            w = (x @ tensors[3].float().T).unflatten(-1, (self.heads, self.width))
+        return self.width**-0.5 * w.square().sum(-1).max().item()
+
+
+def _sdpa(w: Tensor, *, backend: SDPBackend, causal: bool) -> Tensor:
+    """Stock attention of one tensor three times; autograd adds dq, dk and dv, as it does for its users."""
+    heads = w.transpose(1, 2)
+    with sdpa_kernel(backend):
+        return torch.nn.functional.scaled_dot_product_attention(heads, heads, heads, is_causal=causal).transpose(1, 2)
+
+
+def _decode(w: Tensor, cache: Tensor) -> Tensor:
+    positions = torch.full((w.shape[0], 1), cache.shape[1] - 1, device=w.device)
+    return ops.cached_subspace_attention(w, cache, positions)
+
+
+def _decode_literally(w: Tensor, cache: Tensor) -> Tensor:
+    keys = cache.transpose(1, 2)
+    scores = w.transpose(1, 2) @ keys.transpose(-1, -2) * w.shape[-1] ** -0.5
+    return (scores.softmax(-1) @ keys).transpose(1, 2)
+
+
+def _decode_twice(w: Tensor, cache: Tensor) -> Tensor:
+    """What a model with a key and a value cache does: two tensors of the same size are read."""
+    if _decode_twice.value is None or _decode_twice.value[0] is not cache:
+        _decode_twice.value = cache, cache.clone()
+    q, k, v = (t.transpose(1, 2) for t in (w, cache, _decode_twice.value[1]))
+    return torch.nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+
+
+_decode_twice.value = None
+
+VISION = {"T": (6, 64), "S": (12, 48), "B": (12, 64), "L": (16, 64)}
+
+
+def cases(device: torch.device, quick: bool = False) -> list[Case]:
+    """The shapes measured on a kind of device; ``quick`` gives one tiny shape an operator, to try the whole path."""
+    if quick:
+        tiny = [Case(name, "tiny", 2, 20, 2, 16, compiled=name == "ista_step") for name in OPERATORS]
+        return [*tiny, Case("subspace_attention", "tiny", 1, 33, 2, 16, causal=True)]
+    on_gpu = device.type == "cuda"
+    images = 256 if on_gpu else 4
+    found: list[Case] = []
+    for size in VISION if on_gpu else ("T", "S", "B"):
+        heads, width = VISION[size]
+        for operator in ("subspace_attention", "mssa_block", "ista_step", "ista_block"):
+            found.append(Case(operator, f"CRATE-{size}/16", images, 197, heads, width, compiled=size == "B"))
+    sequences = 32 if on_gpu else 1
+    found.append(Case("subspace_attention", "CRATE-B/8", images // 4, 785, 12, 64))
+    found.append(Case("overcomplete_ista", "CRATE-alpha-B/16", images // 2, 197, 12, 64, compiled=True))
+    if on_gpu:
+        found.append(Case("subspace_attention", "CRATE-alpha-L/14", images, 257, 16, 64))
+        found.append(Case("subspace_attention", "CRATE-alpha-H/14", images, 257, 16, 80))
+        found.append(Case("overcomplete_ista", "CRATE-alpha-L/14", images // 4, 257, 16, 64))
+    for operator in ("subspace_attention", "mssa_block"):
+        found.append(Case(operator, "CRATE-GPT2", sequences, 1024, 12, 64, causal=True, compiled=on_gpu))
+    found.append(Case("subspace_attention", "CRATE-BERT", sequences, 512, 12, 64))
+    for past in (1024, 32768) if on_gpu else (1024, 8192):
+        found.append(Case("cached_subspace_attention", "CRATE-GPT2 decode", sequences, past, 12, 64))
+    for tokens in (2048, 4096, 8192, 16384, 32768) if on_gpu else (1024, 2048, 4096):
+        for causal in (False, True):
+            heads = 12 if on_gpu else 2
+            found.append(Case("subspace_attention", "long", max(1, 32768 // tokens) if on_gpu else 1, tokens, heads, 64, causal=causal))
+    return found
+
+
+OPERATORS = ("subspace_attention", "mssa_block", "ista_step", "ista_block", "overcomplete_ista", "cached_subspace_attention")

@@ -1,0 +1,112 @@
+"""The least work each operator must do, and the time it cannot beat.
+
+The counts are those of the mathematics, not of an implementation: matrix products as multiply and add, every input
+read once and every output written once, one exponential per score. Attention uses the customary 4·N²·p forward and
+10·N²·p backward, so that figures compare with other kernels'; a kernel that uses the symmetry of ``w wᵀ`` needs 6 of
+the 8 half-products forward and 7 of 10 backward and may come out above 100 %. An ISTA step counts one product forward
+and two backward (the folded form); making ``W − WᵀW`` (2·d³, independent of the rows) is not counted. LayerNorm,
+ReLU and residuals are a few operations per element and hide behind the bytes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+DIRECTIONS = ("forward", "backward", "both")
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """What the device reaches in this run; ``exponentials`` is None where nothing says."""
+
+    copy: float
+    """Bytes per second, read plus written, of a large copy."""
+    product: float
+    """Floating-point operations per second of a large matrix product in the dtype measured."""
+    exponentials: float | None = None
+    """Exponentials per second."""
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Least work of one call."""
+
+    flops: float
+    bytes: float
+    exponentials: float = 0.0
+
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(self.flops + other.flops, self.bytes + other.bytes, self.exponentials + other.exponentials)
+
+    def terms(self, ceilings: Ceilings) -> dict[str, float]:
+        """Seconds that each unit needs at its ceiling."""
+        found = {"product": self.flops / ceilings.product, "memory": self.bytes / ceilings.copy}
+        if ceilings.exponentials:
+            found["exponentials"] = self.exponentials / ceilings.exponentials
+        return found
+
+    def bound(self, ceilings: Ceilings) -> float:
+        """Seconds no implementation beats: the largest term, as if the others overlapped with it perfectly."""
+        return max(self.terms(ceilings).values())
+
+
+def _in(direction: str, forward: Cost, backward: Cost) -> Cost:
+    return {"forward": forward, "backward": backward, "both": forward + backward}[direction]
+
+
+def subspace_attention(
+    direction: str, *, batch: int, tokens: int, heads: int, width: int, causal: bool, itemsize: int
+) -> Cost:
+    """Reads ``w`` and writes ``o``; backward reads ``w, o`` and the gradient and writes ``dw``."""
+    pairs = batch * heads * tokens * (tokens + 1) / 2 if causal else batch * heads * tokens * tokens
+    tensor = batch * tokens * heads * width * itemsize
+    return _in(
+        direction,
+        Cost(4 * pairs * width, 2 * tensor, pairs),
+        Cost(10 * pairs * width, 4 * tensor, pairs),
+    )
+
+
+def ista_step(direction: str, *, rows: int, dim: int, itemsize: int) -> Cost:
+    """Reads ``x, W`` and writes the output; backward reads ``x``, the output and the gradient, writes ``dx, dW``."""
+    tensor, weight = rows * dim * itemsize, dim * dim * itemsize
+    return _in(
+        direction,
+        Cost(2 * rows * dim * dim, 2 * tensor + weight),
+        Cost(4 * rows * dim * dim, 4 * tensor + 2 * weight),
+    )
+
+
+ista_block = ista_step
+"""LayerNorm adds no product and, fused, no bytes of the size of the tokens."""
+
+
+def overcomplete_ista(direction: str, *, rows: int, dim: int, atoms: int, tied: bool, itemsize: int) -> Cost:
+    """Four products of ``rows·dim·atoms`` forward, eight backward; the codes need not leave the chip."""
+    product, tensor = 2 * rows * dim * atoms, rows * dim * itemsize
+    weights = (1 if tied else 2) * dim * atoms * itemsize
+    return _in(direction, Cost(4 * product, 2 * tensor + weights), Cost(8 * product, 3 * tensor + 2 * weights))
+
+
+def mssa_block(
+    direction: str, *, batch: int, tokens: int, heads: int, width: int, dim: int, causal: bool, itemsize: int
+) -> Cost:
+    """Projection, attention, output projection; ``w`` and ``o`` are re-read only by the backward."""
+    attention = subspace_attention(
+        direction, batch=batch, tokens=tokens, heads=heads, width=width, causal=causal, itemsize=itemsize
+    )
+    rows, inner = batch * tokens, heads * width
+    projection, weights = 2 * rows * dim * inner, 2 * dim * inner * itemsize
+    outer, middle = rows * dim * itemsize, rows * inner * itemsize
+    moved = _in(
+        direction,
+        Cost(2 * projection, 2 * outer + weights),
+        Cost(4 * projection, 3 * outer + 2 * middle + 2 * weights),
+    )
+    return Cost(attention.flops + moved.flops, moved.bytes, attention.exponentials)
+
+
+def cached_subspace_attention(*, batch: int, tokens: int, heads: int, width: int, itemsize: int) -> Cost:
+    """One new token against ``tokens`` cached ones: the cache is read once for both of its roles."""
+    pairs = batch * heads * tokens
+    return Cost(4 * pairs * width, pairs * width * itemsize, pairs)

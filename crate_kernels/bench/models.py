@@ -1,0 +1,270 @@
+"""The model suite: latency, throughput, training step and memory of whole vision models."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import gc
+import importlib.util
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch._functorch.config
+from torch import Tensor, nn
+
+from ..models import CRATE
+from ..models.crate import SIZES
+from ..nn import prepare_for_inference
+from ..ops import use_backend
+from . import gate, timing
+
+REFERENCE, COMPILED, OURS, PREPARED = "reference", "reference, compiled", "crate_kernels", "crate_kernels, prepared"
+VIT, VIT_COMPILED = "timm ViT", "timm ViT, compiled"
+TASKS = ("forward", "training step")
+TINY = dict(dim=32, depth=2, heads=2)
+"""Not one of the family: for trying the whole path quickly."""
+
+
+@dataclass
+class Contender:
+    """One model under one backend; ``backend`` None is the automatic choice."""
+
+    model: nn.Module
+    backend: str | None
+    is_crate: bool = True
+    optimizer: torch.optim.Optimizer | None = None
+
+
+def build(size: str, quick: bool = False) -> CRATE:
+    """CRATE of this size with seeded weights, for 224 x 224 images and 1000 classes (tiny ones if ``quick``)."""
+    torch.manual_seed(0)
+    if quick:
+        return CRATE(image_size=32, patch_size=16, num_classes=10, dim_head=16, **TINY)
+    sizes = SIZES[size]
+    return CRATE(image_size=224, patch_size=16, num_classes=1000, dim_head=sizes["dim"] // sizes["heads"], **sizes)
+
+
+def vit(model: CRATE) -> nn.Module | None:
+    """timm's ViT of the same width, depth, heads, patches and classes; None where timm is not installed."""
+    if importlib.util.find_spec("timm") is None:
+        return None
+    from timm.models import VisionTransformer
+
+    config = model.config
+    return VisionTransformer(
+        img_size=config["image_size"], patch_size=config["patch_size"], num_classes=config["num_classes"],
+        embed_dim=config["dim"], depth=config["depth"], num_heads=config["heads"],
+    )  # fmt: skip
+
+
+def contenders(
+    master: CRATE, task: str, device: torch.device, dtype: torch.dtype, only: Sequence[str] | None = None
+) -> dict[str, Contender]:
+    """Who competes: name -> model with weights of its own, so that no step of one is felt by another.
+
+    Inference runs on weights of ``dtype``; training keeps them in float32 and uses autocast where ``dtype`` is lower.
+    """
+    training = task == "training step"
+
+    def fresh(source: nn.Module) -> nn.Module:
+        model = copy.deepcopy(source).to(device)
+        return model.train() if training else model.eval().to(dtype)
+
+    found = {
+        REFERENCE: lambda: Contender(fresh(master), "reference"),
+        COMPILED: lambda: Contender(torch.compile(fresh(master), dynamic=False), "reference"),
+        OURS: lambda: Contender(fresh(master), None),
+    }
+    if not training:
+        found[PREPARED] = lambda: Contender(prepare_for_inference(fresh(master)), None)
+    if device.type == "cuda":
+        for backend in ("eager", "triton", "cuda"):
+            found[backend] = lambda backend=backend: Contender(fresh(master), backend)
+    other = vit(master)
+    if other is not None:
+        found[VIT] = lambda: Contender(fresh(other), None, is_crate=False)
+        found[VIT_COMPILED] = lambda: Contender(torch.compile(fresh(other), dynamic=False), None, is_crate=False)
+    built = {name: make() for name, make in found.items() if only is None or name in only}
+    if training:
+        for contender in built.values():
+            # A learning rate of zero does all the work of a step and leaves every contender on the same weights.
+            parameters = list(contender.model.parameters())
+            contender.optimizer = torch.optim.AdamW(parameters, lr=0.0, fused=True)
+    return built
+
+
+def runner(
+    contender: Contender, task: str, images: Tensor, targets: Tensor, dtype: torch.dtype
+) -> Callable[[], Tensor]:
+    """The call that is timed: logits without gradients, or a whole step (loss, backward, AdamW)."""
+
+    def forward():
+        with torch.inference_mode(), use_backend(contender.backend):
+            return contender.model(images)
+
+    def step():
+        loss = training_loss(contender, images, targets, dtype)
+        with use_backend(contender.backend):
+            loss.backward()
+        if contender.optimizer is not None:
+            contender.optimizer.step()
+            contender.optimizer.zero_grad()
+        return loss
+
+    return forward if task == "forward" else step
+
+
+def training_loss(contender: Contender, images: Tensor, targets: Tensor, dtype: torch.dtype) -> Tensor:
+    low = dtype if dtype in (torch.bfloat16, torch.float16) else None
+    autocast = torch.autocast(images.device.type, low) if low else contextlib.nullcontext()
+    with use_backend(contender.backend), autocast:
+        return nn.functional.cross_entropy(contender.model(images).float(), targets)
+
+
+def outputs(contender: Contender, task: str, images: Tensor, targets: Tensor, dtype: torch.dtype) -> list[Tensor]:
+    """What the gate judges: the logits, or the loss and the gradient of every parameter."""
+    if task == "forward":
+        with torch.inference_mode(), use_backend(contender.backend):
+            return [contender.model(images)]
+    loss = training_loss(contender, images, targets, dtype)
+    parameters = list(contender.model.parameters())
+    return [loss.detach(), *torch.autograd.grad(loss, parameters)]
+
+
+def judged(
+    found: dict[str, Contender], task: str, images: Tensor, targets: Tensor, dtype: torch.dtype
+) -> tuple[dict[str, Contender], dict[str, dict]]:
+    """Hold every CRATE contender against the literal model in float64 on two images -> who may be timed, and records."""
+    master = found[REFERENCE]
+    images, targets = images[:2], targets[:2]
+    exact_model = Contender(copy.deepcopy(master.model).double(), "reference")
+    exact = outputs(exact_model, task, images.double(), targets, torch.float64)
+    del exact_model
+    literal = outputs(master, task, images, targets, dtype)
+    passed, records = {}, {}
+    for name, contender in found.items():
+        try:
+            got = outputs(contender, task, images, targets, dtype)
+        except RuntimeError as error:
+            records[name] = {"skipped": str(error).strip().splitlines()[0][:300]}
+            continue
+        if contender.is_crate:
+            verdict = gate.judge(got, exact, literal, dtype, kinks=True)
+            records[name] = {"share_of_budget": verdict.share, "check": verdict.detail}
+            if not verdict.passed:
+                records[name]["refused"] = verdict.detail
+                continue
+        else:
+            # Another function: only a finite answer can be asked of it.
+            records[name] = {"check": "finite" if all(t.isfinite().all() for t in got) else "not finite"}
+        passed[name] = contender
+    return passed, records
+
+
+def run_size(
+    size: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    batches: Sequence[int],
+    tasks: Sequence[str] = TASKS,
+    only: Sequence[str] | None = None,
+    seconds: float = 20.0,
+    rounds: tuple[int, int] = (7, 40),
+    quick: bool = False,
+    check_only: bool = False,
+) -> Iterator[dict]:
+    """One record per task, batch and contender of one model size, and the bytes each model saves for its backward."""
+    master = build(size, quick)
+    name = f"CRATE-{'tiny test' if quick else size[0].upper()}"
+    base = dict(model=name, family="vision", shape=dict(master.config), dtype=str(dtype).removeprefix("torch."))
+    pixels = master.config["image_size"]
+    if not check_only:
+        yield from saved_records(master, base, device, dtype, pixels)
+    torch._functorch.config.donated_buffer = True  # torch's default, which the operator suite changes
+    for task in tasks:
+        torch.compiler.reset()
+        found = contenders(master, task, device, dtype, {REFERENCE, *only} if only else None)
+        for batch in batches if task == "forward" else [b for b in batches if b > 1] or batches:
+            generator = torch.Generator().manual_seed(batch)
+            images = torch.randn(batch, 3, pixels, pixels, generator=generator).to(device)
+            images = images.to(dtype) if task == "forward" else images
+            targets = torch.randint(master.config["num_classes"], (batch,), generator=generator).to(device)
+            passed, records = judged(found, task, images, targets, dtype)
+            for contender in records:
+                if contender not in passed or check_only:
+                    yield base | {"task": task, "batch": batch, "contender": contender} | records[contender]
+            if check_only:
+                break
+            yield from _timed(passed, records, base, task, batch, images, targets, device, dtype, seconds, rounds)
+        del found
+        gc.collect()
+
+
+def _timed(passed, records, base, task, batch, images, targets, device, dtype, seconds, rounds) -> Iterator[dict]:
+    runs, memory = {}, {}
+    for name, contender in passed.items():
+        run = runner(contender, task, images, targets, dtype)
+        try:
+            for _ in range(2):  # compiles, and makes the optimizer's state
+                run()
+            memory[name] = timing.peak_memory(run, device)
+        except torch.OutOfMemoryError:
+            yield base | {"task": task, "batch": batch, "contender": name, "skipped": "out of memory"}
+            continue
+        runs[name] = run
+    modes = {False: runs}
+    if device.type == "cuda" and task == "forward" and batch == 1:
+        # At batch 1 launching takes longer than computing; both ways of running are what users have.
+        captured = {name: timing.as_graph(run) for name, run in runs.items()}
+        modes[True] = {name: run for name, (run, done) in captured.items() if done}
+    for graph, calls in modes.items():
+        samples = timing.measure(calls, device, seconds=seconds, rounds=rounds)
+        for name, values in samples.items():
+            spread = timing.quantiles(values)
+            yield base | {
+                "task": task,
+                "batch": batch,
+                "contender": name,
+                "seconds": spread,
+                "rounds": len(values),
+                "images_per_second": batch / spread["p50"],
+                "speedup": timing.paired_ratio(samples[REFERENCE], values) if REFERENCE in samples else None,
+                "speedup_over_compiled": timing.paired_ratio(samples[COMPILED], values) if COMPILED in samples else None,
+                "peak_memory": memory[name],
+                "graph": graph,
+            } | records[name]
+
+
+# -- memory kept for the backward -----------------------------------------------------------------------------------
+
+
+def saved_bytes(block: nn.Module, tokens: Tensor, dtype: torch.dtype, backend: str | None) -> int:
+    """Bytes that a block's forward keeps for its backward: unique storages, parameters left out."""
+    own = {p.untyped_storage().data_ptr() for p in block.parameters()}
+    kept: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    low = dtype if dtype in (torch.bfloat16, torch.float16) else None
+    autocast = torch.autocast(tokens.device.type, low) if low else contextlib.nullcontext()
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), use_backend(backend), autocast:
+        out = block(tokens)
+    del out
+    return sum(kept.values())
+
+
+def saved_records(master: CRATE, base: dict, device: torch.device, dtype: torch.dtype, pixels: int) -> Iterator[dict]:
+    """Bytes per token-channel that one block keeps, literally and with the package's automatic choice."""
+    block = copy.deepcopy(master.blocks[0]).to(device).train()
+    with torch.no_grad():
+        tokens = copy.deepcopy(master).to(device).embed(torch.randn(8, 3, pixels, pixels, device=device))
+    for name, backend in ((REFERENCE, "reference"), (OURS, None)):
+        leaf = tokens.detach().clone().requires_grad_()
+        kept = saved_bytes(block, leaf, dtype, backend)
+        yield base | {"task": "saved for backward", "batch": 8, "contender": name, "bytes_per_token_channel": kept / leaf.numel()}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import torch
 import torch._functorch.config
@@ -62,7 +62,9 @@ class Case:
         return ("forward",) if self.decodes else cost.DIRECTIONS
 
     def shape(self) -> dict:
-        return {k: v for k, v in asdict(self).items() if k not in ("operator", "family", "compiled")} | {"dim": self.dim}
+        return dict(
+            batch=self.batch, tokens=self.tokens, heads=self.heads, width=self.width, causal=self.causal, dim=self.dim
+        )
 
     def tensors(self, device: torch.device, dtype: torch.dtype, seed: int = 0) -> list[Tensor]:
         """Fresh inputs; normalised tokens for the plain operators, as they come out of LayerNorm and projection."""
@@ -173,6 +175,14 @@ def _decode_twice(w: Tensor, cache: Tensor) -> Tensor:
 
 _decode_twice.value = None
 
+OPERATORS = (
+    "subspace_attention",
+    "mssa_block",
+    "ista_step",
+    "ista_block",
+    "overcomplete_ista",
+    "cached_subspace_attention",
+)
 VISION = {"T": (6, 64), "S": (12, 48), "B": (12, 64), "L": (16, 64)}
 
 
@@ -202,9 +212,6 @@ def cases(device: torch.device, quick: bool = False) -> list[Case]:
         found.append(Case("cached_subspace_attention", "CRATE-GPT2 decode", sequences, past, 12, 64))
     for tokens in (2048, 4096, 8192, 16384, 32768) if on_gpu else (1024, 2048, 4096):
         for causal in (False, True):
-            heads = 12 if on_gpu else 2
-            found.append(Case("subspace_attention", "long", max(1, 32768 // tokens) if on_gpu else 1, tokens, heads, 64, causal=causal))
+            batch, heads = (32768 // tokens, 12) if on_gpu else (1, 2)
+            found.append(Case("subspace_attention", "long", batch, tokens, heads, 64, causal=causal))
     return found
-
-
-OPERATORS = ("subspace_attention", "mssa_block", "ista_step", "ista_block", "overcomplete_ista", "cached_subspace_attention")

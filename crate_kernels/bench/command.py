@@ -17,25 +17,28 @@ ROOT = Path(__file__).parents[2]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--suite", choices=("operators", "models", "all"), default="all", help="what to measure")
-    parser.add_argument("--device", default=None, help="cpu or cuda; CUDA if there is one")
-    parser.add_argument("--dtype", default=None, help="float32, bfloat16, float16; bfloat16 on CUDA, float32 on the CPU")
-    parser.add_argument("--sizes", default=None, help="model sizes, comma-separated: tiny,small,base,large")
-    parser.add_argument("--batches", default=None, help="batch sizes of the models, comma-separated")
-    parser.add_argument("--operators", default=None, help="only these operators, comma-separated")
-    parser.add_argument("--contenders", default=None, help="only these contenders, comma-separated (e.g. reference,cuda)")
-    parser.add_argument("--threads", type=int, default=None, help="CPU threads")
-    parser.add_argument("--seconds", type=float, default=None, help="aim of seconds for each interleaved measurement")
-    parser.add_argument("--rounds", type=int, default=None, help="least number of rounds of each measurement")
-    parser.add_argument("--limit", type=float, default=None, help="stop after so many seconds, keeping what is measured")
-    parser.add_argument("--quick", action="store_true", help="tiny shapes and few rounds: tries the path, measures nothing")
-    parser.add_argument("--check-only", action="store_true", help="run the correctness gate alone and time nothing")
-    parser.add_argument("--commit", default=None, help="commit to record where the package is no git checkout")
-    parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results", help="folder of the result files")
-    parser.add_argument("--report", action="store_true", help="render docs/benchmarks.md, its plots and the README's table")
-    parser.add_argument("--dispatch", action="store_true", help="write the table that automatic backend choice may follow")
-    parser.add_argument("--compare", nargs=2, type=Path, metavar=("OLD", "NEW"), help="list what became slower")
-    parser.add_argument("--relative", action="store_true", help="with --compare: compare speed-ups instead of seconds")
+    def option(name: str, text: str, **settings) -> None:
+        parser.add_argument(name, help=text, **settings)
+
+    option("--suite", "what to measure", choices=(*results.PARTS, "all"), default="all")
+    option("--device", "cpu or cuda; CUDA if there is one")
+    option("--dtype", "float32, bfloat16 or float16; bfloat16 on CUDA, float32 on the CPU")
+    option("--operators", "only these operators, comma-separated")
+    option("--sizes", "model sizes, comma-separated: tiny,small,base,large")
+    option("--batches", "batch sizes of the models, comma-separated")
+    option("--contenders", "only these contenders, comma-separated: reference,eager,triton,cuda,crate_kernels,...")
+    option("--threads", "CPU threads", type=int)
+    option("--seconds", "aim of seconds for each interleaved measurement", type=float)
+    option("--rounds", "least number of rounds of each measurement", type=int)
+    option("--limit", "stop after so many seconds and keep what is measured", type=float)
+    option("--quick", "tiny shapes and few rounds: tries the path, measures nothing", action="store_true")
+    option("--check-only", "run the correctness gate alone, time nothing, write nothing", action="store_true")
+    option("--commit", "commit to record where the package is no git checkout")
+    option("--results", "folder of the result files", type=Path, default=ROOT / "benchmarks" / "results")
+    option("--report", "render docs/benchmarks.md, its plots and the README's table", action="store_true")
+    option("--dispatch", "write the table that the automatic backend choice may follow", action="store_true")
+    option("--compare", "list what became slower", nargs=2, type=Path, metavar=("OLD", "NEW"))
+    option("--relative", "with --compare: compare speed-ups instead of seconds", action="store_true")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -81,14 +84,16 @@ def measure(args: argparse.Namespace) -> int:
     deadline = time.monotonic() + (args.limit or float("inf"))
     folder = args.results / results.device_folder(device)
     environment = results.environment(device, args.commit)
-    print(f"{environment['device']}, torch {torch.__version__}, {environment['threads']} threads, {environment['commit']}")
+    about = f"{environment['device']}, torch {torch.__version__}, {environment['threads']} threads"
+    print(f"{about}, commit {environment['commit']}")
     ceilings = timing.ceilings(device, [dtype], args.quick)
     name = str(dtype).removeprefix("torch.")
-    print(f"ceilings: copy {ceilings['copy'] / 1e9:.4g} GB/s, product {ceilings['product'][name] / 1e12:.4g} TFLOP/s {name}")
+    copy, product = ceilings["copy"] / 1e9, ceilings["product"][name] / 1e12
+    print(f"ceilings: copy {copy:.4g} GB/s, product {product:.4g} TFLOP/s {name}")
     wrong = []
     for part in results.PARTS if args.suite == "all" else [args.suite]:
         records: list[dict] = []
-        content = {"part": part, "environment": environment, "ceilings": ceilings, "quick": args.quick, "records": records}
+        content = dict(part=part, environment=environment, ceilings=ceilings, quick=args.quick, records=records)
         stream = _operators(args, device, dtype, ceilings) if part == "operators" else _models(args, device, dtype)
         for record in stream:
             records.append(record)

@@ -136,19 +136,23 @@ def _timed(case, base, direction, runs, records, device, dtype, ceilings, second
     baseline = samples.get("reference")
     for name, values in samples.items():
         spread = timing.quantiles(values)
-        yield base | {
-            "contender": name,
-            "direction": direction,
-            "seconds": spread,
-            "rounds": len(values),
-            "speedup": timing.paired_ratio(baseline, values) if baseline else None,
-            "tflops": least.flops / spread["p50"] / 1e12,
-            "gbytes_per_second": least.bytes / spread["p50"] / 1e9,
-            "cost": {"flops": least.flops, "bytes": least.bytes, "exponentials": least.exponentials},
-            "bound": bound,
-            "limited_by": max(least.terms(ceilings).items(), key=lambda term: term[1])[0],
-            "percent_of_bound": 100 * bound / spread["p50"],
-            "peak_memory": memory[name],
-            "graph": graphs[name],
-            "cold_cache": cold,
-        } | records[name]
+        yield (
+            base
+            | {
+                "contender": name,
+                "direction": direction,
+                "seconds": spread,
+                "rounds": len(values),
+                "speedup": timing.paired_ratio(baseline, values) if baseline else None,
+                "tflops": least.flops / spread["p50"] / 1e12,
+                "gbytes_per_second": least.bytes / spread["p50"] / 1e9,
+                "cost": {"flops": least.flops, "bytes": least.bytes, "exponentials": least.exponentials},
+                "bound": bound,
+                "limited_by": max(least.terms(ceilings).items(), key=lambda term: term[1])[0],
+                "percent_of_bound": 100 * bound / spread["p50"],
+                "peak_memory": memory[name],
+                "graph": graphs[name],
+                "cold_cache": cold,
+            }
+            | records[name]
+        )

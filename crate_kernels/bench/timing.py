@@ -155,12 +155,12 @@ def ceilings(device: torch.device, dtypes: Sequence[torch.dtype], quick: bool = 
 
     source = torch.empty(elements, dtype=torch.uint8, device=device).random_(0, 255)
     target = torch.empty_like(source)
-    found: dict = {"copy": 2 * elements / best(lambda: target.copy_(source)), "product": {}}
-    del source, target
+    found: dict = {"copy": 2 * elements / best(functools.partial(target.copy_, source)), "product": {}}
     for dtype in dtypes:
         a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
         out = torch.empty_like(a)
-        found["product"][str(dtype).removeprefix("torch.")] = 2 * side**3 / best(functools.partial(torch.mm, a, b, out=out))
+        product = best(functools.partial(torch.mm, a, b, out=out))
+        found["product"][str(dtype).removeprefix("torch.")] = 2 * side**3 / product
     if on_gpu:
         properties = torch.cuda.get_device_properties(device)
         clock = getattr(properties, "clock_rate", 0) * 1e3

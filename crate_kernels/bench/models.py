@@ -257,32 +257,34 @@ def _timed(passed, records, base, task, batch, images, targets, device, dtype, s
 # -- memory kept for the backward -----------------------------------------------------------------------------------
 
 
-def saved_bytes(block: nn.Module, tokens: Tensor, dtype: torch.dtype, backend: str | None) -> int:
-    """Bytes that a block's forward keeps for its backward: unique storages, parameters left out."""
-    own = {p.untyped_storage().data_ptr() for p in block.parameters()}
-    kept: dict[int, int] = {}
+def saved_bytes(blocks: Sequence[nn.Module], tokens: Tensor, dtype: torch.dtype, backend: str | None) -> int:
+    """Bytes that the forward of these blocks keeps for their backward: unique storages, parameters left out."""
+    own = {p.untyped_storage().data_ptr() for block in blocks for p in block.parameters()}
+    kept: dict[int, Tensor] = {}
 
     def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage.nbytes()
+        if tensor.untyped_storage().data_ptr() not in own:
+            kept[tensor.untyped_storage().data_ptr()] = tensor
         return tensor
 
     low = dtype if dtype in (torch.bfloat16, torch.float16) else None
     autocast = torch.autocast(tokens.device.type, low) if low else contextlib.nullcontext()
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), use_backend(backend), autocast:
-        out = block(tokens)
-    del out
-    return sum(kept.values())
+        for block in blocks:
+            tokens = block(tokens)
+    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
 
 
 def saved_records(master: CRATE, base: dict, device: torch.device, dtype: torch.dtype, pixels: int) -> Iterator[dict]:
-    """Bytes per token-channel that one block keeps, literally and with the package's automatic choice."""
-    block = copy.deepcopy(master.blocks[0]).to(device).train()
+    """Bytes per token-channel that one more block keeps, literally and with the package's automatic choice.
+
+    One more: what one block puts out the next takes in, and both keep the same tensor.
+    """
+    model = copy.deepcopy(master).to(device).train()
     with torch.no_grad():
-        tokens = copy.deepcopy(master).to(device).embed(torch.randn(8, 3, pixels, pixels, device=device))
+        tokens = model.embed(torch.randn(8, 3, pixels, pixels, device=device))
     for name, backend in ((REFERENCE, "reference"), (OURS, None)):
-        leaf = tokens.detach().clone().requires_grad_()
-        kept = saved_bytes(block, leaf, dtype, backend)
-        each = kept / leaf.numel()
+        leaf = tokens.detach().requires_grad_()
+        one, two = (saved_bytes(model.blocks[:depth], leaf, dtype, backend) for depth in (1, 2))
+        each = (two - one) / leaf.numel()
         yield base | dict(task="saved for backward", batch=8, contender=name, bytes_per_token_channel=each)

@@ -42,6 +42,7 @@ SPILLS: dict[tuple[str, str], str] = {}
 def attention(dtype, batch=2, tokens=197, heads=12, width=64, *, causal=False, lengths=False, value=False):
     """One forward and one backward of subspace attention."""
     import torch
+
     from crate_kernels.ops.subspace_attention import triton as backend
 
     w = torch.empty((batch, tokens, heads, width), dtype=dtype, device="meta")
@@ -132,8 +133,9 @@ class Driver:
 def compile_case(target: str, case: str) -> list[dict]:
     """Compile what ``case`` launches on ``target``; one row per kernel."""
     import triton
-    from crate_kernels.ops.triton_kernels import launch
     from triton.backends.compiler import GPUTarget
+
+    from crate_kernels.ops.triton_kernels import launch
 
     amd = target.startswith("gfx")
     arch = target if amd else int(target.removeprefix("sm_"))
@@ -144,7 +146,9 @@ def compile_case(target: str, case: str) -> list[dict]:
         compiled = kernel.warmup(*arguments, grid=(grid,), **options)
         row = {"target": target, "case": case, "kernel": kernel.fn.__name__.strip("_"), "programs": grid}
         row |= {name: value for name, value in options.items() if name.startswith(("BLOCK", "num_"))}
-        rows.append(row | {"shared": compiled.metadata.shared} | (amd_usage if amd else nvidia_usage)(compiled))
+        row |= {"shared": compiled.metadata.shared} | (amd_usage if amd else nvidia_usage)(compiled)
+        if row not in rows:
+            rows.append(row)
 
     launch.launch = compile_only
     launch.shared_memory = lambda device: SHARED_MEMORY[target]

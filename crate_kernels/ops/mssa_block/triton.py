@@ -49,12 +49,12 @@ def forward(
     batch, tokens, width = z.shape
     rows = z.reshape(-1, width)
     w, mean, rstd = product(rows, fold_norm(u_weight.T, norm_weight, norm_bias, eps))
-    w = w.view(batch, tokens, heads, -1)
+    w = w.view(batch, tokens, heads, u_weight.shape[0] // heads)
     o, lse = attention.forward(w, None, lengths, scale, causal)
     if out_weight is None:
         out = z.add(o.flatten(2), alpha=step_size).contiguous()
     else:
-        (out,) = product(o.view(rows.shape[0], -1), out_weight.T, alpha=step_size, bias=out_bias, residual=rows)
+        (out,) = product(o.view(-1, u_weight.shape[0]), out_weight.T, alpha=step_size, bias=out_bias, residual=rows)
     return out.view(z.shape), w, o, lse, mean.view(batch, tokens), rstd.view(batch, tokens)
 
 
@@ -85,10 +85,10 @@ def backward(
         do = step if step_size == 1 else step_size * step
     else:
         # The step size goes with the small factor, not over the rows.
-        dout_weight = _scaled(step.T @ o.view(rows.shape[0], -1), step_size)
+        dout_weight = _scaled(step.T @ o.view(-1, u_weight.shape[0]), step_size)
         do = step @ (out_weight if step_size == 1 else step_size * out_weight)
     dw, _ = attention.backward(do.view(o.shape), w, None, lengths, o, lse, scale, causal)
-    dw = dw.view(rows.shape[0], -1)
+    dw = dw.view(-1, u_weight.shape[0])
     dz, dnorm_weight, dnorm_bias, x, total = layer_norm_backward(
         dw @ u_weight, rows, norm_weight, norm_bias, mean.view(-1), rstd.view(-1), residual=step
     )

@@ -22,8 +22,8 @@ from . import launch
 ENVIRONMENT_VARIABLE = "CRATE_KERNELS_TRITON"
 
 ANY = 1 << 30
-ROOMY = 160 * 1024
-"""Shared memory of the data-centre parts; the others have 99 KiB, or 64 on AMD."""
+AMPERE, HOPPER = 160 * 1024, 200 * 1024
+"""Shared memory of the data-centre parts: A100 has 163 KiB, Hopper and Blackwell 227; other NVIDIA 99, AMD 64."""
 
 
 def _tiles(block_m: int, block_n: int, warps: int, stages: int, **more) -> dict:
@@ -33,26 +33,35 @@ def _tiles(block_m: int, block_n: int, warps: int, stages: int, **more) -> dict:
 # (size, width, rows, shared, options)
 TABLE = {
     "attention_forward": (
-        (2, 64, 512, 0, _tiles(128, 64, 4, 2, MAX_FREE=True)),
+        # Long sequences: half the programs, half the reads of w; two warp groups of 64 rows each on Hopper.
+        (2, 64, 512, 0, _tiles(128, 64, 8, 2, MAX_FREE=True)),
+        # Up to a few hundred tokens: more programs than one per head, and less padding (N = 257: 320 rows, not 384).
         (2, 64, 0, 0, _tiles(64, 64, 4, 2, MAX_FREE=False)),
         (2, 128, 0, 0, _tiles(64, 64, 4, 2, MAX_FREE=False)),
-        (2, 256, 0, 0, _tiles(64, 32, 4, 2, MAX_FREE=False)),
-        (4, 128, 0, 0, _tiles(32, 32, 4, 2, MAX_FREE=False)),
-        (4, 256, 0, 0, _tiles(32, 16, 4, 1, MAX_FREE=False)),
+        (2, 256, 0, 0, _tiles(64, 32, 8, 2, MAX_FREE=False)),
+        (4, 64, 0, 0, _tiles(64, 32, 8, 2, MAX_FREE=False)),
+        (4, 256, 0, 0, _tiles(32, 16, 8, 1, MAX_FREE=False)),
     ),
     "attention_delta": ((4, 256, 0, 0, {"BLOCK_M": 64, "num_warps": 4}),),
     "attention_backward": (
-        (2, 64, 0, 0, _tiles(64, 64, 4, 2)),
-        (2, 128, 0, 0, _tiles(64, 32, 4, 2)),
-        (2, 256, 0, 0, _tiles(32, 32, 4, 1)),
-        (4, 128, 0, 0, _tiles(32, 16, 4, 1)),
-        (4, 256, 0, 0, _tiles(16, 16, 4, 1)),
+        # Five products a tile: every side of 64 or more where there is memory for it (Hopper, Blackwell).
+        (2, 64, 65, HOPPER, _tiles(128, 64, 8, 2)),
+        (2, 128, 65, HOPPER, _tiles(128, 32, 8, 2)),
+        # mma.sync holds whole operand tiles in registers: 32 keys at a time, or they spill.
+        (2, 64, 0, 0, _tiles(64, 32, 4, 2)),
+        (2, 128, 0, 0, _tiles(32, 32, 4, 2)),
+        (2, 256, 0, 0, _tiles(32, 32, 8, 1)),
+        (4, 64, 0, 0, _tiles(32, 32, 8, 1)),
+        (4, 256, 0, 0, _tiles(32, 16, 8, 1)),
     ),
     "fold_norm": ((4, ANY, 0, 0, {"BLOCK_K": 128, "BLOCK_N": 16, "num_warps": 4}),),
     "product": (
-        (2, ANY, 4096, ROOMY, _tiles(128, 128, 8, 3, BLOCK_K=64)),
-        (2, ANY, 4096, 0, _tiles(128, 128, 8, 2, BLOCK_K=32)),
-        (2, ANY, 0, 0, _tiles(64, 64, 4, 2, BLOCK_K=64)),
+        # The largest tile whose epilogues fit registers; a wider one (256 columns) spills them.
+        (2, ANY, 4096, AMPERE, _tiles(128, 128, 8, 3, BLOCK_K=64)),
+        (2, ANY, 4096, 0, _tiles(128, 128, 8, 3, BLOCK_K=32)),
+        # Few rows: more programs.
+        (2, ANY, 0, 0, _tiles(64, 64, 4, 3, BLOCK_K=32)),
+        # Float32 outside the tensor cores.
         (4, ANY, 0, 0, _tiles(64, 64, 4, 2, BLOCK_K=32)),
     ),
 }

@@ -1,0 +1,57 @@
+"""These tests run on a GPU if there is one, else in Triton's interpreter, else not at all.
+
+The interpreter is chosen when kernels are defined, so ``TRITON_INTERPRET=1`` must be set before the package is
+imported: by the caller, or here if this folder is collected first.
+"""
+
+import os
+import sys
+
+import pytest
+import torch
+
+if not torch.cuda.is_available() and "crate_kernels" not in sys.modules:
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+pytest.importorskip("triton")
+
+from crate_kernels.ops.triton_kernels import configurations, launch
+
+NEEDS_NO_DEVICE = "test_compile"
+
+
+def pytest_collection_modifyitems(items):
+    if torch.cuda.is_available() or launch.INTERPRETED:
+        return
+    skip = pytest.mark.skip(reason="needs a GPU or TRITON_INTERPRET=1")
+    for item in items:
+        if "tests/triton" in item.path.as_posix() and NEEDS_NO_DEVICE not in item.path.name:
+            item.add_marker(skip)
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory(monkeypatch):
+    """Fresh memory holds NaN: what a kernel does not write cannot pass for a result."""
+    empty, empty_like = torch.empty, torch.empty_like
+
+    def poisoned(tensor):
+        return tensor.fill_(float("nan")) if tensor.is_floating_point() and tensor.device.type != "meta" else tensor
+
+    monkeypatch.setattr(torch, "empty", lambda *a, **k: poisoned(empty(*a, **k)))
+    monkeypatch.setattr(torch, "empty_like", lambda *a, **k: poisoned(empty_like(*a, **k)))
+
+
+@pytest.fixture(autouse=True)
+def small_tiles(request):
+    """Tiles so small that a few dozen tokens make full, cut and diagonal ones; on a GPU the real ones."""
+    if not launch.INTERPRETED:
+        yield
+        return
+    with (
+        configurations.override("attention_forward", BLOCK_M=32, BLOCK_N=16),
+        configurations.override("attention_backward", BLOCK_M=32, BLOCK_N=16),
+        configurations.override("attention_delta", BLOCK_M=32),
+        configurations.override("product", BLOCK_M=32, BLOCK_N=16, BLOCK_K=16),
+        configurations.override("fold_norm", BLOCK_K=16, BLOCK_N=16),
+    ):
+        yield

@@ -1,0 +1,209 @@
+"""Every operator on the shapes and values that hurt: output and all gradients against the float64 reference."""
+
+from functools import partial
+
+import pytest
+import torch
+
+from crate_kernels import ops
+from crate_kernels.ops.triton_kernels import configurations
+
+from ..ops.cases import CASES, Case
+from .oracle import check, run
+
+HALF, SINGLE, BRAIN = torch.float16, torch.float32, torch.bfloat16
+
+
+def normal(*shape, spread=1.0, seed=0):
+    return spread * torch.randn(*shape, generator=torch.Generator().manual_seed(seed + sum(shape)), dtype=torch.float64)
+
+
+def attention(batch, tokens, heads, width, *, value=False, spread=1.0, **options):
+    w = normal(batch, tokens, heads, width, spread=spread)
+    v = normal(batch, tokens, heads, width, seed=1) if value else None
+    return Case("", ops.subspace_attention, (w, v), options)
+
+
+def mssa(batch, tokens, width, heads, p, *, output=True, bias=True, **options):
+    norm = 1 + normal(width, spread=0.2), normal(width, spread=0.2, seed=1)
+    out_weight = normal(width, heads * p, spread=(heads * p) ** -0.5) if output else None
+    out_bias = normal(width, seed=2) if output and bias else None
+    tensors = normal(batch, tokens, width), *norm, normal(heads * p, width, spread=width**-0.5), out_weight, out_bias
+    return Case("", ops.mssa_block, tensors, dict(heads=heads, **options))
+
+
+# What Triton accepts of the cases that all backends share: heads at least 8 wide.
+SHARED = [
+    name
+    for name, case in CASES.items()
+    if not (case.operator is ops.subspace_attention and case.tensors[0].shape[-1] < 8)
+    and not (case.operator is ops.mssa_block and case.tensors[3].shape[0] < 8 * case.options["heads"])
+]
+
+
+@pytest.mark.parametrize("dtype", [SINGLE, BRAIN, HALF], ids=str)
+@pytest.mark.parametrize("name", SHARED)
+def test_shared_cases(name, dtype):
+    check(CASES[name], dtype)
+
+
+ATTENTION = {
+    "odd width": attention(2, 33, 3, 9),
+    "width 48": attention(1, 37, 2, 48),
+    "width 80": attention(1, 20, 1, 80),
+    "width 256": attention(1, 18, 1, 256),
+    "many tokens": attention(1, 257, 1, 8),
+    "negative scale": attention(1, 50, 2, 8, scale=-0.4),
+    "no scale": attention(1, 50, 2, 8, scale=0.0),
+    "value": attention(2, 65, 2, 8, value=True),
+    "value, causal": attention(1, 65, 2, 8, value=True, causal=True),
+    "lengths in every place of a tile": attention(5, 70, 1, 8, lengths=torch.tensor([1, 16, 31, 33, 70])),
+    "lengths, causal": attention(5, 70, 1, 8, causal=True, lengths=torch.tensor([1, 16, 31, 33, 70])),
+    "lengths, negative scale": attention(2, 40, 1, 8, scale=-0.4, lengths=torch.tensor([3, 40], dtype=torch.int32)),
+    "no head has one size": attention(1, 40, 1, 12, causal=True),
+}
+
+
+@pytest.mark.parametrize("dtype", [SINGLE, BRAIN], ids=str)
+@pytest.mark.parametrize("name", ATTENTION)
+def test_attention(name, dtype):
+    check(ATTENTION[name], dtype)
+
+
+@pytest.mark.parametrize("max_free", [True, False])
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("spread", [0.0, 1.0, 8.0, 40.0])
+def test_both_softmax_paths_on_both_sides_of_the_guard(spread, causal, max_free):
+    """Norms that leave the range of float32's exponents take the online path, the others the bounded one."""
+    case = attention(1, 70, 1, 16, spread=1.0, causal=causal)
+    w = case.tensors[0]
+    w *= spread * torch.linspace(0.1, 1, 70, dtype=torch.float64)[:, None, None]
+    with configurations.override("attention_forward", MAX_FREE=max_free):
+        check(case, SINGLE)
+
+
+def test_one_long_token_among_short_ones():
+    case = attention(1, 40, 1, 16, spread=0.5)
+    case.tensors[0][0, 21] *= 200
+    for max_free in (True, False):
+        with configurations.override("attention_forward", MAX_FREE=max_free):
+            check(case, SINGLE)
+
+
+@pytest.mark.parametrize("layout", ["heads first", "every second token", "last axis strided", "broadcast"])
+def test_strides(layout):
+    if layout == "heads first":
+        w = normal(2, 3, 33, 8).transpose(1, 2)
+    elif layout == "every second token":
+        w = normal(2, 66, 3, 8)[:, ::2]
+    elif layout == "last axis strided":
+        w = normal(2, 33, 3, 16)[..., ::2]
+    else:
+        w = normal(1, 33, 3, 8).expand(2, 33, 3, 8)
+    # Case.run keeps dense strides only, and these must reach the kernel as they are.
+    expected = ops.subspace_attention(w, backend="reference")
+    narrow = w.float().as_strided(w.shape, w.stride()) if layout == "heads first" else None
+    for tensor in (w.float() if narrow is None else narrow,):
+        out, lse = _attention_forward(_with_strides_of(w, tensor))
+        assert (out.double() - expected).abs().max() < 1e-5
+        assert lse.isfinite().all()
+
+
+def _with_strides_of(like, tensor):
+    storage = torch.zeros(like.untyped_storage().nbytes() // like.element_size(), dtype=tensor.dtype)
+    view = storage.as_strided(like.shape, like.stride())
+    if 0 in like.stride():
+        view[:1] = tensor[:1]
+    else:
+        view.copy_(tensor)
+    return view
+
+
+def _attention_forward(w):
+    from crate_kernels.ops.subspace_attention import triton
+
+    return triton.forward(w, None, None, w.shape[-1] ** -0.5, False)
+
+
+BLOCKS = {
+    "mssa": mssa(2, 33, 40, 3, 8),
+    "mssa wide heads": mssa(1, 40, 24, 2, 20),
+    "mssa narrow rows": mssa(1, 9, 5, 1, 8),
+    "mssa identity output": mssa(2, 20, 16, 2, 8, output=False),
+    "mssa one head identity": mssa(1, 20, 16, 1, 16, output=False, step_size=-0.5),
+    "mssa no bias": mssa(2, 20, 17, 2, 8, bias=False),
+    "mssa decoder": mssa(2, 20, 17, 2, 8, step_size=-1.0),
+    "mssa half step": mssa(2, 20, 17, 2, 8, step_size=0.5, scale=0.2),
+    "mssa causal lengths": mssa(2, 40, 16, 2, 8, causal=True, lengths=torch.tensor([17, 40]), eps=1e-3),
+    "mssa empty": mssa(0, 9, 16, 2, 8),
+}
+
+
+@pytest.mark.parametrize("dtype", [SINGLE, BRAIN], ids=str)
+@pytest.mark.parametrize("name", BLOCKS)
+def test_blocks(name, dtype):
+    check(BLOCKS[name], dtype)
+
+
+@pytest.mark.parametrize("dtype", [SINGLE, BRAIN], ids=str)
+@pytest.mark.parametrize("offset", [0.0, 30.0])
+def test_rows_far_from_zero(offset, dtype):
+    """LayerNorm folded into the product must not lose a token's deviations beside its mean."""
+    z = normal(50, 24) + offset * normal(50, 1, seed=3)
+    case = Case("", ops.ista_block, (z, 1 + normal(24, spread=0.2), normal(24, spread=0.2), normal(24, 24, spread=0.2)))
+    check(case, dtype)
+    case = mssa(2, 30, 24, 2, 8)
+    check(Case("", case.operator, (case.tensors[0] + offset, *case.tensors[1:]), case.options), dtype)
+
+
+def test_norm_parameters_in_float32_beside_bfloat16_rows():
+    z, weight = normal(40, 16).bfloat16(), normal(16, 16, spread=0.2).bfloat16()
+    gamma, beta = (1 + normal(16, spread=0.2)).float(), normal(16, spread=0.2).float()
+    leaves = [t.requires_grad_() for t in (z, gamma, beta, weight)]
+    out = ops.ista_block(*leaves, backend="triton")
+    gradients = torch.autograd.grad(out.sum(), leaves)
+    assert [g.dtype for g in gradients] == [torch.bfloat16, torch.float32, torch.float32, torch.bfloat16]
+    wide = [t.detach().double().requires_grad_() for t in leaves]
+    expected = ops.ista_block(*wide, backend="reference")
+    torch.testing.assert_close(out.double(), expected, rtol=2**-8, atol=2**-8)
+
+
+def test_a_given_folded_matrix_changes_neither_values_nor_gradients():
+    for rows in (3, 40):
+        x, weight = normal(rows, 12).float(), normal(12, 12, spread=0.3).float()
+        case = Case("", partial(ops.ista_step, folded=ops.fold(weight)), (x.double(), weight.double()))
+        plain = Case("", ops.ista_step, case.tensors)
+        exact = run(plain, "reference", torch.float64)
+        for got, expected in zip(run(case, "triton", SINGLE), exact, strict=True):
+            torch.testing.assert_close(got.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("name", ["attention-N65", "ista-50x8", "ista-7x8", "overcomplete-7x8", "mssa-plain"])
+def test_not_finite_values_reach_the_same_rows(name, bad):
+    case = CASES[name].to(SINGLE)
+    tensors = list(case.tensors)
+    tensors[0] = tensors[0].clone()
+    tensors[0].flatten()[1] = bad
+    reference, triton = (case.operator(*tensors, **case.options, backend=b) for b in ("reference", "triton"))
+    finite = [~o.flatten(1).isfinite().all(dim=-1) for o in (reference, triton)]
+    assert torch.equal(*finite)
+    assert finite[0].any()
+
+
+def test_hidden_tokens_may_hold_anything():
+    w = normal(1, 40, 1, 8).float()
+    expected = ops.subspace_attention(w[:, :21], backend="triton")
+    w[:, 21:] = float("nan")
+    for causal in (False, True):
+        got = ops.subspace_attention(w, lengths=torch.tensor([21]), causal=causal, backend="triton")[:, :21]
+        assert got.isfinite().all()
+        if not causal:
+            torch.testing.assert_close(got, expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", ["attention-N197", "attention-N65-causal", "ista-50x8", "mssa-plain"])
+def test_gradients_are_bitwise_repeatable(name):
+    case = CASES[name].to(BRAIN)
+    for first, second in zip(run(case, "triton", BRAIN), run(case, "triton", BRAIN), strict=True):
+        assert torch.equal(first, second)

@@ -106,6 +106,13 @@ class VisionModel(CrateModel):
         """Keep only each layer's input for the backward pass and compute the rest again."""
         self.grad_checkpointing = enable
 
+    def group_matcher(self, coarse: bool = False) -> dict:
+        """Which parameters belong to the embedding and which to a layer, for timm's layer-wise learning rates."""
+        return dict(
+            stem=r"^(?:cls_token|mask_token|position_|patch_embedding)",
+            blocks=[(r"^blocks\.(\d+)", None), (r"^norm", (99999,))],
+        )
+
     @property
     def feature_info(self) -> list[dict]:
         """Of every layer: its name, width and the pixels along one of its positions, as timm describes features."""

@@ -1,0 +1,121 @@
+"""The vision models under timm's names and conventions.
+
+Importing this module registers them: ``timm.create_model("crate_small_patch16_224", num_classes=10)`` then works, with
+``features_only=True``, ``in_chans``, ``img_size``, ``global_pool`` and ``checkpoint_path`` as timm means them. timm
+finds models by import alone, so a script that does not know this package, such as timm's own ``train.py``, is started
+through it::
+
+    python -m crate_kernels.models.timm_registry train.py DATA --model crate_tiny_patch16_224
+"""
+
+from __future__ import annotations
+
+import re
+import runpy
+import sys
+from functools import partial
+from pathlib import Path
+
+try:
+    from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+except ImportError as error:
+    raise ImportError("models in timm's registry need timm: pip install 'crate_kernels[train]'") from error
+
+from torch import Tensor
+
+from .registry import FACTORIES
+from .vision import VisionModel
+
+MODELS = {name: factory for name, factory in FACTORIES.items() if "_patch" in name}
+"""The names registered: those of the models that take images."""
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+CLASSES = {"_mae_": 0, "_clipa_": 1024, "_patch8_": 21842}
+"""Part of a name -> width of the head that its published weights have; 1000 for all others."""
+
+_IMAGE_SIZE = re.compile(r"_(\d+)$")
+
+
+def _is_autoencoder(name: str) -> bool:
+    return "_mae_" in name
+
+
+def _default_cfg(name: str) -> dict:
+    size = int(_IMAGE_SIZE.search(name).group(1))
+    embedding = "patch_embedding.projection"
+    return dict(
+        input_size=(3, size, size),
+        fixed_input_size=True,
+        num_classes=next((count for part, count in CLASSES.items() if part in name), 1000),
+        crop_pct=0.9,
+        mean=IMAGENET_MEAN,
+        std=IMAGENET_STD,
+        first_conv=embedding if "_alpha_" in name or _is_autoencoder(name) else None,
+        classifier=None if _is_autoencoder(name) else "head",
+        license="mit",
+    )
+
+
+default_cfgs = generate_default_cfgs({name: _default_cfg(name) for name in MODELS})
+
+
+def _construct(name: str, **options) -> VisionModel:
+    """The model of a name from timm's constructor arguments; further ones are those of the model's class."""
+    for unsupported, meaning in (
+        ("drop_rate", "dropout before the classifier; dropout= acts in the layers"),
+        ("drop_path_rate", "stochastic depth"),
+        ("drop_block_rate", "DropBlock"),
+    ):
+        if options.pop(unsupported, 0.0):
+            raise ValueError(f"{unsupported}: CRATE has no {meaning}")
+    if _is_autoencoder(name):
+        if options.pop("num_classes", 0):
+            raise ValueError(f"num_classes: {name} is a masked autoencoder and has no classifier")
+        return MODELS[name](**options)
+    for theirs, ours in (("img_size", "image_size"), ("in_chans", "channels"), ("global_pool", "pool")):
+        if theirs in options:
+            options[ours] = options.pop(theirs)
+    if isinstance(options.get("image_size"), list):
+        options["image_size"] = tuple(options["image_size"])
+    return MODELS[name](**options)
+
+
+def _native_keys(state: dict[str, Tensor], model: VisionModel) -> dict[str, Tensor]:
+    """Weights in the public layout or ours, under our names: timm looks for the classifier by name."""
+    wanted = model.state_dict()
+    return {key if key in wanted else model.layout.native(key) or key: value for key, value in state.items()}
+
+
+def _register(name: str) -> None:
+    def entrypoint(pretrained: bool = False, **options) -> VisionModel:
+        return build_model_with_cfg(
+            partial(_construct, name),
+            name,
+            pretrained,
+            pretrained_filter_fn=_native_keys,
+            feature_cfg=dict(out_indices=3, feature_cls="getter"),
+            **options,
+        )
+
+    entrypoint.__name__ = entrypoint.__qualname__ = name
+    entrypoint.__doc__ = f"``{name}`` of the CRATE family."
+    globals()[name] = register_model(entrypoint)
+
+
+for _name in MODELS:
+    _register(_name)
+
+
+def main(arguments: list[str]) -> None:
+    """Run the Python script ``arguments[0]`` with the remaining arguments, the models being registered."""
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print("usage: python -m crate_kernels.models.timm_registry SCRIPT [ARGUMENT ...]")
+        return
+    sys.argv = list(arguments)
+    sys.path.insert(0, str(Path(arguments[0]).resolve().parent))
+    runpy.run_path(arguments[0], run_name="__main__")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

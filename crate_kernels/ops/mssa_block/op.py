@@ -81,9 +81,10 @@ def _setup_context(ctx, inputs, output):
 def _backward(ctx, grad: Tensor | None, *_):
     if grad is None:
         return (None,) * 13
-    _, _, _, _, out_weight, out_bias, *_ = ctx.saved_tensors
+    saved = ctx.saved_tensors  # read once: under activation checkpointing each read would run the layer again
+    _, _, _, _, out_weight, out_bias, *_ = saved
     *gradients, dout_weight, dout_bias = mssa_block_backward(
-        grad, *ctx.saved_tensors, ctx.scale, ctx.causal, ctx.step_size, ctx.eps, ctx.backend
+        grad, *saved, ctx.scale, ctx.causal, ctx.step_size, ctx.eps, ctx.backend
     )
     dout_weight = None if out_weight is None else dout_weight
     dout_bias = None if out_bias is None else dout_bias

@@ -47,7 +47,7 @@ def run_case(
     if check_only:
         return
     for direction in case.directions:
-        runs = {name: _prepared(call, leaves, direction) for name, call in passed.items()}
+        runs = {name: prepared(call, leaves, direction) for name, call in passed.items()}
         yield from _timed(case, base, direction, runs, records, device, dtype, ceilings, seconds, rounds)
         del runs
         gc.collect()
@@ -98,7 +98,7 @@ def _run(call: Callable[..., Tensor], tensors: list[Tensor], grad: Tensor, case:
     return [out.detach(), *torch.autograd.grad(out, leaves, grad)]
 
 
-def _prepared(call: Callable[..., Tensor], leaves: list[Tensor], direction: str) -> Callable[[], object]:
+def prepared(call: Callable[..., Tensor], leaves: list[Tensor], direction: str) -> Callable[[], object]:
     """What is timed, after one call of it."""
     grad = torch.randn_like(leaves[0])
 

@@ -53,7 +53,7 @@ def device_folder(device: torch.device) -> str:
 
 def _output(*command: str) -> str:
     try:
-        answer = subprocess.run(command, capture_output=True, text=True, timeout=20, cwd=Path(__file__).parent)
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=20, cwd=Path(__file__).parents[1])
     except (OSError, subprocess.TimeoutExpired):
         return ""
     return answer.stdout.strip() if answer.returncode == 0 else ""

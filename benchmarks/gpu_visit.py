@@ -1,0 +1,175 @@
+"""One visit to a GPU: build, test, sanitize, measure. Standard library only; runs from a checkout without installing.
+
+    python benchmarks/gpu_visit.py OUT                      every stage, within nine minutes
+    python benchmarks/gpu_visit.py OUT --stages operators   some stages, each with more time: --scale 3
+    python benchmarks/gpu_visit.py OUT --dry-run            the same commands with tiny shapes on the CPU
+
+A stage that fails or runs out of time does not stop the next. OUT holds one log a group of stages, ``operators.json``,
+``models.json`` and ``summary.json``; the table printed last is the summary. Nothing is downloaded.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+TOTAL = 9 * 60
+"""Seconds for all stages together; what is left when a stage's turn comes limits it too."""
+LOG_BYTES = 3 << 20
+"""Most that is kept of a log: its end."""
+
+
+@dataclass
+class Stage:
+    """One command with its time limit; ``missing`` says why it cannot run here, if so."""
+
+    name: str
+    log: str
+    limit: float
+    command: list[str]
+    missing: str | None = None
+    environment: dict[str, str] | None = None
+
+
+def stages(out: Path, dry: bool, commit: str) -> list[Stage]:
+    python, device = sys.executable, "cpu" if dry else "cuda"
+    bench = [python, "-m", "crate_kernels.bench", "--device", device, "--results", str(out / "results")]
+    bench += ["--commit", commit] if commit else []
+    bench += ["--quick"] if dry else []
+    tests = [python, "-m", "pytest", "-q", "-x" if dry else "--maxfail=20", "-p", "no:cacheprovider"]
+    no_pytest = None if _importable("pytest") else "pytest is not installed"
+    sanitizer = shutil.which("compute-sanitizer")
+    # A dry run has neither a sanitizer nor own kernels to check; the command that would be checked still runs.
+    checked = [*bench, "--suite", "operators", "--check-only"]
+    checked += [] if "--quick" in bench else ["--quick"]
+
+    def hardware(folder: str) -> Stage:
+        path = ROOT / "tests" / folder
+        missing = (
+            no_pytest if path.is_dir() and any(path.rglob("test_*.py")) else f"there are no tests in tests/{folder}"
+        )
+        marker = [] if dry else ["-m", "gpu"]
+        chosen = [str(path), "--collect-only"] if dry else [str(path)]
+        return Stage(f"tests-{folder}", "tests.log", 100, [*tests, *marker, *chosen], missing)
+
+    def sanitized(tool: str) -> Stage:
+        prefix = [] if dry else [sanitizer or "", "--tool", tool, "--error-exitcode", "9", "--print-limit", "20"]
+        chosen = [] if dry else ["--contenders", "triton,cuda"]
+        missing = None if dry or sanitizer else "compute-sanitizer is not on the path"
+        # Without torch's caching allocator every tensor is an allocation of its own, whose ends memcheck can see.
+        alone = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+        return Stage(f"sanitizer-{tool}", "sanitizer.log", 40, [*prefix, *checked, *chosen], missing, alone)
+
+    build = None if (ROOT / "setup.py").exists() else "there is no setup.py, so no extension to build"
+    build_environment = {"CRATE_KERNELS_SKIP_CUDA": "1"} if dry else {"CRATE_KERNELS_FORCE_BUILD": "1"}
+    return [
+        Stage("environment", "environment.log", 40, [python, "-m", "crate_kernels.collect_env"]),
+        Stage("build", "build.log", 150, [python, "setup.py", "build_ext", "--inplace"], build, build_environment),
+        hardware("native"),
+        hardware("triton"),
+        hardware("ops"),
+        *map(sanitized, ("memcheck", "racecheck", "initcheck")),
+        Stage("operators", "bench.log", 150, [*bench, "--suite", "operators"]),
+        Stage("models", "bench.log", 150, [*bench, "--suite", "models", *([] if dry else ["--sizes", "base"])]),
+    ]
+
+
+def _importable(module: str) -> bool:
+    import importlib.util
+
+    return importlib.util.find_spec(module) is not None
+
+
+def run(stage: Stage, out: Path, limit: float) -> dict:
+    """Run one stage -> what the summary says of it. Its process group is ended when the limit is reached."""
+    if stage.missing:
+        return {"stage": stage.name, "outcome": "skipped", "seconds": 0.0, "last": stage.missing}
+    if limit < 5:
+        return {"stage": stage.name, "outcome": "no time left", "seconds": 0.0, "last": ""}
+    start, path = time.monotonic(), out / stage.log
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    environment |= stage.environment or {}
+    with path.open("ab") as log:
+        log.write(f"\n== {stage.name}: {' '.join(stage.command)}\n".encode())
+        log.flush()
+        begin = log.tell()
+        process = subprocess.Popen(
+            stage.command, stdout=log, stderr=subprocess.STDOUT, cwd=ROOT, env=environment, start_new_session=True
+        )
+        try:
+            code: int | None = process.wait(timeout=limit)
+        except subprocess.TimeoutExpired:
+            code = None
+        finally:
+            _end(process)
+    lines = [line for line in path.read_bytes()[begin:].decode(errors="replace").splitlines() if line.strip()]
+    outcome = "out of time" if code is None else "passed" if code == 0 else f"failed ({code})"
+    seconds = round(time.monotonic() - start, 1)
+    return {"stage": stage.name, "outcome": outcome, "seconds": seconds, "last": (lines or [""])[-1][:160]}
+
+
+def _end(process: subprocess.Popen) -> None:
+    """End what a stage left running: its own process group, politely and then not."""
+    for kind in (signal.SIGTERM, signal.SIGKILL):
+        try:
+            os.killpg(process.pid, kind)
+            process.wait(timeout=5)
+        except ProcessLookupError:
+            return
+        except subprocess.TimeoutExpired:
+            continue
+
+
+def collect(out: Path, summary: list[dict]) -> None:
+    """Few and small files: results beside the logs, logs cut to their end."""
+    for path in (out / "results").rglob("*.json"):
+        path.replace(out / path.name)
+    shutil.rmtree(out / "results", ignore_errors=True)
+    for log in out.glob("*.log"):
+        content = log.read_bytes()
+        if len(content) > LOG_BYTES:
+            log.write_bytes(content[-LOG_BYTES:])
+    (out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+
+
+def main(arguments: list[str] | None = None, make: Callable[..., list[Stage]] = stages) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", type=Path, help="folder for everything that is written")
+    parser.add_argument("--stages", help="only these, comma-separated; a prefix stands for all that begin with it")
+    parser.add_argument("--scale", type=float, default=1.0, help="multiply every stage's time limit")
+    parser.add_argument("--total", type=float, default=TOTAL, help="seconds for all stages together")
+    parser.add_argument("--commit", default="", help="commit to record where the checkout has no .git")
+    parser.add_argument("--dry-run", action="store_true", help="tiny shapes on the CPU")
+    args = parser.parse_args(arguments)
+    out = args.out.resolve()
+    out.mkdir(parents=True, exist_ok=True)
+    found = make(out, args.dry_run, args.commit)
+    if args.stages:
+        prefixes = tuple(word.strip() for word in args.stages.split(","))
+        found = [stage for stage in found if stage.name.startswith(prefixes)]
+        if not found:
+            parser.error(f"--stages: none begins with {' or '.join(prefixes)}")
+    end, summary = time.monotonic() + args.total, []
+    for stage in found:
+        left = end - time.monotonic()
+        print(f"{stage.name} ...", flush=True)
+        summary.append(run(stage, out, min(stage.limit * args.scale, left)))
+        collect(out, summary)
+    print()
+    for line in summary:
+        print(f"{line['stage']:20} {line['outcome']:14} {line['seconds']:7.1f} s  {line['last']}")
+    return 0 if all(line["outcome"] in ("passed", "skipped") for line in summary) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,371 @@
+"""Tables and plots from the committed result files: the whole in docs, the headline in the README.
+
+Nothing here is typed by hand, so what the pages say is what the files hold. Text is rendered by pure functions of the
+results; plots need matplotlib.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from . import results
+from .models import COMPILED, OURS, PREPARED, REFERENCE, VIT, VIT_COMPILED
+
+README_MARKERS = "<!-- bench:begin -->", "<!-- bench:end -->"
+DOCS_MARKERS = "<!-- results:begin -->", "<!-- results:end -->"
+OWN = ("cuda", "triton", "eager", OURS, PREPARED)
+"""Contenders that are this package; all others are baselines."""
+NO_GPU = "No GPU has been measured yet."
+
+Results = dict[str, dict[str, dict]]
+
+
+def render(folder: Path, root: Path) -> list[Path]:
+    """Write the docs page's results, its plots, and the README's table -> the paths written.
+
+    Args:
+        folder: of the result files.
+        root: of the checkout, with ``README.md`` and ``docs/benchmarks.md``.
+    """
+    found = results.read_all(folder)
+    for device, parts in found.items():
+        for part, content in parts.items():
+            if content.get("quick"):
+                raise ValueError(f"{folder / device / part}.json is of a quick run, whose figures mean nothing")
+    written = []
+    docs, readme = root / "docs" / "benchmarks.md", root / "README.md"
+    for path, markers, text in ((docs, DOCS_MARKERS, docs_text), (readme, README_MARKERS, readme_text)):
+        replaced = between(path.read_text(), markers, text(found))
+        if replaced is None:
+            raise ValueError(f"{path}: has no lines {markers[0]} and {markers[1]}")
+        path.write_text(replaced)
+        written.append(path)
+    for device, parts in found.items():
+        written += plots(parts, root / "docs" / "benchmarks" / device)
+    return written
+
+
+def between(page: str, markers: tuple[str, str], text: str) -> str | None:
+    """``page`` with what stands between the markers replaced; None if they are not there, in this order."""
+    begin, end = page.find(markers[0]), page.find(markers[1])
+    if begin < 0 or end < begin:
+        return None
+    return f"{page[: begin + len(markers[0])]}\n{text.strip()}\n{page[end:]}"
+
+
+# -- README ----------------------------------------------------------------------------------------------------------
+
+
+def readme_text(found: Results) -> str:
+    """The headline: whole models against the literal equations and their ``torch.compile``."""
+    lines = []
+    for device, parts in found.items():
+        records = timed(parts.get("models", {}).get("records", []))
+        rows = []
+        for model in unique(r["model"] for r in records):
+            mine = [r for r in records if r["model"] == model]
+            cells = [_headline(mine, "forward", OURS), _headline(mine, "forward", PREPARED)]
+            cells.append(_headline(mine, "training step", OURS))
+            cells.append(_saved([r for r in parts["models"]["records"] if r.get("model") == model]))
+            rows.append([model, *cells])
+        if not rows:
+            continue
+        environment = parts["models"]["environment"]
+        batch = _headline_record([r for r in records if r["model"] == rows[0][0]], "training step", OURS)
+        about = f"{environment['device']}, torch {environment['versions']['torch']}"
+        if device == "cpu":
+            about += f", {environment['threads']} threads"
+        lines.append(
+            f"Speed against the literal equations in eager mode (in brackets: against their `torch.compile`), measured"
+            f" in one run on {about}, {records[0]['dtype']}, batch {batch['batch'] if batch else '?'}. Last column:"
+            f" bytes kept for the backward per token-channel and layer, here / by the literal equations.\n"
+        )
+        heads = ["", "inference", "inference, prepared", "training step", "kept for backward"]
+        lines.append(table(heads, rows) + "\n")
+    if all(device == "cpu" for device in found):
+        lines.append(f"{NO_GPU} ")
+    lines.append(
+        "How to reproduce every number, and where the package is *not* faster: [benchmarks](docs/benchmarks.md)."
+    )
+    return "\n".join(lines)
+
+
+def _headline_record(records: list[dict], task: str, contender: str) -> dict | None:
+    """At the batch where ``contender`` is fastest per image; batch 1 is latency, and compiled baselines should be in."""
+    mine = [r for r in records if r["task"] == task and r["contender"] == contender and r.get("speedup")]
+    mine = [r for r in mine if r["batch"] > 1] or mine
+    mine = [r for r in mine if r.get("speedup_over_compiled")] or mine
+    return max(mine, key=lambda r: r["images_per_second"], default=None)
+
+
+def _headline(records: list[dict], task: str, contender: str) -> str:
+    record = _headline_record(records, task, contender)
+    if record is None:
+        return "–"
+    text = f"{record['speedup']['p50']:.2f}×"
+    if record.get("speedup_over_compiled"):
+        text += f" ({record['speedup_over_compiled']['p50']:.2f}×)"
+    return text
+
+
+def _saved(records: list[dict]) -> str:
+    kept = {r["contender"]: r["bytes_per_token_channel"] for r in records if "bytes_per_token_channel" in r}
+    return f"{kept[OURS]:.1f} / {kept[REFERENCE]:.1f}" if OURS in kept and REFERENCE in kept else "–"
+
+
+# -- docs ------------------------------------------------------------------------------------------------------------
+
+
+def docs_text(found: Results) -> str:
+    """Every device: where the numbers come from, models, operators, and where the package is not faster."""
+    lines = [] if any(device != "cpu" for device in found) else [f"**{NO_GPU}** The tables below are of CPUs only.\n"]
+    if not found:
+        return NO_GPU
+    for device, parts in found.items():
+        lines.append(f"### {next(iter(parts.values()))['environment']['device']}\n")
+        for part, content in parts.items():
+            lines.append(_source(device, part, content))
+        if "models" in parts:
+            lines += _models_text(parts["models"]["records"], device)
+        if "operators" in parts:
+            lines += _operators_text(parts["operators"]["records"], device)
+        lines += _behind_text(parts)
+    return "\n".join(lines)
+
+
+def _source(device: str, part: str, content: dict) -> str:
+    environment, ceilings = content["environment"], content["ceilings"]
+    versions = ", ".join(f"{k} {v}" for k, v in environment["versions"].items() if v)
+    driver = f", driver {environment['driver']}" if environment.get("driver") else f", {environment['threads']} threads"
+    products = ", ".join(f"{v / 1e12:.3g} TFLOP/s {k}" for k, v in ceilings["product"].items())
+    return (
+        f"`benchmarks/results/{device}/{part}.json`: commit {environment['commit']}; {versions}{driver}."
+        f" Ceilings of that run: copy {ceilings['copy'] / 1e9:.4g} GB/s, product {products}.\n"
+    )
+
+
+def _models_text(records: list[dict], device: str) -> list[str]:
+    lines = ["#### Models\n", f"![speed-up of whole models](benchmarks/{device}/models.svg)\n"]
+    rows = []
+    for r in timed(records):
+        memory = f"{r['peak_memory'] / 2**30:.2f} GiB" if r.get("peak_memory") else "–"
+        mode = ", graph" if r.get("graph") else ""
+        rows.append(
+            [r["model"], r["task"] + mode, r["batch"], r["contender"], milliseconds(r), f"{r['images_per_second']:.4g}",
+             ratio(r.get("speedup")), ratio(r.get("speedup_over_compiled")), memory]
+        )  # fmt: skip
+    heads = ["model", "task", "batch", "contender", "ms: p50 (p20–p80)", "images/s"]
+    lines.append(table([*heads, "over literal", "over compiled", "peak memory"], rows) + "\n")
+    kept = [
+        [r["model"], r["contender"], r["dtype"], f"{r['bytes_per_token_channel']:.1f}"]
+        for r in records
+        if "bytes_per_token_channel" in r
+    ]
+    if kept:
+        lines.append("Kept for the backward by one more block:\n")
+        lines.append(table(["model", "backend", "dtype", "bytes per token-channel"], kept) + "\n")
+    return lines
+
+
+def _operators_text(records: list[dict], device: str) -> list[str]:
+    lines = ["#### Operators\n"]
+    lines += [f"![{name}](benchmarks/{device}/{name}.svg)\n" for name in ("roofline", "bound", "length")]
+    good = timed(records)
+    for operator in unique(r["operator"] for r in good):
+        mine = [r for r in good if r["operator"] == operator]
+        others = [c for c in unique(r["contender"] for r in mine) if c != REFERENCE]
+        rows = []
+        for group in grouped(mine, lambda r: (r["family"], str(r["shape"]), r["direction"])):
+            by = {r["contender"]: r for r in group}
+            best = min((r for r in group if r["contender"] in OWN), key=lambda r: r["seconds"]["p50"], default=None)
+            rows.append(
+                [group[0]["family"], shape(group[0]), group[0]["direction"], milliseconds(by.get(REFERENCE))]
+                + [f"{milliseconds(by[c])}, {ratio(by[c].get('speedup'))}" if c in by else "–" for c in others]
+                + [f"{best['percent_of_bound']:.0f} % ({best['limited_by']})" if best else "–"]
+                + [f"{best['tflops']:.3g}, {best['gbytes_per_second']:.3g}" if best else "–"]
+            )
+        heads = ["family", "shape", "direction", "literal, ms", *(f"{c}: ms, over literal" for c in others)]
+        lines.append(f"`{operator}`\n")
+        lines.append(table([*heads, "best own: of bound", "best own: TFLOP/s, GB/s"], rows) + "\n")
+    untimed = [r for r in records if not r.get("seconds")]
+    reasons = sorted({(r["operator"], r["contender"], r.get("refused") or r["skipped"]) for r in untimed})
+    if reasons:
+        lines.append("Not timed, and why:\n")
+        lines.append(table(["operator", "contender", "reason"], [list(r) for r in reasons]) + "\n")
+    return lines
+
+
+def _behind_text(parts: dict[str, dict]) -> list[str]:
+    rows = []
+    for content in parts.values():
+        for own, other in behind(content["records"]):
+            if "operator" in own:
+                what, detail = own["operator"], f"{own['family']} {shape(own)} {own['direction']}"
+            else:
+                what, detail = own["model"], f"{own['task']}, batch {own['batch']}"
+            times = own["seconds"]["p50"] / other["seconds"]["p50"]
+            rows.append([what, detail, own["contender"], other["contender"], f"{times:.2f}×"])
+    if not rows:
+        return ["In these files no baseline is faster than the package's best backend by more than 3 %.\n"]
+    title = "#### Where the package is not faster\n"
+    text = "Its fastest contender against the fastest baseline, where that wins by more than 3 %:\n"
+    return [title, text, table(["what", "case", "own", "baseline", "time of own / baseline"], rows) + "\n"]
+
+
+def behind(records: Iterable[dict]) -> list[tuple[dict, dict]]:
+    """(best own, best baseline) wherever the baseline is faster by more than 3 %; ViT counts as a baseline too."""
+    found = []
+    for group in grouped(timed(records), lambda r: (*results.key(r)[:-1], r.get("graph") if "model" in r else None)):
+        own = min((r for r in group if r["contender"] in OWN), key=lambda r: r["seconds"]["p50"], default=None)
+        other = min((r for r in group if r["contender"] not in OWN), key=lambda r: r["seconds"]["p50"], default=None)
+        if own and other and own["seconds"]["p50"] > 1.03 * other["seconds"]["p50"]:
+            found.append((own, other))
+    return sorted(found, key=lambda pair: -pair[0]["seconds"]["p50"] / pair[1]["seconds"]["p50"])
+
+
+# -- pieces ----------------------------------------------------------------------------------------------------------
+
+
+def timed(records: Iterable[dict]) -> list[dict]:
+    return [r for r in records if r.get("seconds")]
+
+
+def unique(values: Iterable) -> list:
+    return list(dict.fromkeys(values))
+
+
+def grouped(records: Iterable[dict], key) -> list[list[dict]]:
+    found: dict = {}
+    for record in records:
+        found.setdefault(key(record), []).append(record)
+    return list(found.values())
+
+
+def shape(record: dict) -> str:
+    s = record["shape"]
+    return f"B{s['batch']} N{s['tokens']} H{s['heads']} p{s['width']}" + (" causal" if s["causal"] else "")
+
+
+def milliseconds(record: dict | None) -> str:
+    if record is None:
+        return "–"
+    low, middle, high = (f"{record['seconds'][p] * 1e3:.3g}" for p in ("p20", "p50", "p80"))
+    return f"{middle} ({low}–{high})"
+
+
+def ratio(values: dict | None) -> str:
+    return f"{values['p50']:.2f}×" if values else "–"
+
+
+def table(heads: list, rows: list[list]) -> str:
+    """A Markdown table."""
+    lines = [heads, ["---"] * len(heads), *rows]
+    return "\n".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |" for line in lines)
+
+
+# -- plots -----------------------------------------------------------------------------------------------------------
+
+
+def plots(parts: dict[str, dict], folder: Path) -> list[Path]:
+    """One SVG a picture, the same bytes for the same results."""
+    try:
+        import matplotlib
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError("plots need matplotlib: pip install 'crate_kernels[train]'") from error
+
+    draw = {}
+    if "models" in parts:
+        draw["models"] = lambda figure: _plot_models(figure, timed(parts["models"]["records"]))
+    if "operators" in parts:
+        records, ceilings = timed(parts["operators"]["records"]), parts["operators"]["ceilings"]
+        draw["roofline"] = lambda figure: _plot_roofline(figure, records, ceilings)
+        draw["bound"] = lambda figure: _plot_bound(figure, records)
+        draw["length"] = lambda figure: _plot_length(figure, records)
+    folder.mkdir(parents=True, exist_ok=True)
+    written = []
+    with matplotlib.rc_context({"svg.hashsalt": "crate_kernels", "font.size": 8}):
+        for name, picture in draw.items():
+            figure = Figure(figsize=(9, 3.6), layout="constrained")
+            picture(figure)
+            figure.savefig(folder / f"{name}.svg", metadata={"Date": None})
+            written.append(folder / f"{name}.svg")
+    return written
+
+
+def _plot_models(figure, records: list[dict]) -> None:
+    """Speed over the literal model, every contender, at the batch of the README's table."""
+    present = {r["contender"] for r in records}
+    shown = [c for c in (COMPILED, OURS, PREPARED, "triton", "cuda", VIT, VIT_COMPILED) if c in present]
+    for axes, task in zip(figure.subplots(1, 2, sharey=True), ("forward", "training step"), strict=True):
+        models = unique(r["model"] for r in records)
+        for place, contender in enumerate(shown):
+            chosen = [_headline_record([r for r in records if r["model"] == m], task, contender) for m in models]
+            middle = [r["speedup"]["p50"] if r else 0 for r in chosen]
+            spread = [[abs(r["speedup"]["p50"] - r["speedup"][p]) if r else 0 for r in chosen] for p in ("p20", "p80")]
+            x = [i + (place - len(shown) / 2 + 0.5) * 0.8 / len(shown) for i in range(len(models))]
+            axes.bar(x, middle, 0.8 / len(shown), yerr=spread, label=contender, color=f"C{place}", error_kw={"lw": 0.8})
+        axes.axhline(1, color="black", lw=0.8)
+        axes.set(title=task, xticks=range(len(models)), xticklabels=models)
+    figure.axes[0].set_ylabel("speed over the literal model (p50, p20–p80)")
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
+
+
+def _plot_roofline(figure, records: list[dict], ceilings: dict) -> None:
+    """Achieved rate over arithmetic intensity, below the two ceilings measured in the same run."""
+    axes = figure.subplots()
+    own = [r for r in records if r["contender"] in OWN or r["contender"] == REFERENCE]
+    intensity = [r["cost"]["flops"] / r["cost"]["bytes"] for r in own]
+    product = max(ceilings["product"].values())
+    span = [min(intensity, default=1) / 2, max(intensity, default=1) * 2]
+    line = [min(x * ceilings["copy"], product) / 1e12 for x in (span[0], product / ceilings["copy"], span[1])]
+    axes.plot([span[0], product / ceilings["copy"], span[1]], line, color="black", lw=1, label="measured ceilings")
+    for place, contender in enumerate(unique(r["contender"] for r in own)):
+        mine = [r for r in own if r["contender"] == contender]
+        x = [r["cost"]["flops"] / r["cost"]["bytes"] for r in mine]
+        axes.plot(x, [r["tflops"] for r in mine], "o", ms=4, alpha=0.7, color=f"C{place}", label=contender)
+    axes.set(xscale="log", yscale="log", xlabel="least operations per least byte", ylabel="TFLOP/s of the least work")
+    axes.legend()
+
+
+def _plot_bound(figure, records: list[dict]) -> None:
+    """Percent of the bound of the best own backend, forward and both, per case."""
+    axes = figure.subplots()
+    shapes = [r for r in records if r["family"] != "long" and r["contender"] in OWN]
+
+    def name(record: dict) -> str:
+        return f"{record['operator']} {record['family']}" + (" causal" if record["shape"]["causal"] else "")
+
+    names = unique(name(r) for r in shapes)
+    for place, direction in enumerate(("forward", "both")):
+        best = dict.fromkeys(names, 0.0)
+        for r in shapes:
+            if r["direction"] == direction:
+                best[name(r)] = max(best[name(r)], r["percent_of_bound"])
+        x = [i + (place - 0.5) * 0.4 for i in range(len(names))]
+        axes.bar(x, list(best.values()), 0.4, label=direction, color=f"C{place}")
+    axes.axhline(100, color="black", lw=0.8)
+    axes.set(ylabel="% of bound, best own backend", xticks=range(len(names)))
+    axes.set_xticklabels(names, rotation=90)
+    axes.legend()
+
+
+def _plot_length(figure, records: list[dict]) -> None:
+    """Time and peak memory of forward and backward of attention against the number of tokens."""
+    mine = [r for r in records if r["family"] == "long" and r["direction"] == "both" and not r["shape"]["causal"]]
+    panels = figure.subplots(1, 2)
+    for place, contender in enumerate(unique(r["contender"] for r in mine)):
+        line = sorted((r for r in mine if r["contender"] == contender), key=lambda r: r["shape"]["tokens"])
+        x = [r["shape"]["tokens"] for r in line]
+        panels[0].plot(x, [r["seconds"]["p50"] * 1e3 for r in line], "o-", ms=3, color=f"C{place}", label=contender)
+        if all(r.get("peak_memory") for r in line):
+            panels[1].plot(x, [r["peak_memory"] / 2**30 for r in line], "o-", ms=3, color=f"C{place}", label=contender)
+    for axes, label in zip(panels, ("ms, forward + backward", "peak GiB, forward + backward"), strict=True):
+        axes.set(xscale="log", xlabel="tokens N", ylabel=label)
+        if axes.lines:
+            axes.set_yscale("log")
+        else:
+            axes.text(0.5, 0.5, "not measured on this device", ha="center", transform=axes.transAxes)
+    if panels[0].lines:
+        panels[0].legend()

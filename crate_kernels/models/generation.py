@@ -56,6 +56,11 @@ class ProjectionCache:
         """Bytes of the buffer: layers · batch · capacity · heads · width · bytes per element."""
         return self.w.nbytes
 
+    def reorder_cache(self, rows: Tensor) -> None:
+        """Keep the sequences ``rows (B,)`` in that order, repeated or left out: what a beam search does."""
+        self.w = self.w.index_select(1, rows)
+        self.lengths = self.lengths.index_select(0, rows)
+
     def write(self, layer: int, w: Tensor, positions: Tensor) -> Tensor:
         """Put ``w (B, M, H, p)`` in its places ``positions (B, M)``; -> that layer's tokens ``(B, N, H, p)``, N just
         enough for the longest sequence."""

@@ -94,18 +94,20 @@ class CrateGPT(CrateModel):
 
     def reset_parameters(self):
         """N(0, 0.02), output projections N(0, 0.02 / sqrt(2·layers)), ISTA weights kaiming-uniform, biases zero."""
-        for embedding in (self.token_embedding, self.position_embedding):
-            nn.init.normal_(embedding.weight, std=0.02)
         for block in self.blocks:
             always_project(block)
-            nn.init.normal_(block.mssa.projection.weight, std=0.02)
+        for module in self.modules():
+            if isinstance(module, nn.Linear | nn.Embedding):
+                nn.init.normal_(module.weight, std=0.02)
+                if getattr(module, "bias", None) is not None:
+                    nn.init.zeros_(module.bias)
+            elif module is not self and hasattr(module, "reset_parameters"):
+                module.reset_parameters()
+        for block in self.blocks:
             nn.init.normal_(block.mssa.output.weight, std=0.02 * (2 * len(self.blocks)) ** -0.5)
-            nn.init.zeros_(block.mssa.output.bias)
             if self.config["overcomplete"]:
-                # Kaiming's fan is that of the public orientation (4d, d).
-                nn.init.kaiming_uniform_(block.ista.D.detach().T)
-            else:
-                block.ista.reset_parameters()
+                # The fan is that of the public orientation (4d, d), n_embd.
+                nn.init.kaiming_uniform_(block.ista.D, mode="fan_out")
 
     def embed(self, idx: Tensor, positions: Tensor | None = None) -> Tensor:
         """``idx (B, N)`` -> the first layer's tokens ``(B, N, n_embd)``; ``positions (B, N)``, 0, 1, ... if None."""

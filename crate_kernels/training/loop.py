@@ -188,9 +188,10 @@ class Trainer:
         """One optimiser step; whatever it draws at random depends on the seed and the step alone."""
         config = self.config
         self.model.train()
-        seed_everything(config.seed, self.step, 1)
-        for _ in range(config.accumulate):
+        for i in range(config.accumulate):
             images, labels = next(batches)
+            # After the batch is there: augmentation without loader processes seeds the same generators.
+            seed_everything(config.seed, self.step, i)
             images, labels = self.normalize(images), labels.to(self.device, non_blocking=True)
             target = labels
             if self.mixup is not None:

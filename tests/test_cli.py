@@ -1,0 +1,79 @@
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from crate_kernels import __version__, cli
+
+
+def command(*arguments, **environment):
+    return subprocess.run(
+        [sys.executable, "-m", "crate_kernels.cli", *arguments],
+        capture_output=True, text=True, timeout=300, env=os.environ | environment,
+    )  # fmt: skip
+
+
+def test_help_names_every_command_and_imports_none(capsys):
+    before = set(sys.modules)
+    with pytest.raises(SystemExit, match="0"):
+        cli.main(["--help"])
+    text = capsys.readouterr().out
+    for name, (module, line) in cli.COMMANDS.items():
+        assert name in text
+        assert line in " ".join(text.split())
+        assert module in before or module not in sys.modules
+    with pytest.raises(SystemExit, match="0"):
+        cli.main(["--version"])
+    assert capsys.readouterr().out.strip() == __version__
+
+
+def test_info(capsys):
+    assert cli.main(["info"]) == 0
+    assert "torch" in capsys.readouterr().out
+
+
+def test_a_missing_package_is_named_with_its_remedy(monkeypatch, capsys):
+    for name in list(sys.modules):
+        if name.split(".")[0] == "timm":
+            monkeypatch.setitem(sys.modules, name, None)
+        elif name.startswith("crate_kernels.training"):
+            monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "timm", None)
+    assert cli.main(["train"]) == 2
+    assert capsys.readouterr().err == (
+        "crate-kernels: this command needs the package timm: pip install 'crate_kernels[train]'\n"
+    )
+
+
+def test_our_own_defects_are_not_hidden(monkeypatch):
+    assert not cli.expected(KeyError("x"))
+    assert not cli.expected(ModuleNotFoundError("", name="crate_kernels.gone"))
+    assert not cli.expected(AssertionError())
+    assert cli.expected(FileNotFoundError(2, "No such file", "x"))
+    assert cli.sentence(FileNotFoundError(2, "No such file", "x")) == "No such file: x"
+
+
+def test_train_from_the_shell(tmp_path):
+    pytest.importorskip("timm")
+    pytest.importorskip("mlxtend")
+    run = tmp_path / "run"
+    done = command("train", "--epochs", "1", "--dim", "16", "--depth", "1", "--heads", "1", "--output", str(run))
+    assert done.returncode == 0, done.stderr
+    assert "test accuracy" in done.stdout
+    assert "times as fast" in done.stdout
+    assert "epoch 1/1: loss" in done.stdout
+    summary = json.loads((run / "summary.json").read_text())
+    assert f"test accuracy {100 * summary['test_accuracy']:.2f} %" in done.stdout
+    for name in ("model.safetensors", "best.safetensors", "last.pt", "metrics.jsonl", "layerwise.png"):
+        assert (run / name).stat().st_size
+
+
+def test_an_expected_error_is_one_sentence_and_debug_shows_more(tmp_path, capsys):
+    pytest.importorskip("timm")
+    bad = ["train", "--data", str(tmp_path / "nowhere"), "--output", str(tmp_path / "run")]
+    assert cli.main(bad) == 2
+    assert capsys.readouterr().err.startswith("crate-kernels: no folder")
+    with pytest.raises(ValueError, match="no folder"):
+        cli.main([*bad, "--debug"])

@@ -1,0 +1,92 @@
+import dataclasses
+import json
+import os
+
+import pytest
+import torch
+
+from crate_kernels.models import CheckpointError
+from crate_kernels.training import checkpoints
+from crate_kernels.training.config import Config
+
+STATE = {"config": dataclasses.asdict(Config()), "step": 3, "model": {"weight": torch.arange(1000.0)}}
+
+
+def test_a_crash_while_writing_leaves_the_last_good_state(tmp_path, monkeypatch):
+    path = tmp_path / "last.pt"
+    checkpoints.save(path, STATE)
+    good = path.read_bytes()
+
+    def half(state, file):
+        file.write(good[: len(good) // 2])
+        raise InterruptedError
+
+    def nothing(*arguments):
+        raise InterruptedError
+
+    for module, name, crash in ((torch, "save", half), (os, "fsync", nothing), (os, "replace", nothing)):
+        with monkeypatch.context() as patch:
+            patch.setattr(module, name, crash)
+            with pytest.raises(InterruptedError):
+                checkpoints.save(path, STATE | {"step": 4})
+        assert path.read_bytes() == good
+        assert checkpoints.load(path)["step"] == 3
+    checkpoints.save(path, STATE | {"step": 4})
+    assert checkpoints.load(path)["step"] == 4
+    assert os.listdir(tmp_path) == ["last.pt"]
+
+
+def test_what_a_killed_process_leaves_behind_is_removed(tmp_path):
+    checkpoints.save(tmp_path / "last.pt", STATE)
+    (tmp_path / ".last.pt.123.tmp").write_bytes(b"half")
+    checkpoints.remove_leftovers(tmp_path)
+    assert os.listdir(tmp_path) == ["last.pt"]
+
+
+class Code:
+    def __reduce__(self):
+        return os.mkdir, ("should-not-exist",)
+
+
+def test_only_a_whole_state_of_ours_is_read_and_no_code_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "last.pt"
+    with pytest.raises(CheckpointError, match=r"nothing to resume: there is no .*last\.pt"):
+        checkpoints.load(path)
+    checkpoints.save(path, STATE)
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(CheckpointError, match="truncated or no training state"):
+        checkpoints.load(path)
+    torch.save(STATE["model"], path)
+    with pytest.raises(CheckpointError, match="weights alone are given with --init"):
+        checkpoints.load(path)
+    torch.save(STATE | {"format": checkpoints.FORMAT, "code": Code()}, path)
+    with pytest.raises(CheckpointError, match="no training state"):
+        checkpoints.load(path)
+    assert not (tmp_path / "should-not-exist").exists()
+
+
+def test_options_of_a_resumed_run():
+    config = checkpoints.resumed_config(STATE, {"workers": 3, "output": "elsewhere", "seed": 0})
+    assert config == Config(workers=3, output="elsewhere")
+    with pytest.raises(ValueError, match=r"--learning-rate 0.1 contradicts the run to resume, which has 0.001"):
+        checkpoints.resumed_config(STATE, {"learning_rate": 0.1})
+
+
+def test_the_log_never_runs_ahead_of_the_state(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    log = checkpoints.MetricsLog(path, 0)
+    for step in range(1, 6):
+        log.write(step=step, loss=1 / step)
+    with open(path, "a") as file:
+        file.write('{"step": 6, "lo')  # killed while writing
+    checkpoints.MetricsLog(path, 3).write(step=4, loss=0.0)
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert lines == [
+        {"step": 1, "loss": 1.0},
+        {"step": 2, "loss": 0.5},
+        {"step": 3, "loss": 1 / 3},
+        {"step": 4, "loss": 0},
+    ]
+    checkpoints.MetricsLog(path, 0)
+    assert path.read_text() == ""

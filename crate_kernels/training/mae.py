@@ -1,0 +1,123 @@
+"""Training of CRATE-MAE: reconstruct masked photographs, then a picture and a linear probe of the frozen encoder.
+
+Without options it takes crops of the photographs inside scikit-image and scikit-learn.
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..models import CrateMAE
+from . import pretrain
+from .config import option
+from .data import test_batches
+from .pretrain import PretrainConfig, Pretrainer, probe_accuracy, random_crops
+
+
+@dataclass
+class MAEConfig(PretrainConfig):
+    """What a masked-autoencoder run does."""
+
+    decoder_depth: int = option(4, "number of decoder layers", "model")
+    lambd: float = option(0.5, "sparsity weight of the ISTA steps", "model")
+    norm_pix_loss: bool = option(False, "predict each patch standardised by itself", "model")
+    mask_ratio: float = option(0.75, "share of the patches that is hidden", "optimisation")
+    crop: float = option(0.4, "smallest share of an image's area that a random crop keeps", "data")
+    flip: float = option(0.5, "probability of mirroring an image", "data")
+    output: str = option("runs/mae-{data}", "folder of everything the run writes", "output")
+
+    def check(self) -> None:
+        super().check()
+        if self.decoder_depth < 1:
+            raise ValueError(f"--decoder-depth must be at least 1, got {self.decoder_depth}")
+        if not 0 < self.mask_ratio < 1:
+            raise ValueError(f"--mask-ratio must lie between 0 and 1, got {self.mask_ratio}")
+        for name in ("crop", "flip"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"--{name} must lie in 0..1, got {getattr(self, name)}")
+
+
+class MAETrainer(Pretrainer):
+    """A masked autoencoder in training."""
+
+    model: CrateMAE
+    settings: MAEConfig
+
+    def build(self) -> CrateMAE:
+        s = self.settings
+        return CrateMAE(
+            img_size=self.size, patch_size=s.patch_size, in_chans=self.data.channels, embed_dim=s.dim, depth=s.depth,
+            num_heads=s.heads, decoder_depth=s.decoder_depth, norm_pix_loss=s.norm_pix_loss, lambd=s.lambd,
+        )  # fmt: skip
+
+    def loss(self, images: Tensor, generator: torch.Generator) -> Tensor:
+        s = self.settings
+        if self.size[0] == self.size[1]:
+            images = random_crops(images, self.size[0], (s.crop, 1.0), s.flip, generator)
+        return self.model(images, s.mask_ratio, self._noise(len(images), generator))[0]
+
+    def _noise(self, count: int, generator: torch.Generator) -> Tensor:
+        rows, columns = self.model.grid_size
+        return torch.rand(count, rows * columns, generator=generator).to(self.device)
+
+    def encode(self, images: Tensor) -> Tensor:
+        """What the probe sees: the mean of the encoder's patch tokens ``(B, d)``."""
+        return self.model.forward_features(images)[:, 1:].mean(dim=1)
+
+    @torch.no_grad()
+    def evaluate(self) -> dict[str, float]:
+        """Loss on masked test images, always the same masks; accuracy of a linear probe of the frozen encoder."""
+        self.model.eval()
+        generator, total, count = torch.Generator().manual_seed(0), 0.0, 0
+        for images, _ in test_batches(self.data, self.images, self.size, self.device):
+            with self.autocast():
+                loss, _, _ = self.model(
+                    self.normalize(images), self.settings.mask_ratio, self._noise(len(images), generator)
+                )
+            total, count = total + float(loss) * len(images), count + len(images)
+        return {"test_loss": total / count, "probe_accuracy": probe_accuracy(*self.features(self.encode))}
+
+    def finish(self) -> list[Path]:
+        images, labels = next(iter(test_batches(self.data, self.images, self.size, self.device)))
+        chosen = torch.linspace(0, len(labels) - 1, min(8, len(labels))).long()
+        images = self.normalize(images[chosen])
+        noise = self._noise(len(images), torch.Generator().manual_seed(0))
+        self.model.eval()
+        seen, reconstruction = self.model.reconstruct(images, self.settings.mask_ratio, noise)
+        return [save_picture([self.pixels(part) for part in (images, seen, reconstruction)],
+                             self.output / "reconstruction.png")]  # fmt: skip
+
+    def pixels(self, images: Tensor) -> Tensor:
+        """Normalised images as ``uint8``, the inverse of ``normalize``."""
+        return (images * self.std + self.mean).round().clamp(0, 255).byte().cpu()
+
+
+def save_picture(rows: list[Tensor], path: Path, width: int = 128) -> Path:
+    """Write rows of ``uint8`` images ``(n, 1 or 3, H, W)`` as one PNG, each image about ``width`` pixels wide."""
+    from PIL import Image
+
+    images = torch.stack(rows).expand(-1, -1, 3, -1, -1) if rows[0].shape[1] == 1 else torch.stack(rows)
+    images = torch.nn.functional.pad(images, (1, 1, 1, 1), value=255)  # a thin white frame
+    zoom = max(1, width // images.shape[-1])
+    images = images.repeat_interleave(zoom, dim=-1).repeat_interleave(zoom, dim=-2)
+    picture = images.permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.ascontiguousarray(picture.numpy())).save(path)
+    return path
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """All options of :class:`MAEConfig`, and ``--resume``."""
+    parser.epilog = "Without options: crops of the photos in scikit-image and scikit-learn, in minutes on two cores."
+    pretrain.add_arguments(parser, MAEConfig)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Train as the command line says; ends with a picture and the probe's accuracy."""
+    return pretrain.run(args, MAEConfig, MAETrainer)

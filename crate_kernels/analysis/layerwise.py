@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -27,9 +27,9 @@ class Layerwise:
     def summary(self) -> dict[str, list[float]]:
         """Mean and standard deviation over the samples, a list entry per layer, ready for JSON."""
         return {
-            f"{name}_{statistic}": getattr(values, statistic)(dim=1).tolist()
-            for name, values in (("coding_rate", self.coding_rate), ("sparsity", self.sparsity))
-            for statistic in ("mean", "std")
+            f"{name}_{statistic}": values.tolist()
+            for name, samples in (("coding_rate", self.coding_rate), ("sparsity", self.sparsity))
+            for statistic, values in (("mean", samples.mean(dim=1)), ("std", samples.std(dim=1, correction=0)))
         }
 
     def __add__(self, other: Layerwise) -> Layerwise:
@@ -43,41 +43,62 @@ class Layerwise:
 def layerwise(model: nn.Module, *inputs, **keywords) -> Layerwise:
     """Run ``model(*inputs, **keywords)`` once, in evaluation mode, and measure every :class:`CrateBlock` in it.
 
+    This is the published convention: R^c entering the attention, non-zeros leaving the ISTA step.
+    :func:`crate_kernels.analysis.half_steps` measures more, before and after each half of a layer.
+
     Args:
         model: anything built on :class:`crate_kernels.nn.CrateBlock`; its mode is restored afterwards.
-        inputs, keywords: one batch, as the model takes it.
+        inputs, keywords: one batch, as the model takes it. All tokens count, padding included.
 
     Raises:
         ValueError: the model has no such layer.
     """
-    training = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        with measuring(model) as measured:
-            model(*inputs, **keywords)
-    finally:
-        for module, mode in training.items():
-            module.training = mode
-    rates, nonzeros = zip(*measured, strict=True)
+    rates, nonzeros = [], []
+
+    def measure(block: CrateBlock, arguments: tuple, keywords: dict, output: Tensor):
+        w = block.mssa.project(block.mssa_norm(arguments[0])).transpose(1, 2)
+        rates.append(subspace_coding_rate(w).float().cpu())
+        nonzeros.append(sparsity(output).cpu())
+
+    with evaluating(model), observing(model, CrateBlock, measure):
+        model(*inputs, **keywords)
     return Layerwise(torch.stack(rates), torch.stack(nonzeros))
 
 
 @contextlib.contextmanager
-def measuring(model: nn.Module, eps: float = 0.1) -> Iterator[list[tuple[Tensor, Tensor]]]:
-    """Collect ``(R^c (B,), non-zero fraction (B,))`` of every layer that runs inside the ``with`` block."""
-    blocks = [module for module in model.modules() if isinstance(module, CrateBlock)]
-    if not blocks:
-        raise ValueError(f"{type(model).__name__} has no CrateBlock to measure")
-    measured: list[tuple[Tensor, Tensor]] = []
-
-    def measure(block: CrateBlock, inputs: tuple, output: Tensor):
-        with torch.no_grad():
-            w = block.mssa.project(block.mssa_norm(inputs[0])).transpose(1, 2)
-            measured.append((subspace_coding_rate(w, eps).float().cpu(), sparsity(output).cpu()))
-
-    handles = [block.register_forward_hook(measure) for block in blocks]
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode inside the ``with`` block; afterwards every module has its own mode again."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
     try:
-        yield measured
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
+@contextlib.contextmanager
+def observing(
+    model: nn.Module, kinds: type | tuple[type, ...], observe: Callable[[nn.Module, tuple, dict, Tensor], None]
+) -> Iterator[list[nn.Module]]:
+    """Call ``observe(layer, arguments, keywords, output)`` for every layer of ``kinds`` that runs in the block.
+
+    Yields those layers in the order of the model's modules.
+
+    Raises:
+        ValueError: the model has no such layer.
+    """
+    layers = [module for module in model.modules() if isinstance(module, kinds)]
+    if not layers:
+        raise ValueError(f"{type(model).__name__} has no CrateBlock to measure")
+
+    def hook(layer, arguments, keywords, output):
+        with torch.no_grad():
+            observe(layer, arguments, keywords, output)
+
+    handles = [layer.register_forward_hook(hook, with_kwargs=True) for layer in layers]
+    try:
+        yield layers
     finally:
         for handle in handles:
             handle.remove()

@@ -50,14 +50,60 @@ def sparsity(z: Tensor) -> Tensor:
     return (z != 0).flatten(1).float().mean(dim=1)
 
 
+def effective_rank(z: Tensor) -> Tensor:
+    """How many directions the tokens really use: ``exp(−Σ pᵢ ln pᵢ)`` with ``pᵢ = σᵢ / Σσ`` over singular values.
+
+    From 1 (all tokens are multiples of one) to min(N, d) (all singular values equal); 1 for tokens that are all zero.
+    Defined in "The effective rank: a measure of effective dimensionality" (Roy and Vetterli, EUSIPCO 2007).
+
+    Args:
+        z: ``(..., N, d)``; any floating dtype. Computed in float64.
+
+    Returns:
+        ``(...)``, in the dtype of ``z`` (float32 for half precision).
+    """
+    if not isinstance(z, Tensor) or not z.is_floating_point() or z.dim() < 2:
+        raise ValueError(f"z: expected a floating tensor (..., N, d), got {_description(z)}")
+    gram = _smaller_gram(z.to(_measuring_dtype(z)))
+    singular = torch.linalg.eigvalsh(gram).clamp_min(0).sqrt()
+    share = singular / singular.sum(dim=-1, keepdim=True).clamp_min(torch.finfo(gram.dtype).tiny)
+    return torch.special.entr(share).sum(dim=-1).exp().to(_result_dtype(z))
+
+
+def subspace_coherence(weight: Tensor, heads: int) -> Tensor:
+    """How far every two heads' subspaces overlap: ``‖Q_jᵀ Q_k‖²_F / p``, ``Q_k`` an orthonormal basis of head k.
+
+    The mean squared cosine of the principal angles: 0 for orthogonal subspaces (what sparse rate reduction assumes),
+    1 for equal ones, about p/d for random ones.
+
+    Args:
+        weight: ``(H·p, d)``, the projection's weight, with p <= d; any floating dtype. Computed in float64.
+        heads: H.
+
+    Returns:
+        ``(H, H)``, symmetric with unit diagonal, in the dtype of ``weight`` (float32 for half precision).
+    """
+    if not isinstance(weight, Tensor) or not weight.is_floating_point() or weight.dim() != 2:
+        raise ValueError(f"weight: expected a floating tensor (H·p, d), got {_description(weight)}")
+    if heads < 1 or weight.shape[0] % heads or weight.shape[0] // heads > weight.shape[1]:
+        raise ValueError(f"heads: {heads} heads do not split weight {tuple(weight.shape)} into subspaces of width d")
+    bases = torch.linalg.qr(weight.to(_measuring_dtype(weight)).unflatten(0, (heads, -1)).mT).Q  # (H, d, p)
+    cosines = torch.einsum("jdp,kdq->jkpq", bases, bases)
+    return (cosines.square().sum(dim=(-2, -1)) / bases.shape[-1]).to(_result_dtype(weight))
+
+
 def _half_logdet(z: Tensor, alpha: float) -> Tensor:
     # I + alpha·Z Zᵀ and I + alpha·Zᵀ Z have the same determinant: take the smaller one. Its eigenvalues reach from 1
     # to alpha·‖Z‖², too far for float32 as soon as eps is small, so it is formed and factorised in float64.
     wide = z.to(_measuring_dtype(z))
-    gram = wide @ wide.mT if z.shape[-2] <= z.shape[-1] else wide.mT @ wide
+    gram = _smaller_gram(wide)
     identity = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
     factor = torch.linalg.cholesky_ex(identity + alpha * gram).L
     return factor.diagonal(dim1=-2, dim2=-1).log().sum(dim=-1).to(_result_dtype(z))
+
+
+def _smaller_gram(z: Tensor) -> Tensor:
+    return z @ z.mT if z.shape[-2] <= z.shape[-1] else z.mT @ z
 
 
 def _measuring_dtype(z: Tensor) -> torch.dtype:

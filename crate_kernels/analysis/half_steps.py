@@ -1,0 +1,139 @@
+"""Every term of the objective before and after each half-step of every layer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import normalize
+
+from ..nn import CrateBlock, CrateDecoderBlock
+from .layerwise import Layerwise, evaluating, observing
+from .objective import coding_rate, effective_rank, sparsity, subspace_coding_rate, subspace_coherence
+
+POINTS = ("before the layer", "after its first half", "after its second half")
+"""Where tokens are measured. The halves are attention and ISTA; in CRATE-MAE's decoder, dictionary and attention."""
+
+QUANTITIES = {
+    "subspace_coding_rate": "R^c of the tokens in the layer's subspaces, nats",
+    "nonzero": "fraction of the tokens' entries that are not zero",
+    "coding_rate": "R of the tokens, each scaled to length one, nats",
+    "effective_rank": "effective rank of the tokens",
+    "objective": "R − R^c − lam·‖Z‖₀",
+}
+
+
+@dataclass
+class HalfSteps:
+    """Measurements of every layer at three points.
+
+    ``layers (L)``: names, ``"encoder 1"`` or ``"decoder 1"`` and so on.
+    ``values``: quantity (see ``QUANTITIES``) -> ``(L, 3, B)``, layers by ``POINTS`` by samples, float32 on the CPU.
+    ``coherence (L, H, H)``: of the subspaces of every two heads, see :func:`subspace_coherence`.
+    ``chance``: p/d, the coherence that random subspaces have.
+    ``eps``, ``lam``: of the rates and of the objective.
+    """
+
+    layers: list[str]
+    values: dict[str, Tensor]
+    coherence: Tensor
+    chance: float
+    eps: float
+    lam: float
+
+    def published(self) -> Layerwise:
+        """The encoder's layers in the published convention: R^c before the layer, non-zeros after it."""
+        encoder = [i for i, name in enumerate(self.layers) if name.startswith("encoder")]
+        return Layerwise(self.values["subspace_coding_rate"][encoder, 0], self.values["nonzero"][encoder, 2])
+
+    def summary(self) -> dict:
+        """Mean and standard deviation over the samples of every quantity at every point, ready for JSON."""
+        heads = self.coherence.shape[-1]
+        others = self.coherence[:, ~torch.eye(heads, dtype=torch.bool)]  # empty with one head
+        return {
+            "convention": {
+                "published": "subspace_coding_rate before the layer, nonzero after its second half",
+                "rates": f"natural logarithm, tokens scaled to length one, eps = {self.eps}",
+                "objective": f"R - R^c - lam * (number of non-zero entries), lam = {self.lam}",
+            },
+            "samples": next(iter(self.values.values())).shape[-1],
+            "layers": [
+                {
+                    "layer": name,
+                    **{
+                        quantity: {
+                            point: {
+                                "mean": values[i, j].mean().item(),
+                                "std": values[i, j].std(correction=0).item(),
+                            }
+                            for j, point in enumerate(POINTS)
+                        }
+                        for quantity, values in self.values.items()
+                    },
+                    "coherence": {
+                        "mean": others[i].mean().item() if heads > 1 else None,
+                        "largest": others[i].max().item() if heads > 1 else None,
+                        "random_subspaces": self.chance,
+                    },
+                }
+                for i, name in enumerate(self.layers)
+            ],
+        }
+
+    def __add__(self, other: HalfSteps) -> HalfSteps:
+        """The measurements of two batches as one."""
+        values = {name: torch.cat([mine, other.values[name]], dim=-1) for name, mine in self.values.items()}
+        return HalfSteps(self.layers, values, self.coherence, self.chance, self.eps, self.lam)
+
+
+@torch.no_grad()
+def half_steps(model: nn.Module, *inputs, eps: float = 0.1, lam: float = 0.1, **keywords) -> HalfSteps:
+    """Run the model once, in evaluation mode, and measure every layer before and after each of its halves.
+
+    At each of the three points the tokens ``z`` are measured in the layer's own subspaces, ``w = LN(z) Uᵀ`` with the
+    LayerNorm and projection of its attention, so that the three values compare.
+
+    Args:
+        model: anything built on CRATE layers; its mode is restored afterwards.
+        inputs, keywords: one batch, as the model takes it. All tokens count, padding included.
+        eps: distortion of the coding rates.
+        lam: weight of ``‖Z‖₀`` in the objective.
+
+    Raises:
+        ValueError: the model has no CRATE layer.
+    """
+    measured, coherences = [], []
+
+    def measure(layer: nn.Module, arguments: tuple, keywords: dict, output: Tensor):
+        before = arguments[0]
+        if isinstance(layer, CrateDecoderBlock):
+            between = layer.dictionary(layer.dictionary_norm(before))
+        else:
+            between = layer.compress(*arguments, **keywords)
+        points = [_measure(layer, z, eps, lam) for z in (before, between, output)]
+        measured.append({name: torch.stack([point[name] for point in points]) for name in QUANTITIES})
+        coherences.append(subspace_coherence(layer.mssa.projection.weight, layer.mssa.heads).float().cpu())
+
+    kinds = (CrateBlock, CrateDecoderBlock)
+    with evaluating(model), observing(model, kinds, measure) as layers:
+        model(*inputs, **keywords)
+    values = {name: torch.stack([layer[name] for layer in measured]) for name in QUANTITIES}
+    rows, width = layers[0].mssa.projection.weight.shape
+    chance = rows / layers[0].mssa.heads / width
+    return HalfSteps(_names(layers), values, torch.stack(coherences), chance, eps, lam)
+
+
+def _measure(layer: nn.Module, z: Tensor, eps: float, lam: float) -> dict[str, Tensor]:
+    w = layer.mssa.project(layer.mssa_norm(z)).transpose(1, 2)
+    compressed, nonzero = subspace_coding_rate(w, eps), sparsity(z)
+    rate = coding_rate(normalize(z.float(), dim=-1), eps)
+    objective = rate - compressed - lam * nonzero * z[0].numel()
+    values = dict(zip(QUANTITIES, (compressed, nonzero, rate, effective_rank(z), objective), strict=True))
+    return {name: value.float().cpu() for name, value in values.items()}
+
+
+def _names(layers: list[nn.Module]) -> list[str]:
+    encoder = sum(isinstance(layer, CrateBlock) for layer in layers)
+    decoder = len(layers) - encoder
+    return [f"encoder {i + 1}" for i in range(encoder)] + [f"decoder {i + 1}" for i in range(decoder)]

@@ -1,7 +1,7 @@
 """One visit to a GPU: build, test, sanitize, measure. Standard library only; runs from a checkout without installing.
 
     python benchmarks/gpu_visit.py OUT                      every stage, within nine minutes
-    python benchmarks/gpu_visit.py OUT --stages operators   some stages, each with more time: --scale 3
+    python benchmarks/gpu_visit.py OUT --stages operators   some stages, which then share the nine minutes
     python benchmarks/gpu_visit.py OUT --dry-run            the same commands with tiny shapes on the CPU
 
 A stage that fails or runs out of time does not stop the next. OUT holds one log a group of stages, ``operators.json``,
@@ -24,14 +24,14 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 TOTAL = 9 * 60
-"""Seconds for all stages together; what is left when a stage's turn comes limits it too."""
-LOG_BYTES = 3 << 20
+"""Seconds for all stages together. A stage may use what earlier ones left of theirs, never what later ones need."""
+LOG_BYTES = 1 << 20
 """Most that is kept of a log: its end."""
 
 
 @dataclass
 class Stage:
-    """One command with its time limit; ``missing`` says why it cannot run here, if so."""
+    """One command with the seconds kept for it; ``missing`` says why it cannot run here, if so."""
 
     name: str
     log: str
@@ -60,7 +60,7 @@ def stages(out: Path, dry: bool, commit: str) -> list[Stage]:
         )
         marker = [] if dry else ["-m", "gpu"]
         chosen = [str(path), "--collect-only"] if dry else [str(path)]
-        return Stage(f"tests-{folder}", "tests.log", 100, [*tests, *marker, *chosen], missing)
+        return Stage(f"tests-{folder}", "tests.log", 45, [*tests, *marker, *chosen], missing)
 
     def sanitized(tool: str) -> Stage:
         prefix = [] if dry else [sanitizer or "", "--tool", tool, "--error-exitcode", "9", "--print-limit", "20"]
@@ -68,19 +68,19 @@ def stages(out: Path, dry: bool, commit: str) -> list[Stage]:
         missing = None if dry or sanitizer else "compute-sanitizer is not on the path"
         # Without torch's caching allocator every tensor is an allocation of its own, whose ends memcheck can see.
         alone = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-        return Stage(f"sanitizer-{tool}", "sanitizer.log", 40, [*prefix, *checked, *chosen], missing, alone)
+        return Stage(f"sanitizer-{tool}", "sanitizer.log", 20, [*prefix, *checked, *chosen], missing, alone)
 
     build = None if (ROOT / "setup.py").exists() else "there is no setup.py, so no extension to build"
     build_environment = {"CRATE_KERNELS_SKIP_CUDA": "1"} if dry else {"CRATE_KERNELS_FORCE_BUILD": "1"}
     return [
-        Stage("environment", "environment.log", 40, [python, "-m", "crate_kernels.collect_env"]),
-        Stage("build", "build.log", 150, [python, "setup.py", "build_ext", "--inplace"], build, build_environment),
+        Stage("environment", "environment.log", 20, [python, "-m", "crate_kernels.collect_env"]),
+        Stage("build", "build.log", 90, [python, "setup.py", "build_ext", "--inplace"], build, build_environment),
         hardware("native"),
         hardware("triton"),
         hardware("ops"),
         *map(sanitized, ("memcheck", "racecheck", "initcheck")),
-        Stage("operators", "bench.log", 150, [*bench, "--suite", "operators"]),
-        Stage("models", "bench.log", 150, [*bench, "--suite", "models", *([] if dry else ["--sizes", "base"])]),
+        Stage("operators", "bench.log", 120, [*bench, "--suite", "operators"]),
+        Stage("models", "bench.log", 115, [*bench, "--suite", "models", *([] if dry else ["--sizes", "base"])]),
     ]
 
 
@@ -94,8 +94,6 @@ def run(stage: Stage, out: Path, limit: float) -> dict:
     """Run one stage -> what the summary says of it. Its process group is ended when the limit is reached."""
     if stage.missing:
         return {"stage": stage.name, "outcome": "skipped", "seconds": 0.0, "last": stage.missing}
-    if limit < 5:
-        return {"stage": stage.name, "outcome": "no time left", "seconds": 0.0, "last": ""}
     start, path = time.monotonic(), out / stage.log
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
     environment |= stage.environment or {}
@@ -146,7 +144,6 @@ def main(arguments: list[str] | None = None, make: Callable[..., list[Stage]] = 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path, help="folder for everything that is written")
     parser.add_argument("--stages", help="only these, comma-separated; a prefix stands for all that begin with it")
-    parser.add_argument("--scale", type=float, default=1.0, help="multiply every stage's time limit")
     parser.add_argument("--total", type=float, default=TOTAL, help="seconds for all stages together")
     parser.add_argument("--commit", default="", help="commit to record where the checkout has no .git")
     parser.add_argument("--dry-run", action="store_true", help="tiny shapes on the CPU")
@@ -160,10 +157,10 @@ def main(arguments: list[str] | None = None, make: Callable[..., list[Stage]] = 
         if not found:
             parser.error(f"--stages: none begins with {' or '.join(prefixes)}")
     end, summary = time.monotonic() + args.total, []
-    for stage in found:
-        left = end - time.monotonic()
+    for index, stage in enumerate(found):
+        later = sum(other.limit for other in found[index + 1 :] if not other.missing)
         print(f"{stage.name} ...", flush=True)
-        summary.append(run(stage, out, min(stage.limit * args.scale, left)))
+        summary.append(run(stage, out, max(stage.limit, end - time.monotonic() - later)))
         collect(out, summary)
     print()
     for line in summary:

@@ -21,7 +21,7 @@ SDPA = {
     "sdpa efficient": SDPBackend.EFFICIENT_ATTENTION,
     "sdpa cudnn": SDPBackend.CUDNN_ATTENTION,
 }
-COMPILED = "reference, compiled"
+COMPILED = "reference compiled"
 SLICE_ELEMENTS = 1 << 28
 """Most attention scores the float64 oracle holds; larger attentions are judged on some of their heads and samples."""
 

@@ -98,7 +98,7 @@ def measure(args: argparse.Namespace) -> int:
         for record in stream:
             records.append(record)
             print(line(record), flush=True)
-            if record.get("refused") and not record["contender"].startswith(("sdpa", "reference,", "timm")):
+            if record.get("refused") and not record["contender"].startswith(("sdpa", "reference compiled", "timm")):
                 wrong.append(record)
             if not args.check_only:
                 results.write(folder / f"{part}.json", content)
@@ -166,6 +166,9 @@ def line(record: dict) -> str:
             return f"{what}: {reason}: {record[reason]}"
     if "bytes_per_token_channel" in record:
         return f"{what}: {record['bytes_per_token_channel']:.1f} bytes per token-channel and block"
+    if "tokens" in record:
+        peak = record["peak_memory"]
+        return f"{what} N{record['tokens']}: " + ("not counted" if peak is None else f"{peak / 2**30:.2f} GiB")
     if "seconds" not in record:
         return f"{what}: {record['check']} ({100 * record['share_of_budget']:.0f} % of the budget)"
     text = f"{what}: {record['seconds']['p50'] * 1e3:.4g} ms"

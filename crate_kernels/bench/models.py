@@ -19,8 +19,8 @@ from ..nn import prepare_for_inference
 from ..ops import use_backend
 from . import gate, timing
 
-REFERENCE, COMPILED, OURS, PREPARED = "reference", "reference, compiled", "crate_kernels", "crate_kernels, prepared"
-VIT, VIT_COMPILED = "timm ViT", "timm ViT, compiled"
+REFERENCE, COMPILED, OURS, PREPARED = "reference", "reference compiled", "crate_kernels", "crate_kernels prepared"
+VIT, VIT_COMPILED = "timm ViT", "timm ViT compiled"
 TASKS = ("forward", "training step")
 JUDGED_IMAGES = 2
 JUDGED_STEP = 64
@@ -192,6 +192,9 @@ def run_size(
     pixels = master.config["image_size"]
     if not check_only:
         yield from saved_records(master, base, device, dtype, pixels)
+        if quick or (size == "base" and device.type == "cuda"):
+            lengths = (16, 32) if quick else tuple(1024 << i for i in range(8))
+            yield from length_records(master, base, device, dtype, lengths)
     torch._functorch.config.donated_buffer = True  # torch's default, which the operator suite changes
     for task in tasks:
         torch.compiler.reset()
@@ -288,3 +291,34 @@ def saved_records(master: CRATE, base: dict, device: torch.device, dtype: torch.
         one, two = (saved_bytes(model.blocks[:depth], leaf, dtype, backend) for depth in (1, 2))
         each = (two - one) / leaf.numel()
         yield base | dict(task="saved for backward", batch=8, contender=name, bytes_per_token_channel=each)
+
+
+def length_records(
+    master: CRATE, base: dict, device: torch.device, dtype: torch.dtype, lengths: Sequence[int]
+) -> Iterator[dict]:
+    """Peak memory of forward and backward of all blocks on one sequence, by its length, until one does not fit.
+
+    The weights and their gradients are counted; on the CPU torch counts nothing and the record says None.
+    """
+    blocks = copy.deepcopy(master.blocks).to(device).train()
+    low = dtype if dtype in (torch.bfloat16, torch.float16) else None
+    for name, backend in ((REFERENCE, "reference"), (OURS, None)):
+        for tokens in lengths:
+            z = torch.randn(1, tokens, master.embed_dim, device=device)
+
+            def step(z=z, backend=backend):
+                blocks.zero_grad()
+                with use_backend(backend), torch.autocast(device.type, low) if low else contextlib.nullcontext():
+                    for block in blocks:
+                        z = block(z)
+                z.backward(torch.ones_like(z))
+
+            record = base | dict(task="memory by length", batch=1, contender=name, tokens=tokens)
+            try:
+                step()
+                weights = sum(p.numel() * p.element_size() for p in blocks.parameters())
+                peak = timing.peak_memory(step, device)
+            except torch.OutOfMemoryError:
+                yield record | dict(skipped="out of memory")
+                break
+            yield record | dict(peak_memory=None if peak is None else peak + weights)

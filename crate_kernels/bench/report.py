@@ -92,7 +92,7 @@ def readme_text(found: Results) -> str:
 
 
 def _headline_record(records: list[dict], task: str, contender: str) -> dict | None:
-    """At the batch where ``contender`` is fastest per image; batch 1 is latency, and compiled baselines should be in."""
+    """At the batch where ``contender`` is fastest per image; batch 1 is latency, compiled baselines come first."""
     mine = [r for r in records if r["task"] == task and r["contender"] == contender and r.get("speedup")]
     mine = [r for r in mine if r["batch"] > 1] or mine
     mine = [r for r in mine if r.get("speedup_over_compiled")] or mine
@@ -165,6 +165,14 @@ def _models_text(records: list[dict], device: str) -> list[str]:
     if kept:
         lines.append("Kept for the backward by one more block:\n")
         lines.append(table(["model", "backend", "dtype", "bytes per token-channel"], kept) + "\n")
+    lengths = [r for r in records if "tokens" in r and (r.get("peak_memory") or r.get("skipped"))]
+    if lengths:
+        rows = []
+        for group in grouped(lengths, lambda r: (r["model"], r["tokens"])):
+            by = {r["contender"]: r.get("skipped") or f"{r['peak_memory'] / 2**30:.2f} GiB" for r in group}
+            rows.append([group[0]["model"], group[0]["tokens"], by.get(REFERENCE, "–"), by.get(OURS, "–")])
+        lines.append("Peak memory of forward and backward of all blocks, one sequence of N tokens:\n")
+        lines.append(table(["model", "N", "literal", OURS], rows) + "\n")
     return lines
 
 

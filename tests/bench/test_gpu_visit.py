@@ -1,0 +1,63 @@
+"""The visit script: stages that fail, hang or are missing, its summary and its files; and that a dry run is whole."""
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).parents[2] / "benchmarks" / "gpu_visit.py"
+
+
+@pytest.fixture(scope="module")
+def visit():
+    specification = importlib.util.spec_from_file_location("gpu_visit", SCRIPT)
+    module = importlib.util.module_from_spec(specification)
+    sys.modules["gpu_visit"] = module  # dataclasses look their module up
+    specification.loader.exec_module(module)
+    yield module
+    del sys.modules["gpu_visit"]
+
+
+def test_a_failing_hanging_or_missing_stage_does_not_stop_the_rest(visit, tmp_path, capsys):
+    def stages(out, dry, commit):
+        def python(code):
+            return [sys.executable, "-c", code]
+
+        write = f"import pathlib; p = pathlib.Path({str(out / 'results' / 'x')!r}); p.mkdir(parents=True);"
+        return [
+            visit.Stage("fails", "a.log", 9, python("print('first'); raise SystemExit(3)")),
+            visit.Stage("hangs", "a.log", 1, python("import time; print('waiting', flush=True); time.sleep(60)")),
+            visit.Stage("missing", "a.log", 1, ["no-such-program"], "it is not here"),
+            visit.Stage("passes", "a.log", 9, python(write + "(p / 'operators.json').write_text('{}'); print('done')")),
+        ]
+
+    assert visit.main([str(tmp_path), "--total", "12"], stages) == 1
+    summary = {line["stage"]: line for line in json.loads((tmp_path / "summary.json").read_text())}
+    assert summary["fails"]["outcome"] == "failed (3)"
+    assert summary["hangs"] | {"seconds": 0} == {
+        "stage": "hangs",
+        "outcome": "out of time",
+        "seconds": 0,
+        "last": "waiting",
+    }
+    assert summary["missing"]["last"] == "it is not here"
+    assert summary["passes"]["outcome"] == "passed"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.log", "operators.json", "summary.json"]
+    assert "first" in (tmp_path / "a.log").read_text()
+    assert capsys.readouterr().out.rstrip().splitlines()[-1].startswith("passes")
+
+
+def test_stages_fit_the_visit_and_its_files(visit, tmp_path):
+    for dry in (False, True):
+        stages = visit.stages(tmp_path, dry, "abc")
+        assert sum(stage.limit for stage in stages) <= visit.TOTAL
+        files = {stage.log for stage in stages} | {"operators.json", "models.json", "summary.json"}
+        assert len(files) <= 8
+        assert {"build", "tests-native", "tests-triton", "tests-ops", "operators", "models"} <= {s.name for s in stages}
+
+
+def test_dry_run_of_one_stage(visit, tmp_path):
+    assert visit.main([str(tmp_path), "--dry-run", "--stages", "environment"]) == 0
+    assert "subspace_attention" in (tmp_path / "environment.log").read_text()

@@ -144,7 +144,7 @@ def _visible(lengths, batch, tokens):
     """The number of keys that a sequence shows; within bounds whatever ``lengths`` holds."""
     visible = tokens
     if lengths is not None:
-        visible = tl.minimum(tl.maximum(tl.load(lengths + batch).to(tl.int32), 0), tokens)
+        visible = tl.minimum(tl.maximum(tl.load(lengths + batch).to(tl.int64), 0), tokens).to(tl.int32)
     return visible
 
 

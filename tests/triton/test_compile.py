@@ -1,0 +1,27 @@
+"""All kernels compile for eight targets, within each target's shared memory and registers; no device is needed."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+REPORT = Path(__file__).parents[2] / "benchmarks" / "compile_report.py"
+TARGETS = ["sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx90a", "gfx942"]
+KERNELS = {"forward", "backward", "delta", "product", "fold_norm", "layer_norm_backward"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", TARGETS)
+def test_kernels_compile_and_fit(target, tmp_path):
+    # Apart, because kernels defined under TRITON_INTERPRET=1 cannot be compiled any more.
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, REPORT, "--targets", target, "--jobs", "2", "--json", tmp_path / "report.json"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    print(done.stdout)
+    assert done.returncode == 0, done.stdout + done.stderr
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert not report["failed"]
+    assert {row["kernel"] for row in report["kernels"]} == KERNELS

@@ -1,0 +1,178 @@
+"""The shared kernels by themselves, and how the backend decides, refuses and is configured."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch.nn.functional import layer_norm
+
+from crate_kernels import ops
+from crate_kernels.ops import backends
+from crate_kernels.ops.subspace_attention import triton as attention
+from crate_kernels.ops.triton_kernels import configurations, launch
+from crate_kernels.ops.triton_kernels.layer_norm import layer_norm_backward
+from crate_kernels.ops.triton_kernels.product import fold_norm, product
+
+from .oracle import DEVICE
+
+
+def normal(*shape, seed=0, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(seed + sum(shape))
+    return torch.randn(*shape, generator=generator, dtype=torch.float64).to(DEVICE, dtype)
+
+
+def close(got, expected, eps=2e-6):
+    torch.testing.assert_close(got.double(), expected, rtol=eps, atol=eps * max(1.0, expected.abs().max().item()))
+
+
+@pytest.mark.parametrize(("rows", "inner", "columns"), [(1, 1, 1), (33, 17, 5), (64, 32, 32), (70, 20, 40)])
+def test_product_with_every_epilogue(rows, inner, columns):
+    a, b = normal(rows, inner), normal(columns, inner).T
+    bias, residual, gate = normal(columns), normal(rows, columns, seed=1), normal(rows, columns, seed=2)
+    wide = [t.double() for t in (a, b, bias, residual, gate)]
+    plain = wide[0] @ wide[1]
+    close(product(a, b)[0], plain)
+    close(product(a, b, bias=bias, alpha=0.5, residual=residual)[0], 0.5 * (plain + wide[2]) + wide[3])
+    full = (-0.3 * plain + 2.0 * wide[3] - 0.1).relu()
+    close(product(a, b, alpha=-0.3, residual=residual, beta=2.0, shift=0.1, relu=True)[0], full)
+    close(product(a, b, gate=gate)[0], plain * (wide[4] > 0))
+
+
+def test_product_gates_its_rows():
+    a, b, gate = normal(40, 24), normal(24, 24, seed=1), normal(40, 24, seed=2)
+    out, gated = product(a, b, alpha=0.1, residual=a, gate_rows=gate)
+    expected = a * (gate > 0)
+    assert torch.equal(gated, expected)
+    close(out, expected.double() + 0.1 * expected.double() @ b.double())
+
+
+def test_product_takes_strided_rows():
+    a, b = normal(40, 48)[:, :20], normal(20, 12)
+    close(product(a, b)[0], a.double() @ b.double())
+    close(product(normal(20, 40).T, b)[0], normal(20, 40).T.double() @ b.double())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("offset", [0.0, 50.0])
+def test_product_behind_a_norm(dtype, offset):
+    z = normal(45, 37, dtype=dtype) + offset
+    matrix, gamma, beta = normal(37, 21, dtype=dtype), 1 + 0.2 * normal(37), normal(37, seed=1)
+    out, mean, rstd = product(z, fold_norm(matrix, gamma, beta, 1e-5))
+    wide = z.double()
+    close(mean, wide.mean(1))
+    close(rstd, (wide.var(1, correction=0) + 1e-5).rsqrt(), eps=2e-5 if offset else 2e-6)
+    x = layer_norm(wide, (37,), gamma.double(), beta.double(), 1e-5)
+    exact = x @ matrix.double()
+    literal = layer_norm(z, (37,), gamma.to(dtype), beta.to(dtype), 1e-5) @ matrix
+    budget = 2 * (literal.double() - exact).abs().max() + torch.finfo(dtype).eps * exact.abs().max()
+    assert (out.double() - exact).abs().max() <= budget
+
+
+@pytest.mark.parametrize(("rows", "width"), [(1, 1), (3, 17), (50, 24), (600, 8)])
+@pytest.mark.parametrize("residual", [False, True])
+def test_layer_norm_backward(rows, width, residual, monkeypatch):
+    monkeypatch.setattr("crate_kernels.ops.triton_kernels.layer_norm.PROGRAMS", 4)  # several rounds each
+    z, grad, weight, bias = normal(rows, width), normal(rows, width, seed=1), 1 + normal(width), normal(width, seed=2)
+    extra = normal(rows, width, seed=3) if residual else None
+    wide = [t.double().requires_grad_() for t in (z, weight, bias)]
+    x = layer_norm(wide[0], (width,), *wide[1:], 1e-5)
+    dz, dweight, dbias = torch.autograd.grad(x, wide, grad.double())
+    mean = z.double().mean(1)
+    rstd = (z.double().var(1, correction=0) + 1e-5).rsqrt()
+    got = layer_norm_backward(grad, z, weight, bias, mean.float(), rstd.float(), residual=extra)
+    close(got[0], dz + extra.double() if residual else dz, eps=1e-5)
+    close(got[1], dweight, eps=1e-5)
+    close(got[2], dbias, eps=1e-5)
+    close(got[3], x.detach(), eps=1e-5)
+    if residual:
+        close(got[4], extra.double().sum(0), eps=1e-5)
+    else:
+        assert got[4] is None
+
+
+def test_a_column_of_one_value_has_the_norm_of_its_epsilon():
+    z = torch.full((5, 8), 3.0, device=DEVICE)
+    out, mean, rstd = product(
+        z, fold_norm(normal(8, 4), torch.ones(8, device=DEVICE), torch.zeros(8, device=DEVICE), 0.25)
+    )
+    assert torch.equal(mean, z[:, 0])
+    assert torch.equal(rstd, torch.full_like(mean, 2.0))
+    assert torch.equal(out, torch.zeros_like(out))
+
+
+@pytest.mark.parametrize("lengths", [[0, -5], [100, 2**40]])
+@pytest.mark.parametrize("causal", [False, True])
+def test_lengths_out_of_range_stay_in_bounds(lengths, causal, monkeypatch):
+    """On a GPU their values cannot be checked without stalling it; nothing beyond the tensors may be touched."""
+    monkeypatch.setattr(attention, "length_values", lambda *_: None)
+    storage = torch.full((4, 21, 2, 8), float("nan"), device=DEVICE)
+    w = storage[1:3]
+    w.copy_(normal(2, 21, 2, 8))
+    lengths = torch.tensor(lengths, device=DEVICE)
+    o, lse = attention.forward(w, None, lengths, 0.3, causal)
+    dw, _ = attention.backward(o, w, None, lengths, o, lse, 0.3, causal)
+    if lengths[0] > 0:
+        full = torch.full_like(lengths, 21)
+        assert torch.equal(o, attention.forward(w, None, full, 0.3, causal)[0])
+        assert dw.isfinite().all()
+
+
+def test_reasons():
+    w = torch.randn(1, 3, 1, 8, device=DEVICE)
+    assert attention.why_not(w, None, None, 1.0, False) is None
+    assert "not take float64" in attention.why_not(w.double(), None, None, 1.0, False)
+    assert "width 8 to 256, not 7" in attention.why_not(w[..., :7], None, None, 1.0, False)
+    assert "width 8 to 256, not 257" in attention.why_not(torch.randn(1, 3, 1, 257), None, None, 1.0, False)
+    assert "on meta" in launch.why_not(w.to("meta"))
+    with pytest.raises(RuntimeError, match=r"backend 'triton' cannot run these inputs: .* 8192 channels, not 8193"):
+        ops.ista_block(
+            torch.zeros(1, 8193), torch.ones(8193), torch.ones(8193), torch.zeros(8193, 8193), backend="triton"
+        )
+
+
+def test_without_interpreter_and_gpu_the_reason_says_so():
+    code = """
+import torch
+from crate_kernels.ops.triton_kernels import launch
+print(launch.why_not(torch.zeros(1)))
+"""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
+    assert done.stdout.strip() == (
+        "Triton kernels need a CUDA or ROCm device, or TRITON_INTERPRET=1; the tensors are on cpu"
+    )
+
+
+def test_interpreted_kernels_are_never_the_automatic_choice_for_cpu_tensors():
+    assert backends.AUTOMATIC.get("cpu") is None
+
+
+def test_float32_is_multiplied_in_full_unless_torch_allows_tf32():
+    assert launch.dot_precision(torch.float32) == "ieee"
+    torch.backends.cuda.matmul.allow_tf32 = True
+    try:
+        assert launch.dot_precision(torch.float32) == ("tf32" if torch.version.hip is None else "ieee")
+        assert launch.dot_precision(torch.bfloat16) == "ieee"
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = False
+
+
+def test_configurations_are_overridden_and_restored():
+    w = torch.empty(1, 300, 1, 64, dtype=torch.bfloat16)
+    with configurations.override("attention_delta", BLOCK_M=128):
+        with configurations.override("attention_delta", num_warps=2):
+            assert configurations.configuration("attention_delta", w, 300, 64) == {"BLOCK_M": 128, "num_warps": 2}
+        assert configurations.configuration("attention_delta", w, 300, 64)["num_warps"] == 4
+    with pytest.raises(ValueError, match="unknown kernel 'attention'"), configurations.override("attention"):
+        pass
+
+
+def test_every_accepted_shape_has_a_configuration():
+    for dtype in launch.DTYPES:
+        for kernel in ("attention_forward", "attention_delta", "attention_backward"):
+            for rows in (1, 64, 65, 512, 100_000):
+                for width in range(8, 257):
+                    operand = torch.empty(0, dtype=dtype)
+                    assert configurations.configuration(kernel, operand, rows, width)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from crate_kernels.analysis import coding_rate, sparsity, subspace_coding_rate
+from crate_kernels.analysis import coding_rate, effective_rank, sparsity, subspace_coding_rate, subspace_coherence
 
 
 def normal(*shape, dtype=torch.float64):
@@ -63,9 +63,40 @@ def test_sparsity_is_the_non_zero_fraction_per_sample():
         (lambda: coding_rate(torch.ones(3)), r"z: expected a floating tensor \(\.\.\., N, d\), got \(3,\)"),
         (lambda: coding_rate(torch.ones(3, 3), eps=0), "eps: expected a positive number, got 0"),
         (lambda: subspace_coding_rate(torch.ones(3, 3)), r"w: expected a floating tensor \(B, H, N, p\)"),
+        (lambda: effective_rank(torch.ones(3)), r"z: expected a floating tensor \(\.\.\., N, d\), got \(3,\)"),
+        (lambda: subspace_coherence(torch.ones(3), 1), r"weight: expected a floating tensor \(H·p, d\)"),
+        (lambda: subspace_coherence(torch.ones(6, 4), 4), "heads: 4 heads do not split weight"),
         (lambda: sparsity(torch.ones(3)), r"z: expected a tensor \(B, \.\.\.\)"),
     ],
 )
 def test_bad_input(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_effective_rank():
+    basis = torch.linalg.qr(normal(9, 5)).Q.T  # five orthonormal rows of width 9
+    torch.testing.assert_close(effective_rank(basis), torch.tensor(5.0, dtype=torch.float64))
+    line = normal(7, 1) * basis[0]
+    torch.testing.assert_close(effective_rank(line), torch.tensor(1.0, dtype=torch.float64), atol=1e-5, rtol=0)
+    z = normal(2, 20, 6)
+    singular = torch.linalg.svdvals(z)
+    share = singular / singular.sum(-1, keepdim=True)
+    torch.testing.assert_close(effective_rank(z), (-(share * share.log()).sum(-1)).exp())
+    torch.testing.assert_close(effective_rank(z.mT), effective_rank(z))
+    assert effective_rank(torch.zeros(3, 4)) == 1
+
+
+def test_subspace_coherence():
+    basis = torch.linalg.qr(normal(12, 12)).Q
+    # Heads of width 4: two orthogonal ones, and a third that shares two directions with the first, in another basis.
+    mixed = normal(4, 4) @ torch.cat([basis[:2], basis[8:10]])
+    coherence = subspace_coherence(torch.cat([basis[:4], 5 * basis[4:8], mixed]), 3)
+    expected = torch.tensor([[1, 0, 0.5], [0, 1, 0], [0.5, 0, 1]], dtype=torch.float64)
+    torch.testing.assert_close(coherence, expected)
+
+
+def test_random_subspaces_have_the_coherence_of_chance():
+    coherence = subspace_coherence(normal(4 * 16, 128), 4)
+    others = coherence[~torch.eye(4, dtype=torch.bool)]
+    assert others.mean().item() == pytest.approx(16 / 128, rel=0.15)

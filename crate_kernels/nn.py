@@ -20,6 +20,10 @@ class MSSA(nn.Module):
         dropout: after the attention map and after the output projection, in training.
         causal: token i sees only tokens j <= i.
         output_bias: whether the output projection has a bias. With one head of width d there is no output projection.
+        scale: factor of the scores, ``dim_head ** -0.5`` if None; the papers' equations have 1.
+        tied_output: ``W_out = Uᵀ``, the papers' literal equation 11: no parameters beside U.
+        qk_norm: RMSNorm with a learned gain per channel of a head, before the scores; the values stay as they are.
+        rotary: base of rotary position embeddings of the scores' operand (10000 is usual); None for none.
     """
 
     def __init__(
@@ -31,41 +35,139 @@ class MSSA(nn.Module):
         dropout: float = 0.0,
         causal: bool = False,
         output_bias: bool = True,
+        scale: float | None = None,
+        tied_output: bool = False,
+        qk_norm: bool = False,
+        rotary: float | None = None,
     ):
         super().__init__()
         if dim_head is None:
             if dim % heads:
                 raise ValueError(f"heads: {heads} does not divide dim = {dim}; give dim_head")
             dim_head = dim // heads
+        if rotary is not None and dim_head % 2:
+            raise ValueError(f"rotary: turns pairs of channels, so dim_head must be even; got {dim_head}")
         self.heads = heads
-        self.scale = dim_head**-0.5
+        self.scale = dim_head**-0.5 if scale is None else scale
         self.causal = causal
         self.dropout = dropout
+        self.rotary = rotary
         self.projection = nn.Linear(dim, heads * dim_head, bias=False)
-        identity = heads == 1 and dim_head == dim
-        self.output = nn.Identity() if identity else nn.Linear(heads * dim_head, dim, bias=output_bias)
+        if tied_output:
+            self.output = TransposedProjection(self.projection)
+        elif heads == 1 and dim_head == dim:
+            self.output = nn.Identity()
+        else:
+            self.output = nn.Linear(heads * dim_head, dim, bias=output_bias)
+        self.qk_norm = nn.RMSNorm(dim_head) if qk_norm else None
 
     def extra_repr(self) -> str:
-        return f"heads={self.heads}, scale={self.scale:.4g}, causal={self.causal}, dropout={self.dropout}"
+        rotary = "" if self.rotary is None else f", rotary={self.rotary}"
+        return f"heads={self.heads}, scale={self.scale:.4g}, causal={self.causal}, dropout={self.dropout}{rotary}"
+
+    @property
+    def one_operand(self) -> bool:
+        """Whether the projected tokens themselves are query, key and value."""
+        return self.qk_norm is None and self.rotary is None
 
     def project(self, x: Tensor) -> Tensor:
         """The tokens in every head's subspace: ``x (B, N, d)`` -> ``w (B, N, H, p)``."""
         return self.projection(x).unflatten(-1, (self.heads, -1))
 
-    def attention(self, x: Tensor, lengths: Tensor | None = None) -> Tensor:
-        """The attention maps ``softmax(scale · w wᵀ)``, written out: ``x (B, N, d)`` -> ``(B, H, N, N)``."""
-        return ops.attention_maps(self.project(x), self.scale, self.causal, lengths)
+    def directions(self, w: Tensor, positions: Tensor | None = None) -> Tensor:
+        """What the scores are made of: ``w (B, N, H, p)``, normalised and rotated where that is asked for."""
+        if self.qk_norm is not None:
+            w = self.qk_norm(w.to(self.qk_norm.weight.dtype)).to(w.dtype)
+        return w if self.rotary is None else rotate(w, positions, self.rotary)
 
-    def forward(self, x: Tensor, lengths: Tensor | None = None) -> Tensor:
-        """``x (B, N, d)`` -> ``(B, N, d)``; ``lengths (B,)`` hides padded tokens."""
+    def attention(self, x: Tensor, lengths: Tensor | None = None, positions: Tensor | None = None) -> Tensor:
+        """The attention maps ``softmax(scale · w wᵀ)``, written out: ``x (B, N, d)`` -> ``(B, H, N, N)``."""
+        return ops.attention_maps(self.directions(self.project(x), positions), self.scale, self.causal, lengths)
+
+    def forward(
+        self,
+        x: Tensor,
+        lengths: Tensor | None = None,
+        *,
+        context: Tensor | None = None,
+        positions: Tensor | None = None,
+    ) -> Tensor:
+        """``x (B, N, d)`` -> ``(B, N, d)``, or a feature map ``(B, d, rows, columns)`` -> the same.
+
+        Args:
+            lengths: ``(B,)``, hides padded tokens (of ``context`` where that is given).
+            context: ``(B, M, d)`` or a feature map. Cross-attention: the tokens of ``x`` are queries only, keys and
+                values are the tokens of ``context``: ``softmax(scale · w_x w_cᵀ) w_c``, both projected by the same U.
+                One tensor then still serves as key and value. Neither causal nor rotary.
+            positions: ``(N,)`` or ``(B, N)``, for rotary embeddings; 0 to N - 1 if None.
+        """
+        if x.dim() == 4:
+            return _as_map(self.forward(_as_tokens(x), lengths, context=context, positions=positions), x)
         w = self.project(x)
-        if self.training and self.dropout:
-            maps = ops.attention_maps(w, self.scale, self.causal, lengths)
+        if context is not None:
+            o = self._cross(w, _as_tokens(context) if context.dim() == 4 else context, lengths)
+        elif self.training and self.dropout:
+            maps = ops.attention_maps(self.directions(w, positions), self.scale, self.causal, lengths)
             maps = nn.functional.dropout(maps, self.dropout)
             o = (maps @ w.transpose(1, 2)).transpose(1, 2)
-        else:
+        elif self.one_operand:
             o = ops.subspace_attention(w, scale=self.scale, causal=self.causal, lengths=lengths)
+        else:
+            directions = self.directions(w, positions)
+            o = ops.subspace_attention(directions, w, scale=self.scale, causal=self.causal, lengths=lengths)
         return nn.functional.dropout(self.output(o.flatten(2)), self.dropout, self.training)
+
+    def _cross(self, w: Tensor, context: Tensor, lengths: Tensor | None) -> Tensor:
+        if self.causal or self.rotary is not None:
+            raise ValueError("context: queries and context have no common order; build with causal=False, rotary=None")
+        values = self.project(context)
+        visible = None
+        if lengths is not None:
+            index = torch.arange(values.shape[1], device=values.device)
+            visible = (index < lengths[:, None])[:, None, None]
+        return nn.functional.scaled_dot_product_attention(
+            self.directions(w).transpose(1, 2),
+            self.directions(values).transpose(1, 2),
+            values.transpose(1, 2),
+            attn_mask=visible,
+            dropout_p=self.dropout if self.training else 0.0,
+            scale=self.scale,
+        ).transpose(1, 2)
+
+
+class TransposedProjection(nn.Module):
+    """``o (..., H·p)`` -> ``(..., d)`` by another Linear's weight the other way round: no parameter of its own."""
+
+    def __init__(self, projection: nn.Linear):
+        super().__init__()
+        self._projection = (projection,)  # in a tuple, so that its weight keeps one name in the state dict
+
+    @property
+    def weight(self) -> Tensor:
+        """``(d, H·p)``, as a Linear's."""
+        return self._projection[0].weight.T
+
+    bias = None
+
+    def forward(self, o: Tensor) -> Tensor:
+        return nn.functional.linear(o, self.weight)
+
+
+def rotate(w: Tensor, positions: Tensor | None = None, base: float = 10000.0) -> Tensor:
+    """Rotary position embedding (arXiv 2104.09864): channels ``(i, i + p/2)`` turn by ``position · base^(−2i/p)``.
+
+    ``w (B, N, H, p)`` with p even, ``positions (N,)`` or ``(B, N)``, 0 to N - 1 if None -> ``(B, N, H, p)`` in the
+    dtype of ``w``; the angles are float32, or float64 beside float64.
+    """
+    half = w.shape[-1] // 2
+    dtype = torch.float64 if w.dtype == torch.float64 else torch.float32
+    if positions is None:
+        positions = torch.arange(w.shape[1], device=w.device)
+    frequencies = base ** (-torch.arange(half, device=w.device, dtype=dtype) / half)
+    angles = (positions.to(dtype)[..., None] * frequencies)[..., None, :]  # (N, 1, p/2) or (B, N, 1, p/2)
+    cos, sin = angles.cos(), angles.sin()
+    a, b = w.to(dtype).chunk(2, dim=-1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(w.dtype)
 
 
 class ISTA(nn.Module):
@@ -77,12 +179,14 @@ class ISTA(nn.Module):
     Args:
         dim: d; ``weight`` is ``(d, d)``, kaiming-uniform.
         step_size, lambd: see :func:`crate_kernels.ops.ista_step`.
+        learnable: ``"scalar"`` or ``"channel"`` makes parameters of both, ``()`` or ``(d,)``, that start at the given
+            values. The operators take numbers, so the step then runs in stock torch: the same products, with a few
+            more elementwise passes.
     """
 
-    def __init__(self, dim: int, *, step_size: float = 0.1, lambd: float = 0.1):
+    def __init__(self, dim: int, *, step_size: float = 0.1, lambd: float = 0.1, learnable: str | None = None):
         super().__init__()
-        self.step_size = step_size
-        self.lambd = lambd
+        self.step_size, self.lambd = _step_parameters(step_size, lambd, learnable, dim)
         self.weight = nn.Parameter(torch.empty(dim, dim))
         self.keep_folded = False
         self._folded: tuple[tuple, Tensor, Tensor] | None = None
@@ -92,7 +196,7 @@ class ISTA(nn.Module):
         nn.init.kaiming_uniform_(self.weight)
 
     def extra_repr(self) -> str:
-        return f"dim={self.weight.shape[0]}, step_size={self.step_size}, lambd={self.lambd}"
+        return f"dim={self.weight.shape[0]}, {_step_repr(self)}"
 
     def __getstate__(self):
         # A copy's weight lies elsewhere: the kept matrix would not be its own.
@@ -117,20 +221,35 @@ class ISTA(nn.Module):
                 self._folded = (state, ops.fold(weight), weight.detach())
         return self._folded[1]
 
+    @property
+    def learns_step(self) -> bool:
+        """Whether step size and threshold are parameters."""
+        return isinstance(self.step_size, Tensor)
+
     def forward(self, x: Tensor) -> Tensor:
         """``x (..., d)`` -> ``(..., d)``."""
+        if self.learns_step:
+            weight, shifted = self.weight, x - self.step_size * self.lambd
+            # As in the operator: fold the dictionary where that is less work. A compiled graph does so at any size.
+            if torch.compiler.is_compiling() or x.numel() >= weight.numel():
+                return torch.relu(shifted + self.step_size * (x @ (weight - weight.T @ weight)))
+            return torch.relu(shifted + self.step_size * ((x - x @ weight.T) @ weight))
         return ops.ista_step(x, self.weight, step_size=self.step_size, lambd=self.lambd, folded=self.folded())
 
 
 class CrateBlock(nn.Module):
     """One CRATE layer: ``z' = z + MSSA(LN z)`` compresses the tokens, ``z" = ISTA(LN z')`` sparsifies them.
 
-    Both halves run as fused operators; with dropout in training the attention half runs as modules.
+    Both halves run as fused operators; with dropout in training, and with options that the operators do not know, they
+    run as modules.
 
     Args:
         dim, heads, dim_head, dropout, causal, output_bias: see :class:`MSSA`.
-        step_size, lambd: see :class:`ISTA`.
+        step_size, lambd, learnable: see :class:`ISTA`.
         eps: of both LayerNorms.
+        mssa_step_size, shrink: ``z' = (1 − shrink)·z + mssa_step_size·MSSA(LN z)``. The paper's literal gradient step
+            on the coding rate has ``κ·p/(N·ε²)`` for both (arXiv 2306.01129); its code has 1 and 0.
+        mssa_options: ``scale``, ``tied_output``, ``qk_norm``, ``rotary``; see :class:`MSSA`.
     """
 
     def __init__(
@@ -145,20 +264,34 @@ class CrateBlock(nn.Module):
         step_size: float = 0.1,
         lambd: float = 0.1,
         eps: float = 1e-5,
+        learnable: str | None = None,
+        mssa_step_size: float = 1.0,
+        shrink: float = 0.0,
+        **mssa_options,
     ):
         super().__init__()
+        self.mssa_step_size = mssa_step_size
+        self.shrink = shrink
+        mssa_options |= dict(dropout=dropout, causal=causal, output_bias=output_bias)
         self.mssa_norm = nn.LayerNorm(dim, eps=eps)
-        self.mssa = MSSA(dim, heads, dim_head, dropout=dropout, causal=causal, output_bias=output_bias)
+        self.mssa = MSSA(dim, heads, dim_head, **mssa_options)
         self.ista_norm = nn.LayerNorm(dim, eps=eps)
-        self.ista = ISTA(dim, step_size=step_size, lambd=lambd)
+        self.ista = ISTA(dim, step_size=step_size, lambd=lambd, learnable=learnable)
+
+    def extra_repr(self) -> str:
+        steps = f"mssa_step_size={self.mssa_step_size}, shrink={self.shrink}"
+        return "" if (self.mssa_step_size, self.shrink) == (1, 0) else steps
 
     def compress(self, z: Tensor, lengths: Tensor | None = None) -> Tensor:
         """The first half-step: ``z + MSSA(LN z)``; ``z (B, N, d)``."""
-        return mssa_half_step(self.mssa_norm, self.mssa, z, lengths)
+        out = mssa_half_step(self.mssa_norm, self.mssa, z, lengths, self.mssa_step_size)
+        return out - self.shrink * z if self.shrink else out
 
     def sparsify(self, z: Tensor) -> Tensor:
         """The second half-step: ``ISTA(LN z)``; ``z (B, N, d)``."""
         norm, ista = self.ista_norm, self.ista
+        if ista.learns_step:
+            return ista(norm(z))
         return ops.ista_block(
             z,
             norm.weight,
@@ -171,7 +304,12 @@ class CrateBlock(nn.Module):
         )
 
     def forward(self, z: Tensor, lengths: Tensor | None = None) -> Tensor:
-        """``z (B, N, d)`` -> ``(B, N, d)``; ``lengths (B,)`` hides padded tokens from the attention."""
+        """``z (B, N, d)`` -> ``(B, N, d)``; ``lengths (B,)`` hides padded tokens from the attention.
+
+        A feature map ``(B, d, rows, columns)`` is taken as its tokens and given back as a map.
+        """
+        if z.dim() == 4:
+            return _as_map(self.forward(_as_tokens(z), lengths), z)
         return self.sparsify(self.compress(z, lengths))
 
 
@@ -183,26 +321,41 @@ class OvercompleteISTA(nn.Module):
         expansion: the dictionary ``D`` is ``(d, expansion·d)``.
         tied: decode with ``D`` itself; otherwise with a second dictionary ``D1`` of the same shape.
         step_size, lambd: see :func:`crate_kernels.ops.overcomplete_ista`.
+        learnable: as for :class:`ISTA`; ``"channel"`` gives every atom of the dictionary its own.
     """
 
-    def __init__(self, dim: int, *, expansion: int = 4, tied: bool = True, step_size: float = 0.1, lambd: float = 0.1):
+    def __init__(
+        self,
+        dim: int,
+        *,
+        expansion: int = 4,
+        tied: bool = True,
+        step_size: float = 0.1,
+        lambd: float = 0.1,
+        learnable: str | None = None,
+    ):
         super().__init__()
-        self.step_size = step_size
-        self.lambd = lambd
+        self.step_size, self.lambd = _step_parameters(step_size, lambd, learnable, expansion * dim)
         self.D = nn.Parameter(torch.empty(dim, expansion * dim))
         self.D1 = None if tied else nn.Parameter(torch.empty(dim, expansion * dim))
         self.reset_parameters()
 
     def reset_parameters(self):
-        for dictionary in self.parameters():
-            nn.init.kaiming_uniform_(dictionary)
+        for dictionary in (self.D, self.D1):
+            if dictionary is not None:
+                nn.init.kaiming_uniform_(dictionary)
 
     def extra_repr(self) -> str:
         shape = tuple(self.D.shape)
-        return f"D={shape}, tied={self.D1 is None}, step_size={self.step_size}, lambd={self.lambd}"
+        return f"D={shape}, tied={self.D1 is None}, {_step_repr(self)}"
 
     def forward(self, x: Tensor) -> Tensor:
         """``x (..., d)`` -> ``(..., d)``."""
+        if isinstance(self.step_size, Tensor):
+            threshold = self.step_size * self.lambd
+            codes = torch.relu(self.step_size * (x @ self.D) - threshold)
+            codes = torch.relu(codes - self.step_size * ((codes @ self.D.T - x) @ self.D) - threshold)
+            return codes @ (self.D if self.D1 is None else self.D1).T
         return ops.overcomplete_ista(x, self.D, self.D1, step_size=self.step_size, lambd=self.lambd)
 
 
@@ -230,8 +383,8 @@ class OvercompleteCrateBlock(CrateBlock):
         **options,
     ):
         super().__init__(dim, heads, dim_head, **options)
-        step_size, lambd = self.ista.step_size, self.ista.lambd
-        self.ista = OvercompleteISTA(dim, expansion=expansion, tied=tied, step_size=step_size, lambd=lambd)
+        steps = {name: options[name] for name in ("step_size", "lambd", "learnable") if name in options}
+        self.ista = OvercompleteISTA(dim, expansion=expansion, tied=tied, **steps)
         self.residual = residual
 
     def sparsify(self, z: Tensor) -> Tensor:
@@ -265,7 +418,9 @@ class CrateDecoderBlock(nn.Module):
         self.mssa = MSSA(dim, heads, dim_head, dropout=dropout, output_bias=output_bias)
 
     def forward(self, z: Tensor, lengths: Tensor | None = None) -> Tensor:
-        """``z (B, N, d)`` -> ``(B, N, d)``."""
+        """``z (B, N, d)`` -> ``(B, N, d)``, or a feature map ``(B, d, rows, columns)`` -> the same."""
+        if z.dim() == 4:
+            return _as_map(self.forward(_as_tokens(z), lengths), z)
         y = self.dictionary(self.dictionary_norm(z))
         return mssa_half_step(self.mssa_norm, self.mssa, y, lengths, step_size=-1.0)
 
@@ -273,10 +428,10 @@ class CrateDecoderBlock(nn.Module):
 def mssa_half_step(
     norm: nn.LayerNorm, mssa: MSSA, z: Tensor, lengths: Tensor | None = None, step_size: float = 1.0
 ) -> Tensor:
-    """``z + step_size·MSSA(LN z)``: fused, or as modules where dropout acts; ``z (B, N, d)``."""
-    if mssa.training and mssa.dropout:
+    """``z + step_size·MSSA(LN z)``: fused, or as modules where dropout acts or an option asks; ``z (B, N, d)``."""
+    if (mssa.training and mssa.dropout) or not mssa.one_operand:
         return z + step_size * mssa(norm(z), lengths)
-    linear = isinstance(mssa.output, nn.Linear)
+    linear = not isinstance(mssa.output, nn.Identity)
     return ops.mssa_block(
         z,
         norm.weight,
@@ -291,6 +446,30 @@ def mssa_half_step(
         step_size=step_size,
         eps=norm.eps,
     )
+
+
+def _step_parameters(step_size: float, lambd: float, learnable: str | None, width: int):
+    if learnable is None:
+        return step_size, lambd
+    if learnable not in ("scalar", "channel"):
+        raise ValueError(f"learnable: expected None, 'scalar' or 'channel', got {learnable!r}")
+    shape = () if learnable == "scalar" else (width,)
+    return nn.Parameter(torch.full(shape, step_size)), nn.Parameter(torch.full(shape, lambd))
+
+
+def _step_repr(module: ISTA | OvercompleteISTA) -> str:
+    return ", ".join(
+        f"{name}={f'learned {tuple(value.shape)}' if isinstance(value, Tensor) else value}"
+        for name, value in (("step_size", module.step_size), ("lambd", module.lambd))
+    )
+
+
+def _as_tokens(feature_map: Tensor) -> Tensor:
+    return feature_map.flatten(2).transpose(1, 2)
+
+
+def _as_map(tokens: Tensor, like: Tensor) -> Tensor:
+    return tokens.transpose(1, 2).unflatten(2, like.shape[2:])
 
 
 def prepare_for_inference(model: nn.Module) -> nn.Module:

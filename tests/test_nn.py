@@ -14,7 +14,10 @@ from crate_kernels.nn import (
     CrateDecoderBlock,
     OvercompleteCrateBlock,
     OvercompleteISTA,
+    TransposedProjection,
+    mssa_half_step,
     prepare_for_inference,
+    rotate,
 )
 
 F = nn.functional
@@ -39,9 +42,26 @@ def hide(scores, causal, lengths):
 
 def mssa(m, x, lengths=None):
     w = F.linear(x, m.projection.weight).unflatten(-1, (m.heads, -1)).transpose(1, 2)
-    o = hide(m.scale * w @ w.mT, m.causal, lengths).softmax(-1) @ w
+    q = directions(m, w)
+    o = hide(m.scale * q @ q.mT, m.causal, lengths).softmax(-1) @ w
     o = o.transpose(1, 2).flatten(2)
+    if isinstance(m.output, TransposedProjection):
+        return o @ m.projection.weight
     return F.linear(o, m.output.weight, m.output.bias) if isinstance(m.output, nn.Linear) else o
+
+
+def directions(m, w):
+    """Query and key ``(B, H, N, p)``: w itself, or normalised, then rotated as complex numbers."""
+    if m.qk_norm is not None:
+        eps = torch.finfo(w.dtype).eps
+        w = w * (w.square().mean(-1, keepdim=True) + eps).rsqrt() * m.qk_norm.weight
+    if m.rotary is not None:
+        half = w.shape[-1] // 2
+        position = torch.arange(w.shape[2], dtype=w.dtype)[:, None]
+        angle = position * m.rotary ** (-torch.arange(half, dtype=w.dtype) / half)
+        turned = torch.complex(w[..., :half], w[..., half:]) * torch.polar(torch.ones_like(angle), angle)
+        w = torch.cat([turned.real, turned.imag], -1)
+    return w
 
 
 def ista(m, x):
@@ -57,7 +77,7 @@ def overcomplete(m, x):
 
 
 def crate_block(m, z, lengths=None):
-    z = z + mssa(m.mssa, norm(m.mssa_norm, z), lengths)
+    z = (1 - m.shrink) * z + m.mssa_step_size * mssa(m.mssa, norm(m.mssa_norm, z), lengths)
     return ista(m.ista, norm(m.ista_norm, z))
 
 
@@ -107,9 +127,16 @@ def agree(module, literal, *inputs, **arguments):
 ATTENTION = [
     dict(dim=12, heads=3, dim_head=4),
     dict(dim=12, heads=2, dim_head=5),
-    dict(dim=8, heads=1, dim_head=8),
+    dict(dim=12, heads=1, dim_head=12),
     dict(dim=12, heads=3, dim_head=None, causal=True),
     dict(dim=12, heads=3, dim_head=4, output_bias=False),
+]
+VARIANTS = [
+    dict(tied_output=True),
+    dict(scale=1.0, tied_output=True, causal=True),
+    dict(qk_norm=True),
+    dict(rotary=100.0, causal=True),
+    dict(rotary=10000.0, qk_norm=True, tied_output=True),
 ]
 MODULES = [
     *[pytest.param(lambda o=o: MSSA(**o), mssa, id=f"mssa-{i}") for i, o in enumerate(ATTENTION)],
@@ -122,12 +149,16 @@ MODULES = [
     pytest.param(lambda: OvercompleteCrateBlock(12, 3, 4, tied=True, residual=False, causal=True),
                  overcomplete_block, id="lm-block"),
     pytest.param(lambda: CrateDecoderBlock(12, 3, 4, eps=1e-6), decoder_block, id="decoder-block"),
+    *[pytest.param(lambda o=o: MSSA(12, 3, 4, **o), mssa, id="mssa-" + "-".join(o)) for o in VARIANTS],
+    *[pytest.param(lambda o=o: CrateBlock(12, 3, 4, **o), crate_block, id="block-" + "-".join(o)) for o in VARIANTS],
+    pytest.param(lambda: CrateBlock(12, 3, 4, mssa_step_size=0.3, shrink=0.3), crate_block, id="block-literal-step"),
+    pytest.param(lambda: CrateBlock(12, 3, 4, learnable="channel"), crate_block, id="block-learnable"),
+    *[pytest.param(lambda o=o: ISTA(12, lambd=0.3, learnable=o), ista, id=f"ista-{o}") for o in ("scalar", "channel")],
+    *[pytest.param(lambda o=o: OvercompleteISTA(12, expansion=2, learnable=o), overcomplete, id=f"tied-{o}")
+      for o in ("scalar", "channel")],
+    pytest.param(lambda: OvercompleteCrateBlock(12, 3, 4, learnable="channel", tied_output=True),
+                 overcomplete_block, id="alpha-learnable"),
 ]  # fmt: skip
-
-
-def width(module):
-    return next(m.in_features if isinstance(m, nn.Linear) else m.weight.shape[-1] if isinstance(m, ISTA)
-                else m.D.shape[0] for m in module.modules() if isinstance(m, nn.Linear | ISTA | OvercompleteISTA))  # fmt: skip
 
 
 @pytest.mark.parametrize("tokens", [1, 7, 16])
@@ -135,7 +166,7 @@ def width(module):
 def test_values_and_gradients(build, literal, tokens):
     torch.manual_seed(0)
     module = double(build())
-    agree(module, literal, torch.randn(2, tokens, width(module), dtype=torch.float64))
+    agree(module, literal, torch.randn(2, tokens, 12, dtype=torch.float64))
 
 
 @pytest.mark.parametrize("causal", [False, True])
@@ -179,6 +210,119 @@ def test_attention_maps_are_those_of_the_output():
     torch.testing.assert_close(module.output(o), module(x, lengths))
 
 
+# -- variants ------------------------------------------------------------------------------------------------------
+
+
+def test_defaults_have_the_parameters_they_had():
+    assert list(CrateBlock(12, 3, 4).state_dict()) == [
+        "mssa_norm.weight", "mssa_norm.bias", "mssa.projection.weight", "mssa.output.weight", "mssa.output.bias",
+        "ista_norm.weight", "ista_norm.bias", "ista.weight",
+    ]  # fmt: skip
+
+
+def test_tied_output_follows_its_projection():
+    module = double(MSSA(12, 3, 4, tied_output=True))
+    assert list(module.state_dict()) == ["projection.weight"]
+    x = torch.randn(2, 5, 12, dtype=torch.float64)
+    other = copy.deepcopy(module)
+    with torch.no_grad():
+        other.projection.weight.mul_(1.5)
+    torch.testing.assert_close(other(x), mssa(other, x))
+    assert not torch.allclose(other(x), module(x))
+    other.load_state_dict(module.state_dict(), assign=True)
+    assert torch.equal(other(x), module(x))
+
+
+def test_rotation_depends_on_distances_alone():
+    w = torch.randn(2, 6, 3, 8, dtype=torch.float64)
+    assert torch.equal(rotate(w)[:, 0], w[:, 0])
+    torch.testing.assert_close(rotate(w).norm(dim=-1), w.norm(dim=-1))
+    near, far = (rotate(w, torch.arange(6) + shift).transpose(1, 2) for shift in (0, 100))
+    torch.testing.assert_close(near @ near.mT, far @ far.mT)
+    per_sequence = torch.stack([torch.arange(6), torch.arange(6) + 3])
+    torch.testing.assert_close(rotate(w, per_sequence)[1], rotate(w, torch.arange(6) + 3)[1])
+    module = double(MSSA(12, 3, 4, rotary=100.0, causal=True))
+    x = torch.randn(2, 5, 12, dtype=torch.float64)
+    torch.testing.assert_close(module(x, positions=torch.arange(5) + 7), module(x))
+    assert not torch.allclose(module(x, positions=2 * torch.arange(5)), module(x))
+    with pytest.raises(ValueError, match="even"):
+        MSSA(12, 3, 5, rotary=100.0)
+
+
+@pytest.mark.parametrize("options", [{}, dict(qk_norm=True, tied_output=True)])
+@pytest.mark.parametrize("lengths", [None, torch.tensor([9, 4])])
+def test_cross_attention(options, lengths):
+    def literal(m, x, context):
+        w, c = (m.project(t).transpose(1, 2) for t in (x, context))
+        scores = m.scale * directions(m, w) @ directions(m, c).mT
+        if lengths is not None:
+            scores = scores.masked_fill((torch.arange(9) >= lengths[:, None])[:, None, None], -torch.inf)
+        return m.output((scores.softmax(-1) @ c).transpose(1, 2).flatten(2))
+
+    torch.manual_seed(0)
+    module = double(MSSA(12, 3, 4, **options))
+    x, context = torch.randn(2, 4, 12, dtype=torch.float64), torch.randn(2, 9, 12, dtype=torch.float64)
+    got = with_gradients(lambda x, c: module(x, lengths, context=c), module, x, context)
+    want = with_gradients(lambda x, c: literal(module, x, c), module, x, context)
+    for name in want:
+        torch.testing.assert_close(got[name], want[name], rtol=1e-10, atol=1e-10)
+    # Tokens that are their own context attend as they do without one.
+    torch.testing.assert_close(module(context, lengths, context=context), module(context, lengths))
+
+
+def test_cross_attention_has_no_order():
+    x = torch.randn(1, 4, 12)
+    for options in (dict(causal=True), dict(rotary=100.0)):
+        with pytest.raises(ValueError, match="context"):
+            MSSA(12, 3, 4, **options)(x, context=x)
+
+
+@pytest.mark.parametrize("build", [MSSA, CrateBlock, OvercompleteCrateBlock, CrateDecoderBlock])
+def test_feature_maps(build):
+    module = double(build(12, 3, 4))
+    x = torch.randn(2, 12, 3, 5, dtype=torch.float64)
+    tokens = x.reshape(2, 12, 15).transpose(1, 2)
+    assert module(x).shape == x.shape
+    torch.testing.assert_close(module(x), module(tokens).transpose(1, 2).reshape(x.shape))
+
+
+def test_feature_map_as_context():
+    module = double(MSSA(12, 3, 4))
+    queries, x = torch.randn(2, 4, 12, dtype=torch.float64), torch.randn(2, 12, 3, 5, dtype=torch.float64)
+    torch.testing.assert_close(module(queries, context=x), module(queries, context=x.flatten(2).transpose(1, 2)))
+
+
+@pytest.mark.parametrize("tokens", [3, 9])
+@pytest.mark.parametrize("build", [ISTA, OvercompleteISTA])
+@pytest.mark.parametrize("learnable", ["scalar", "channel"])
+def test_learnable_step_passes_gradcheck(build, learnable, tokens):
+    torch.manual_seed(0)
+    module = double(build(4, learnable=learnable))
+    x = torch.randn(tokens, 4, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x, *_: module(x), (x, *module.parameters()))
+
+
+def test_learnable_step_starts_as_the_fixed_one():
+    torch.manual_seed(0)
+    for build in (ISTA, OvercompleteISTA):
+        fixed = build(12, step_size=0.2, lambd=0.3)
+        for learnable in ("scalar", "channel"):
+            module = build(12, step_size=0.2, lambd=0.3, learnable=learnable)
+            module.load_state_dict(module.state_dict() | fixed.state_dict())
+            x = torch.randn(20, 12)
+            torch.testing.assert_close(module(x), fixed(x))
+    with pytest.raises(ValueError, match="learnable"):
+        ISTA(4, learnable="token")
+
+
+@pytest.mark.parametrize("fused", [{}, dict(tied_output=True)])
+def test_half_step_adds_to_the_tokens(fused):
+    module = double(CrateBlock(12, 3, 4, **fused))
+    z = torch.randn(2, 7, 12, dtype=torch.float64)
+    want = z - 0.4 * mssa(module.mssa, norm(module.mssa_norm, z))
+    torch.testing.assert_close(mssa_half_step(module.mssa_norm, module.mssa, z, step_size=-0.4), want)
+
+
 # -- dropout -------------------------------------------------------------------------------------------------------
 
 
@@ -213,7 +357,7 @@ def test_dropout_of_maps_and_of_the_output():
 @pytest.mark.parametrize(("build", "literal"), MODULES)
 def test_state_dict_round_trip(build, literal):
     first, second = build(), build()
-    x = torch.randn(2, 5, width(first))
+    x = torch.randn(2, 5, 12)
     assert not torch.equal(first(x), second(x))
     second.load_state_dict(first.state_dict())
     assert torch.equal(first(x), second(x))
@@ -230,18 +374,29 @@ def test_state_dict_round_trip(build, literal):
 def test_autocast(build, literal):
     torch.manual_seed(0)
     module = build()
-    x = torch.randn(2, 20, width(module), requires_grad=True)
+    x = torch.randn(2, 20, 12, requires_grad=True)
     full = module(x)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         out = module(x)
-    assert out.dtype == torch.bfloat16
+    learned = any(isinstance(getattr(m, "step_size", None), nn.Parameter) for m in module.modules())
+    # Learned steps run in stock torch, where autocast widens sums with a float32 operand.
+    assert out.dtype == torch.bfloat16 or learned
     torch.testing.assert_close(out.float(), full, rtol=0.1, atol=0.1)  # a handful of roundings of 2^-8 each
     out.float().sum().backward()
     assert x.grad.dtype == torch.float32
     assert all(p.grad.dtype == torch.float32 and p.grad.isfinite().all() for p in module.parameters())
 
 
-@pytest.mark.parametrize("build", [MSSA, CrateBlock, OvercompleteCrateBlock, CrateDecoderBlock])
+@pytest.mark.parametrize(
+    "build",
+    [
+        MSSA,
+        CrateBlock,
+        OvercompleteCrateBlock,
+        CrateDecoderBlock,
+        lambda *sizes: CrateBlock(*sizes, tied_output=True, rotary=100.0, qk_norm=True, learnable="channel"),
+    ],
+)
 def test_compiles_without_breaks_for_any_number_of_tokens(build):
     torch._dynamo.reset()
     module = build(12, 3, 4)

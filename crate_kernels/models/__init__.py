@@ -17,6 +17,7 @@ from .crate import CRATE_small as CRATE_small
 from .crate import CRATE_small_patch8 as CRATE_small_patch8
 from .crate import CRATE_tiny as CRATE_tiny
 from .crate import CRATE_tiny_patch8 as CRATE_tiny_patch8
+from .dino import CrateDINO as CrateDINO
 from .gpt import CrateGPT as CrateGPT
 from .gpt import CrateGPTConfig as CrateGPTConfig
 from .gpt import crate_gpt2 as crate_gpt2

@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable
 from functools import partial
 
-from . import alpha, bert, checkpoint, crate, gpt, mae
+from . import alpha, bert, checkpoint, crate, dino, gpt, mae
 from .base import CrateModel
 
 FACTORIES: dict[str, Callable[..., CrateModel]] = {
@@ -33,7 +33,8 @@ FACTORIES: dict[str, Callable[..., CrateModel]] = {
 """Name -> factory. Factories take any constructor argument of their class; vision's take ``num_classes`` first."""
 
 CLASSES: dict[str, type[CrateModel]] = {
-    cls.__name__: cls for cls in (crate.CRATE, alpha.CrateAlpha, mae.CrateMAE, gpt.CrateGPT, bert.CrateBert)
+    cls.__name__: cls
+    for cls in (crate.CRATE, alpha.CrateAlpha, mae.CrateMAE, dino.CrateDINO, gpt.CrateGPT, bert.CrateBert)
 }
 """Class name, as files record it -> class."""
 

@@ -18,7 +18,10 @@ def build_model(config: Config, data: ImageData) -> CrateModel:
     optional = dict(patch_size=config.patch_size, image_size=config.image_size, ista=config.step_size)
     options |= {name: value for name, value in optional.items() if value is not None}
     if config.model is not None:
-        model = create_model(config.model, **options)
+        try:
+            model = create_model(config.model, **options)
+        except TypeError as error:  # language models and autoencoders are registered, too
+            raise ValueError(f"{config.model} cannot be trained as an image classifier: {error}") from error
     else:
         options.setdefault("image_size", data.image_size or 224)
         sizes = dict(dim=config.dim, depth=config.depth, heads=config.heads, dim_head=config.dim // config.heads)

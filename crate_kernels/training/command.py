@@ -71,7 +71,13 @@ def run(args: argparse.Namespace) -> int:
         (output / "summary.json").unlink(missing_ok=True)
         with Report(trainer.total_steps) as report:
             report.line(describe(trainer))
-            trainer.fit(report)
+            try:
+                trainer.fit(report)
+            except KeyboardInterrupt:
+                report.line(
+                    f"continue with --resume; {output} holds the state of at most {settings.checkpoint_seconds:g} s ago"
+                )
+                raise
         finish(trainer, report, began)
     return 0
 

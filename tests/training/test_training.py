@@ -200,3 +200,17 @@ def test_backends_that_disagree_are_not_timed(learned, monkeypatch):
     monkeypatch.setattr(speed, "training_step", wrong)
     with pytest.raises(RuntimeError, match="the backends disagree on logits"):
         speed.against_reference(model, images, labels, "fp32")
+
+
+def test_a_model_that_is_no_classifier_is_refused(tmp_path, capsys):
+    assert main(["train", "--model", "crate_bert_base", "--output", str(tmp_path / "run")]) == 2
+    assert "crate_bert_base cannot be trained as an image classifier" in capsys.readouterr().err
+
+
+def test_an_interrupt_says_how_to_go_on(tmp_path, capsys, monkeypatch):
+    def interrupt(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("crate_kernels.training.loop.Trainer.train_step", interrupt)
+    assert main([*SMALL, "--output", str(tmp_path / "run")]) == 130
+    assert "continue with --resume" in capsys.readouterr().out

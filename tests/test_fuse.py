@@ -758,6 +758,33 @@ def test_compile(build):
     check({name.removeprefix("_orig_mod."): value for name, value in got.items()}, want)
 
 
+def test_compile_with_hooks():
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    model = double(Vision())
+    x = torch.randn(2, 9, 12, dtype=torch.float64)
+    model.transformer.layers[0][0].fn.qkv.register_forward_hook(lambda m, args, out: out * 0.5)
+    model.transformer.layers[1][1].fn.register_forward_hook(lambda m, args, out: out * 0.5)
+    want = model(x)
+    fuse(model)
+    torch.testing.assert_close(torch.compile(model, backend="aot_eager", fullgraph=True)(x), want)
+
+
+def test_second_derivatives_are_refused_until_unfused():
+    model = double(Vision())
+    x = torch.randn(2, 9, 12, dtype=torch.float64, requires_grad=True)
+
+    def second():
+        (gradient,) = torch.autograd.grad(model(x).square().sum(), x, create_graph=True)
+        gradient.sum().backward()
+
+    fuse(model)
+    with pytest.raises(RuntimeError, match="backward"):
+        second()
+    unfuse(model)
+    second()
+
+
 def test_data_parallel(tmp_path):
     dist = torch.distributed
     if not dist.is_available():

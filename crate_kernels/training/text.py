@@ -77,7 +77,7 @@ class TextConfig:
     checkpoint_seconds: float = option(30.0, "write the state this often", "output")
     log_steps: int = option(50, "steps between two records of the metrics log", "output")
     evaluate_steps: int = option(500, "steps between two looks at the validation text", "output")
-    prompt: str = option("", "what the sample at the end begins with", "output")
+    prompt: str = option("The ", "what the sample at the end begins with", "output")
     sample_tokens: int = option(400, "tokens of the sample at the end", "output")
     temperature: float = option(0.8, "of the sample at the end", "output")
     top_p: float = option(0.95, "of the sample at the end", "output")
@@ -190,11 +190,9 @@ class NextToken(Task):
 
     def sample(self, model: CrateGPT) -> Iterator[str]:
         s = self.settings
-        tokenizer = self.corpus.tokenizer
-        prompt = s.prompt or tokenizer.decode(self.corpus.validation[: s.context // 4].tolist())
-        yield prompt
+        yield s.prompt
         options = dict(temperature=s.temperature, top_p=s.top_p, seed=s.seed)
-        yield from stream_text(model, tokenizer, prompt, s.sample_tokens, **options)
+        yield from stream_text(model, self.corpus.tokenizer, s.prompt, s.sample_tokens, **options)
 
 
 class MaskedToken(Task):

@@ -1,0 +1,181 @@
+"""Masks out of attention: what a vision model separates without ever having seen a mask.
+
+All functions work on plain tensors, so that they serve any transformer; :func:`class_attention` and :func:`keys` read
+them out of this package's vision models.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from ..models.vision import VisionModel
+
+
+@torch.no_grad()
+def class_attention(model: VisionModel, images: Tensor, layer: int = -1) -> Tensor:
+    """How much the class token attends to each patch: ``images (B, C, H, W)`` -> ``(B, heads, rows, columns)``.
+
+    The first row of a layer's attention maps without its own entry, so each map sums to less than 1.
+    """
+    maps = model.get_attention(images, layer)[:, :, 0, 1:]
+    return maps.unflatten(-1, model.patch_embedding.grid(images))
+
+
+@torch.no_grad()
+def keys(model: VisionModel, images: Tensor, layer: int = -1) -> Tensor:
+    """A layer's projected patches, all heads side by side: ``images (B, C, H, W)`` -> ``(B, N, heads·p)``.
+
+    CRATE has one projection for query, key and value; what MaskCut calls keys is this.
+    """
+    layers = range(len(model.blocks))
+    if layer not in (*layers, *(i - len(model.blocks) for i in layers)):
+        raise ValueError(f"layer: expected one of {-len(model.blocks)}..{len(model.blocks) - 1}, got {layer}")
+    tokens = model.embed(images)
+    for block in model.blocks[:layer]:
+        tokens = block(tokens)
+    block = model.blocks[layer]
+    return block.mssa.project(block.mssa_norm(tokens)).flatten(2)[:, 1:]
+
+
+def attention_mask(attention: Tensor, mass: float = 0.6) -> Tensor:
+    """The fewest patches that together hold ``mass`` of each map: ``(..., rows, columns)`` -> bool, the same shape.
+
+    The thresholding of "Emerging Properties in Self-Supervised Vision Transformers" (arXiv 2104.14294, section 4.2.2).
+    """
+    if not 0 < mass < 1:
+        raise ValueError(f"mass: expected a share between 0 and 1, got {mass}")
+    flat = attention.flatten(-2)
+    values, order = flat.sort(dim=-1, descending=True)
+    share = values / values.sum(dim=-1, keepdim=True)
+    before = share.cumsum(dim=-1) - share  # what the larger patches hold already
+    return torch.zeros_like(flat, dtype=torch.bool).scatter(-1, order, before < mass).view_as(attention)
+
+
+def normalized_cut(affinity: Tensor) -> Tensor:
+    """The relaxed normalised cut of a graph: the second eigenvector of ``(D − W) x = μ D x``, ``D = diag(Σ_j W_ij)``.
+
+    Signs and values split the nodes in two ("Normalized cuts and image segmentation", Shi and Malik, 2000).
+
+    Args:
+        affinity: W ``(N, N)``, symmetric with positive row sums, N >= 2. Computed in float64.
+
+    Returns:
+        ``(N,)`` float64, of unknown sign.
+    """
+    if affinity.dim() != 2 or affinity.shape[0] != affinity.shape[1] or affinity.shape[0] < 2:
+        raise ValueError(f"affinity: expected shape (N, N) with N >= 2, got {tuple(affinity.shape)}")
+    affinity = affinity.double()
+    scale = affinity.sum(dim=1).rsqrt()
+    # With y = D^½ x an ordinary symmetric problem: the second smallest of I − M is the second largest of M.
+    vectors = torch.linalg.eigh(scale[:, None] * affinity * scale).eigenvectors
+    return scale * vectors[:, -2]
+
+
+def object_masks(
+    features: Tensor, grid: tuple[int, int], count: int = 3, threshold: float = 0.2, centre: bool = False
+) -> Tensor:
+    """Up to ``count`` objects, one normalised cut after the other, each without the patches found before.
+
+    MaskCut of "Cut and Learn for Unsupervised Object Detection and Instance Segmentation" (arXiv 2301.11320, section
+    3.1): patches whose features have a cosine of at least ``threshold`` belong together; of the two sides of a cut
+    the object is the one with the eigenvector's largest entry, or the other if that one holds three or more of the
+    image's corners; of the object only the connected part around its strongest patch is kept.
+
+    Args:
+        features: ``(N, d)``, of the patches row by row, N = rows·columns.
+        grid: (rows, columns).
+        count: the largest number of masks.
+        threshold: of the cosine, in -1..1.
+        centre: subtract the mean feature first; features with a common part have all cosines near 1.
+
+    Returns:
+        bool ``(found, rows, columns)``, disjoint; fewer than ``count`` when nothing is left to cut.
+    """
+    rows, columns = grid
+    if features.dim() != 2 or features.shape[0] != rows * columns:
+        raise ValueError(
+            f"features: expected shape ({rows * columns}, d) for a grid of {grid}, got {tuple(features.shape)}"
+        )
+    features = features.double()
+    unit = normalize(features - features.mean(dim=0) if centre else features, dim=-1)
+    affinity = (unit @ unit.T >= threshold).double().clamp_min(1e-5)
+    affinity.fill_diagonal_(1)
+    left = torch.ones(rows * columns, dtype=torch.bool, device=features.device)
+    masks = []
+    while len(masks) < count and left.sum() > 1:
+        vector = normalized_cut(affinity[left][:, left])
+        if vector.max() - vector.min() < 1e-12:
+            break  # one cluster: nothing to tell apart
+        # Patches found before lie on the average, on neither side's extreme.
+        whole = vector.mean().repeat(rows * columns)
+        whole[left] = vector
+        mask = _object_side(whole.view(rows, columns), left.view(rows, columns))
+        masks.append(mask)
+        left &= ~mask.flatten()
+    return torch.stack(masks) if masks else torch.zeros(0, rows, columns, dtype=torch.bool, device=features.device)
+
+
+def _object_side(vector: Tensor, left: Tensor) -> Tensor:
+    vector = vector - vector[left].mean()
+    if vector.flatten()[vector.abs().argmax()] < 0:
+        vector = -vector
+    corners = (vector > 0)[[0, 0, -1, -1], [0, -1, 0, -1]]
+    if corners.sum() >= 3:
+        vector = -vector
+    return connected_part((vector > 0) & left, int(vector.masked_fill(~left, -torch.inf).argmax()))
+
+
+def connected_part(mask: Tensor, seed: int) -> Tensor:
+    """The part of ``mask (rows, columns)`` that hangs together with the patch of flat index ``seed``, side by side."""
+    part = torch.zeros_like(mask)
+    part.view(-1)[seed] = True
+    while True:
+        grown = part.clone()
+        grown[1:] |= part[:-1]
+        grown[:-1] |= part[1:]
+        grown[:, 1:] |= part[:, :-1]
+        grown[:, :-1] |= part[:, 1:]
+        grown &= mask
+        if (grown | part).equal(part):
+            return part & mask
+        part = grown | part
+
+
+def principal_components(features: Sequence[Tensor], count: int = 3) -> list[Tensor]:
+    """The leading components of all images' patches in common axes, each scaled to 0..1, to look at as colours.
+
+    Args:
+        features: one ``(N_i, d)`` an image; images may differ in size.
+        count: how many components.
+
+    Returns:
+        One ``(N_i, count)`` an image, float32.
+    """
+    together = torch.cat(list(features)).double()
+    together = together - together.mean(dim=0)
+    if min(together.shape) < count:
+        raise ValueError(f"count: {tuple(together.shape)} features have no {count} components")
+    projected = together @ torch.linalg.svd(together, full_matrices=False).Vh[:count].T
+    # A few extreme patches would leave all others grey.
+    low, high = projected.quantile(0.01, dim=0), projected.quantile(0.99, dim=0)
+    scaled = ((projected - low) / (high - low).clamp_min(1e-12)).clamp(0, 1).float()
+    return list(scaled.split([len(f) for f in features]))
+
+
+def intersection_over_union(masks: Tensor, truth: Tensor) -> Tensor:
+    """``|A ∩ B| / |A ∪ B|`` of bool masks ``(..., H, W)`` -> ``(...)`` float32; 1 where both are empty."""
+    if masks.dtype != torch.bool or truth.dtype != torch.bool:
+        raise ValueError(f"masks and truth: expected bool, got {masks.dtype} and {truth.dtype}")
+    both = (masks & truth).flatten(-2).sum(-1)
+    either = (masks | truth).flatten(-2).sum(-1)
+    return torch.where(either > 0, both / either.clamp_min(1), 1.0)
+
+
+def enlarge(maps: Tensor, size: tuple[int, int]) -> Tensor:
+    """Maps on the patch grid ``(..., rows, columns)`` in pixels ``(..., height, width)``, bilinear, float32."""
+    flat = maps.float().reshape(-1, 1, *maps.shape[-2:])
+    return torch.nn.functional.interpolate(flat, size=size, mode="bilinear").view(*maps.shape[:-2], *size)

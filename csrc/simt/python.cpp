@@ -20,4 +20,6 @@ PYBIND11_MODULE(crate_simt, m) {
         .def_readonly("bank_conflicts", &simt::Counters::bank_conflicts);
     simt::bind_attention_forward(m);
     simt::bind_attention_backward(m);
+    simt::bind_layer_norm(m);
+    simt::bind_probes(m);
 }

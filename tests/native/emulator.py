@@ -9,6 +9,7 @@ import hashlib
 import importlib.machinery
 import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import sysconfig
@@ -22,7 +23,7 @@ from torch import Tensor
 ROOT = Path(__file__).parents[2]
 SOURCES = ROOT / "csrc"
 BUILD = ROOT / "build" / "simt"
-UNITS = ("machine", "python", "attention_forward", "attention_backward")
+UNITS = ("machine", "python", "probes", "layer_norm", "attention_forward", "attention_backward")
 SANITIZE = ("-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer")
 
 
@@ -39,22 +40,33 @@ def missing() -> str | None:
     return None
 
 
+def closure(source: Path, roots: tuple[Path, ...]) -> list[Path]:
+    """``source`` and every file of the project that it includes, directly or not."""
+    found, waiting = {}, [source]
+    while waiting:
+        file = waiting.pop()
+        if file in found:
+            continue
+        found[file] = None
+        for name in re.findall(r'^#include "([^"]+)"', file.read_text(), re.MULTILINE):
+            waiting += [root / name for root in roots if (root / name).exists()]
+    return sorted(found)
+
+
 def build(flags: tuple[str, ...] = ("-O2",), sources: Path = SOURCES) -> Path:
     """Compile ``sources/simt`` and return the path of the module."""
     import pybind11
 
     BUILD.mkdir(parents=True, exist_ok=True)
-    text = hashlib.sha256()
-    for header in sorted([*sources.glob("include/**/*.h"), *sources.glob("include/**/*.cuh"), *sources.glob("simt/*.h")]):
-        text.update(header.read_bytes())
     includes = [f"-I{d}" for d in (sources, sources / "include", pybind11.get_include(), sysconfig.get_path("include"))]
     options = ["-std=c++20", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-missing-field-initializers"]
     options += [*flags, "-Werror"]
 
     def compile_unit(unit: str) -> Path:
         source = sources / "simt" / f"{unit}.cpp"
-        key = text.copy()
-        key.update(source.read_bytes() + " ".join([compiler(), *options]).encode())
+        key = hashlib.sha256(" ".join([compiler(), *options]).encode())
+        for file in closure(source, (sources, sources / "include")):
+            key.update(file.read_bytes())
         out = BUILD / f"{unit}-{key.hexdigest()[:16]}.o"
         if not out.exists():
             partial = out.with_suffix(f".{os.getpid()}.o")

@@ -75,7 +75,7 @@ struct AttentionBackward {
 
     CRATE_DEVICE static void run(const Params& params) {
         const int batch = block_index() / params.heads;
-        const int length = params.lengths ? load_global(params.lengths + batch) : params.tokens;
+        const int length = length_of(params.lengths, batch, params.tokens);
         const RoundRobin meeting{block_threads() / kWarpSize, warp_index()};
         const SharedAddress w_rows = shared_base(), grad_rows = w_rows + rows_bytes(meeting.warps),
                             exchange = grad_rows + rows_bytes(meeting.warps),

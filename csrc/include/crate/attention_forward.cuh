@@ -97,7 +97,7 @@ struct AttentionForward {
 
     CRATE_DEVICE static void run(const Params& params) {
         const int batch = block_index() / params.heads;
-        const int length = params.lengths ? load_global(params.lengths + batch) : params.tokens;
+        const int length = length_of(params.lengths, batch, params.tokens);
         const RoundRobin meeting{block_threads() / kWarpSize, warp_index()};
         AttentionForward{params, meeting, meeting.warp * kBand, length, shared_base()}.head();
     }
@@ -214,7 +214,7 @@ struct AttentionForward {
     CRATE_DEVICE void accumulate(const uint32_t (&a)[kRowTiles][4], int key) {
         CRATE_UNROLL
         for (int r = 0; r < kRowTiles; ++r) {
-            const uint32_t ones = lane_index() / 4 % 2 == r ? pack<T>(1.0f, 1.0f) : 0;
+            const uint32_t ones = (lane_index() / 4 + r) % 2 ? 0 : pack<T>(1.0f, 1.0f);
             mma<T>(rounded, a[r], ones, ones);
         }
         CRATE_UNROLL
@@ -284,7 +284,6 @@ struct AttentionForward {
     }
 
     CRATE_DEVICE void compute_pair(float top, int key, int tile, int step, bool use, bool give) {
-        if (key >= params.tokens && !give) return;
         float c[kRowTiles][2][4];
         score(c, key);
         uint32_t a[kRowTiles][4];

@@ -55,6 +55,12 @@ CRATE_DEVICE void take_transposed(uint32_t (&a)[4], SharedAddress slot) {
     load_matrix_x4_transposed(a, slot + (matrix % 2 * 2 + matrix / 2) * 128 + lane % 8 * 16);
 }
 
+// How many keys a batch entry has; never more than there are tokens, whatever was asked for.
+CRATE_DEVICE int length_of(const int32_t* lengths, int batch, int tokens) {
+    const int length = lengths ? load_global(lengths + batch) : tokens;
+    return length < tokens ? length : tokens;
+}
+
 // Copies the rows [0, rows) of a matrix in global memory to shared memory and sets the rows [rows, padded) to zero.
 // The whole block takes part; the copies are one cp.async group, left for the caller to wait for.
 template <int kColumns, class T>

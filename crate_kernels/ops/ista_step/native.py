@@ -1,0 +1,61 @@
+"""One ISTA step through cuBLASLt: residual, threshold and ReLU ride in the epilogue of the folded product.
+
+Fewer rows than channels take the residual route, as in ``eager.py``. Matrices of weight gradients are kept in float32
+until they are whole.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ... import native
+from ...native import product
+from . import eager
+
+
+def why_not(x: Tensor, *_) -> str | None:
+    return native.why_not_columns(x, x.shape[1])
+
+
+def fold(weight: Tensor) -> Tensor:
+    """``M = W − Wᵀ W``."""
+    return product(weight.T, weight, weight, alpha=-1)
+
+
+def forward(x: Tensor, weight: Tensor, folded: Tensor | None, step_size: float, lambd: float) -> Tensor:
+    """``x (n, d)``, ``weight (d, d)``, ``folded`` = ``fold(weight)`` if known -> ``(n, d)``."""
+    if x.shape[0] == 0:
+        return torch.empty_like(x, memory_format=torch.contiguous_format)
+    x, weight = x.contiguous(), weight.contiguous()
+    if eager.folds(x, folded):
+        rows, matrix = x, fold(weight) if folded is None else folded
+    else:
+        rows, matrix = product(x, weight.T, x, alpha=-1), weight
+    threshold = x.new_full((x.shape[1],), -step_size * lambd)
+    return product(rows, matrix, x, threshold, alpha=step_size, relu=True)
+
+
+def backward(
+    grad: Tensor, x: Tensor, weight: Tensor, folded: Tensor | None, out: Tensor, step_size: float
+) -> tuple[Tensor, Tensor]:
+    """-> ``(dx, dweight)``. The ReLU's mask is the sign of ``out``."""
+    return gradients(torch.ops.aten.threshold_backward(grad, out, 0).contiguous(), x, weight, folded, step_size)
+
+
+def gradients(g: Tensor, x: Tensor, weight: Tensor, folded: Tensor | None, step_size: float) -> tuple[Tensor, Tensor]:
+    """-> ``(dx, dweight)``, given the gradient ``g`` before the ReLU."""
+    if x.shape[0] == 0:
+        return torch.empty_like(g), torch.zeros_like(weight, memory_format=torch.contiguous_format)
+    x, weight = x.contiguous(), weight.contiguous()
+    if eager.folds(x, folded):
+        m = fold(weight) if folded is None else folded
+        dx = product(g, m.T, g, alpha=step_size)
+        dm = product(x.T, g, alpha=step_size, dtype=torch.float32)
+        symmetric = (dm + dm.T).to(weight.dtype)
+        return dx, product(weight, symmetric, dm, alpha=-1, dtype=torch.float32).to(weight.dtype)
+    r = product(x, weight.T, x, alpha=-1)
+    dr = product(g, weight.T, alpha=step_size)
+    dweight = product(r.T, g, alpha=step_size, dtype=torch.float32)
+    dweight = product(dr.T, x, dweight, alpha=-1, dtype=torch.float32)
+    return product(dr, weight, g + dr, alpha=-1), dweight.to(weight.dtype)

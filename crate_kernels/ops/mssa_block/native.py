@@ -1,0 +1,101 @@
+"""LayerNorm, subspace attention, output projection and residual in CUDA C++ and cuBLASLt.
+
+The output projection adds residual and bias in its epilogue. In the backward, one kernel takes the gradient through
+LayerNorm, adds the residual's, and sums the gradients of the norm and of the output bias.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ... import native
+from ...native import product
+
+
+def why_not(
+    z: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    u_weight: Tensor,
+    out_weight: Tensor | None,
+    out_bias: Tensor | None,
+    lengths: Tensor | None,
+    heads: int,
+    *_,
+) -> str | None:
+    inner = u_weight.shape[0]
+    return native.why_not_heads(z, z.shape[1], inner // heads) or native.why_not_columns(z, z.shape[2], inner)
+
+
+def forward(
+    z: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    u_weight: Tensor,
+    out_weight: Tensor | None,
+    out_bias: Tensor | None,
+    lengths: Tensor | None,
+    heads: int,
+    scale: float,
+    causal: bool,
+    step_size: float,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """-> ``out (B, N, d)``, ``w, o (B, N, H, p)``, ``lse (B, H, N)``, ``mean, rstd (B, N)``."""
+    batch, tokens, _ = z.shape
+    rows = z.flatten(0, 1).contiguous()
+    x, mean, rstd = native.layer_norm(rows, norm_weight, norm_bias, eps)
+    w = product(x, u_weight.T) if batch else x.new_empty(0, u_weight.shape[0])
+    w = w.view(batch, tokens, heads, -1) if batch else w.view(0, tokens, heads, u_weight.shape[0] // heads)
+    o, lse = native.attention_forward(w, lengths, scale, causal)
+    attended = o.view(batch * tokens, u_weight.shape[0])
+    if out_weight is None or not batch:
+        out = torch.add(rows, attended, alpha=step_size) if batch else torch.empty_like(rows)
+    else:
+        bias = None if out_bias is None else (step_size * out_bias).contiguous()
+        out = product(attended, out_weight.T, rows, bias, alpha=step_size)
+    return out.view(z.shape), w, o, lse, mean.view(batch, tokens), rstd.view(batch, tokens)
+
+
+def backward(
+    grad: Tensor,
+    z: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    u_weight: Tensor,
+    out_weight: Tensor | None,
+    out_bias: Tensor | None,
+    lengths: Tensor | None,
+    w: Tensor,
+    o: Tensor,
+    lse: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    scale: float,
+    causal: bool,
+    step_size: float,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+    """-> ``(dz, dnorm_weight, dnorm_bias, du_weight, dout_weight, dout_bias)``, the last two None where absent."""
+    if z.shape[0] == 0:
+        parameters = (norm_weight, norm_bias, u_weight, out_weight, out_bias)
+        return torch.empty_like(z), *(None if t is None else torch.zeros_like(t) for t in parameters)
+    rows, upper = z.flatten(0, 1).contiguous(), grad.flatten(0, 1).contiguous()
+    attended = o.flatten(2).flatten(0, 1)
+    if out_weight is None:
+        do, dout_weight = step_size * upper, None
+    else:
+        do = product(upper, out_weight, alpha=step_size)
+        dout_weight = product(upper.T, attended, alpha=step_size)
+    dw = native.attention_backward(do.view(o.shape), w, lengths, o, lse, scale, causal).view(attended.shape)
+    x, _ = native.layer_norm_again(rows, norm_weight, norm_bias, eps)
+    du_weight = product(dw.T, x)
+    dz, dnorm_weight, dnorm_bias, column_sums = native.layer_norm_backward(
+        product(dw, u_weight), rows, mean.flatten(), rstd.flatten(), norm_weight, upper
+    )
+    dout_bias = None if out_bias is None else (step_size * column_sums).to(out_bias.dtype)
+    return (
+        dz.view(z.shape), dnorm_weight.to(norm_weight.dtype), dnorm_bias.to(norm_bias.dtype), du_weight,
+        dout_weight, dout_bias,
+    )  # fmt: skip

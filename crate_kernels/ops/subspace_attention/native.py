@@ -1,0 +1,36 @@
+"""Subspace attention in CUDA C++: one thread block holds a whole head (``csrc/include/crate/attention_*.cuh``)."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ... import native
+from ..checks import length_values
+
+
+def why_not(w: Tensor, value: Tensor | None, lengths: Tensor | None, scale: float, causal: bool) -> str | None:
+    if value is not None:
+        return "the CUDA attention keeps one operand on chip; it takes no separate value"
+    return native.why_not_heads(w, w.shape[1], w.shape[3])
+
+
+def forward(
+    w: Tensor, value: Tensor | None, lengths: Tensor | None, scale: float, causal: bool
+) -> tuple[Tensor, Tensor]:
+    """-> ``o (B, N, H, p)``, ``lse (B, H, N)``."""
+    length_values(lengths, w.shape[1])
+    return native.attention_forward(w, lengths, scale, causal)
+
+
+def backward(
+    grad: Tensor,
+    w: Tensor,
+    value: Tensor | None,
+    lengths: Tensor | None,
+    o: Tensor,
+    lse: Tensor,
+    scale: float,
+    causal: bool,
+) -> tuple[Tensor, None]:
+    """-> ``(dw, None)``."""
+    return native.attention_backward(grad, w, lengths, o, lse, scale, causal), None

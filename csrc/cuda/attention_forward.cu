@@ -1,0 +1,24 @@
+#include "crate/attention_forward.cuh"
+
+#include "cuda/launch.cuh"
+
+namespace crate {
+
+cudaError_t launch_attention_forward(const AttentionForwardParams& params, bool is_bf16, int width, int batch,
+                                     cudaStream_t stream) {
+    cudaError_t error = cudaErrorInvalidValue;
+    dispatch_attention(is_bf16, width, params.tokens, [&]<class T, int kWidth, int kTokens>() {
+        error = launch_heads<AttentionForward<T, kWidth, kTokens>>(params, batch, stream);
+    });
+    return error;
+}
+
+int attention_forward_shared_bytes(bool is_bf16, int width, int tokens) {
+    int bytes = 0;
+    dispatch_attention(is_bf16, width, tokens, [&]<class T, int kWidth, int kTokens>() {
+        bytes = AttentionForward<T, kWidth, kTokens>::shared_bytes(tokens);
+    });
+    return bytes;
+}
+
+}  // namespace crate

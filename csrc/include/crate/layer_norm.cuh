@@ -1,0 +1,260 @@
+// LayerNorm around the products of a block: forward with its statistics, backward with everything that can ride along.
+//
+// One thread owns eight columns (one 16-byte chunk) of every row its block visits, so column sums need no exchange
+// between threads: each block keeps them in registers and writes one partial sum, and ReduceRows adds the partial sums
+// in a fixed order. A block takes four rows at a time, which share each reduction over the columns.
+#pragma once
+
+#include "crate/primitives.h"
+
+namespace crate {
+
+constexpr int kRowsAtOnce = 4;
+constexpr int kMaxColumns = 2048;
+
+struct alignas(16) RowSums {
+    float row[kRowsAtOnce];
+};
+
+CRATE_HOST_DEVICE int layer_norm_threads(int columns) {
+    return (columns / kChunkElements + kWarpSize - 1) / kWarpSize * kWarpSize;
+}
+CRATE_HOST_DEVICE int layer_norm_shared_bytes(int columns) {
+    return layer_norm_threads(columns) / kWarpSize * int(sizeof(RowSums));
+}
+
+// The sums of four values over the block, in every thread. Each exchange between lanes halves what a lane still answers
+// for, so that six shuffles do for the four.
+CRATE_DEVICE RowSums sum_over_block(const RowSums& v) {
+    const int lane = lane_index(), i = lane % 2, j = lane / 2 % 2, warps = block_threads() / kWarpSize;
+    const float first = (i ? v.row[1] : v.row[0]) + shuffle_xor(i ? v.row[0] : v.row[1], 1);
+    const float second = (i ? v.row[3] : v.row[2]) + shuffle_xor(i ? v.row[2] : v.row[3], 1);
+    float sum = (j ? second : first) + shuffle_xor(j ? first : second, 2);
+    for (int mask = 4; mask < kWarpSize; mask *= 2) sum += shuffle_xor(sum, mask);
+    sync_block();  // the results of the previous call have been read
+    const SharedAddress scratch = shared_base();
+    if (lane < kRowsAtOnce) store_shared(scratch + (warp_index() * kRowsAtOnce + lane) * int(sizeof(float)), sum);
+    sync_block();
+    RowSums total{};
+    for (int warp = 0; warp < warps; ++warp) {
+        const RowSums other = load_shared<RowSums>(scratch + warp * int(sizeof(RowSums)));
+        CRATE_UNROLL
+        for (int r = 0; r < kRowsAtOnce; ++r) total.row[r] += other.row[r];
+    }
+    return total;
+}
+
+template <class T>
+CRATE_DEVICE void unpack_chunk(float (&v)[kChunkElements], const Chunk& chunk) {
+    CRATE_UNROLL
+    for (int i = 0; i < 4; ++i) unpack<T>(chunk.word[i], v[2 * i], v[2 * i + 1]);
+}
+template <class T>
+CRATE_DEVICE Chunk pack_chunk(const float (&v)[kChunkElements]) {
+    return {{pack<T>(v[0], v[1]), pack<T>(v[2], v[3]), pack<T>(v[4], v[5]), pack<T>(v[6], v[7])}};
+}
+template <class T>
+CRATE_DEVICE Chunk load_chunk(const void* matrix, int64_t row, int columns, int chunk) {
+    return load_global(static_cast<const Chunk*>(matrix) + row * (columns / kChunkElements) + chunk);
+}
+template <class T>
+CRATE_DEVICE void store_chunk(void* matrix, int64_t row, int columns, int chunk, const float (&v)[kChunkElements]) {
+    store_global(static_cast<Chunk*>(matrix) + row * (columns / kChunkElements) + chunk, pack_chunk<T>(v));
+}
+CRATE_DEVICE void load_floats(float (&v)[kChunkElements], const float* row, int chunk) {
+    CRATE_UNROLL
+    for (int half = 0; half < 2; ++half) {
+        const RowSums part = load_global(reinterpret_cast<const RowSums*>(row) + 2 * chunk + half);
+        CRATE_UNROLL
+        for (int i = 0; i < 4; ++i) v[4 * half + i] = part.row[i];
+    }
+}
+
+struct LayerNormForwardParams {
+    const void* z;        // (rows, columns)
+    const float* weight;  // (columns,)
+    const float* bias;
+    void* x;      // (rows, columns): LN(z)
+    float* mean;  // (rows,), or null: in the backward they are known, and computing them again costs nothing
+    float* rstd;
+    const void* grad;  // (rows, columns), or null; with `out`, also writes gated = grad where out > 0, else 0
+    const void* out;
+    void* gated;
+    int64_t rows;
+    int columns;  // a multiple of 8
+    float eps;
+};
+
+template <class T>
+struct LayerNormForward {
+    using Params = LayerNormForwardParams;
+
+    CRATE_DEVICE static void run(const Params& params, int blocks) {
+        const int columns = params.columns, chunk = thread_index();
+        const bool active = chunk < columns / kChunkElements;
+        float weight[kChunkElements] = {}, bias[kChunkElements] = {};
+        if (active) {
+            load_floats(weight, params.weight, chunk);
+            load_floats(bias, params.bias, chunk);
+        }
+        for (int64_t first = int64_t(block_index()) * kRowsAtOnce; first < params.rows;
+             first += int64_t(blocks) * kRowsAtOnce) {
+            float z[kRowsAtOnce][kChunkElements] = {};
+            RowSums sums{};
+            CRATE_UNROLL
+            for (int r = 0; r < kRowsAtOnce; ++r) {
+                if (!active || first + r >= params.rows) continue;
+                unpack_chunk<T>(z[r], load_chunk<T>(params.z, first + r, columns, chunk));
+                CRATE_UNROLL
+                for (int i = 0; i < kChunkElements; ++i) sums.row[r] += z[r][i];
+            }
+            const RowSums total = sum_over_block(sums);
+            RowSums mean, squares{};
+            CRATE_UNROLL
+            for (int r = 0; r < kRowsAtOnce; ++r) {
+                mean.row[r] = total.row[r] / columns;
+                CRATE_UNROLL
+                for (int i = 0; active && i < kChunkElements; ++i) {
+                    z[r][i] -= mean.row[r];
+                    squares.row[r] += z[r][i] * z[r][i];
+                }
+            }
+            const RowSums variance = sum_over_block(squares);
+            CRATE_UNROLL
+            for (int r = 0; r < kRowsAtOnce; ++r) {
+                if (!active || first + r >= params.rows) continue;
+                const float rstd = rsqrt_approx(variance.row[r] / columns + params.eps);
+                CRATE_UNROLL
+                for (int i = 0; i < kChunkElements; ++i) z[r][i] = z[r][i] * rstd * weight[i] + bias[i];
+                store_chunk<T>(params.x, first + r, columns, chunk, z[r]);
+                if (params.mean && chunk == 0) {
+                    store_global(params.mean + first + r, mean.row[r]);
+                    store_global(params.rstd + first + r, rstd);
+                }
+                if (params.grad) gate(params, first + r, chunk);
+            }
+        }
+    }
+
+    CRATE_DEVICE static void gate(const Params& params, int64_t row, int chunk) {
+        float grad[kChunkElements], out[kChunkElements];
+        unpack_chunk<T>(grad, load_chunk<T>(params.grad, row, params.columns, chunk));
+        unpack_chunk<T>(out, load_chunk<T>(params.out, row, params.columns, chunk));
+        CRATE_UNROLL
+        for (int i = 0; i < kChunkElements; ++i) grad[i] = out[i] <= 0 ? 0.0f : grad[i];  // NaN lets the gradient pass
+        store_chunk<T>(params.gated, row, params.columns, chunk, grad);
+    }
+};
+
+struct LayerNormBackwardParams {
+    const void* dx;  // (rows, columns): gradient of LN(z)
+    const void* z;
+    const float* mean;
+    const float* rstd;
+    const float* weight;   // (columns,)
+    const void* residual;  // (rows, columns), or null: added to dz
+    void* dz;
+    float* partial;  // (blocks, sums, columns): dweight, dbias and, with a residual, its sum over the rows
+    int64_t rows;
+    int columns;
+};
+
+template <class T>
+struct LayerNormBackward {
+    using Params = LayerNormBackwardParams;
+
+    CRATE_HOST_DEVICE static int sums(const Params& params) { return params.residual ? 3 : 2; }
+
+    CRATE_DEVICE static void run(const Params& params, int blocks) {
+        const int columns = params.columns, chunk = thread_index();
+        const bool active = chunk < columns / kChunkElements;
+        float weight[kChunkElements] = {}, partial[3][kChunkElements] = {};
+        if (active) load_floats(weight, params.weight, chunk);
+        for (int64_t first = int64_t(block_index()) * kRowsAtOnce; first < params.rows;
+             first += int64_t(blocks) * kRowsAtOnce) {
+            float dx[kRowsAtOnce][kChunkElements] = {}, normal[kRowsAtOnce][kChunkElements] = {};
+            RowSums rstd{}, sums{}, products{};  // Σ γ dx, Σ γ dx x̂
+            CRATE_UNROLL
+            for (int r = 0; r < kRowsAtOnce; ++r) {
+                if (!active || first + r >= params.rows) continue;
+                const float mean = load_global(params.mean + first + r);
+                rstd.row[r] = load_global(params.rstd + first + r);
+                unpack_chunk<T>(dx[r], load_chunk<T>(params.dx, first + r, columns, chunk));
+                unpack_chunk<T>(normal[r], load_chunk<T>(params.z, first + r, columns, chunk));
+                CRATE_UNROLL
+                for (int i = 0; i < kChunkElements; ++i) {
+                    normal[r][i] = (normal[r][i] - mean) * rstd.row[r];
+                    partial[0][i] += dx[r][i] * normal[r][i];
+                    partial[1][i] += dx[r][i];
+                    dx[r][i] *= weight[i];
+                    sums.row[r] += dx[r][i];
+                    products.row[r] += dx[r][i] * normal[r][i];
+                }
+            }
+            sums = sum_over_block(sums);
+            products = sum_over_block(products);
+            CRATE_UNROLL
+            for (int r = 0; r < kRowsAtOnce; ++r) {
+                if (!active || first + r >= params.rows) continue;
+                float dz[kChunkElements] = {};
+                if (params.residual) {
+                    unpack_chunk<T>(dz, load_chunk<T>(params.residual, first + r, columns, chunk));
+                    CRATE_UNROLL
+                    for (int i = 0; i < kChunkElements; ++i) partial[2][i] += dz[i];
+                }
+                CRATE_UNROLL
+                for (int i = 0; i < kChunkElements; ++i)
+                    dz[i] += rstd.row[r] * (dx[r][i] - (sums.row[r] + normal[r][i] * products.row[r]) / columns);
+                store_chunk<T>(params.dz, first + r, columns, chunk, dz);
+            }
+        }
+        if (!active) return;
+        for (int s = 0; s < LayerNormBackward::sums(params); ++s) {
+            float* row = params.partial + (int64_t(block_index()) * LayerNormBackward::sums(params) + s) * columns;
+            CRATE_UNROLL
+            for (int half = 0; half < 2; ++half) {
+                RowSums part;
+                CRATE_UNROLL
+                for (int i = 0; i < 4; ++i)
+                    part.row[i] = s == 0 ? partial[0][4 * half + i]
+                                         : s == 1 ? partial[1][4 * half + i] : partial[2][4 * half + i];
+                store_global(reinterpret_cast<RowSums*>(row) + 2 * chunk + half, part);
+            }
+        }
+    }
+};
+
+struct ReduceRowsParams {
+    const float* in;  // (rows, columns)
+    float* out;       // (columns,)
+    int rows, columns;
+};
+
+// Sums over the rows in an order that depends on their number alone. A block has 32 columns, its warps take the rows in
+// turn.
+struct ReduceRows {
+    using Params = ReduceRowsParams;
+    static constexpr int kThreads = 512;
+    static constexpr int kSharedBytes = kThreads * int(sizeof(float));
+
+    CRATE_HOST_DEVICE static int blocks(int columns) { return (columns + kWarpSize - 1) / kWarpSize; }
+
+    CRATE_DEVICE static void run(const Params& params) {
+        constexpr int kWarps = kThreads / kWarpSize;
+        const int column = block_index() * kWarpSize + lane_index();
+        float sum = 0.0f;
+        if (column < params.columns)
+            for (int row = warp_index(); row < params.rows; row += kWarps)
+                sum += load_global(params.in + int64_t(row) * params.columns + column);
+        const SharedAddress scratch = shared_base();
+        store_shared(scratch + thread_index() * int(sizeof(float)), sum);
+        sync_block();
+        if (warp_index() > 0 || column >= params.columns) return;
+        sum = 0.0f;
+        for (int warp = 0; warp < kWarps; ++warp)
+            sum += load_shared<float>(scratch + (warp * kWarpSize + lane_index()) * int(sizeof(float)));
+        store_global(params.out + column, sum);
+    }
+};
+
+}  // namespace crate

@@ -25,6 +25,8 @@ TASKS = ("forward", "training step")
 JUDGED_IMAGES = 2
 JUDGED_STEP = 64
 """Images of a forward and of a training step that the gate judges."""
+LARGEST_STEP = 256
+"""Training is timed at one batch: the largest of those asked for up to this."""
 COMPILED_BATCHES = {"cpu": None, "cuda": (1, 2, 256)}
 """Batches at which compiled contenders compete, None for all: every batch is another compilation of a minute."""
 TINY = dict(dim=32, depth=2, heads=2)
@@ -199,7 +201,8 @@ def run_size(
     for task in tasks:
         torch.compiler.reset()
         found = contenders(master, task, device, dtype, {REFERENCE, *only} if only else None)
-        for batch in batches if task == "forward" else [b for b in batches if b > 1] or batches:
+        steps = [max((b for b in batches if b <= LARGEST_STEP), default=min(batches))]
+        for batch in batches if task == "forward" else steps:
             generator = torch.Generator().manual_seed(batch)
             images = torch.randn(batch, 3, pixels, pixels, generator=generator).to(device)
             images = images.to(dtype) if task == "forward" else images
@@ -226,6 +229,7 @@ def _timed(passed, records, base, task, batch, images, targets, device, dtype, s
                 run()
             memory[name] = timing.peak_memory(run, device)
         except torch.OutOfMemoryError:
+            torch.cuda.empty_cache()
             yield base | {"task": task, "batch": batch, "contender": name, "skipped": "out of memory"}
             continue
         runs[name] = run

@@ -20,7 +20,7 @@ def run_case(
     case: Case,
     device: torch.device,
     dtype: torch.dtype,
-    ceilings: cost.Ceilings,
+    ceilings: cost.Ceilings | None,
     *,
     contenders: Mapping[str, Callable[..., Tensor]] | None = None,
     only: Sequence[str] | None = None,
@@ -31,6 +31,7 @@ def run_case(
     """One record per contender and direction; those that cannot run or are wrong carry a reason and no time.
 
     Args:
+        ceilings: of this device, in ``dtype``; None with ``check_only``.
         contenders: name -> call; :meth:`Case.contenders` if None. ``speedup`` is over the one named ``reference``.
         only: leave out other contenders.
         seconds, rounds: see :func:`timing.measure`, for each direction.

@@ -138,6 +138,8 @@ def _source(device: str, part: str, content: dict) -> str:
     environment, ceilings = content["environment"], content["ceilings"]
     versions = ", ".join(f"{k} {v}" for k, v in environment["versions"].items() if v)
     driver = f", driver {environment['driver']}" if environment.get("driver") else f", {environment['threads']} threads"
+    if environment.get("load_average"):
+        driver += f", load average {environment['load_average']:.1f} at the start"
     products = ", ".join(f"{v / 1e12:.3g} TFLOP/s {k}" for k, v in ceilings["product"].items())
     return (
         f"`benchmarks/results/{device}/{part}.json`: commit {environment['commit']}; {versions}{driver}."

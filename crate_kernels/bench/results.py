@@ -37,11 +37,16 @@ def environment(device: torch.device, commit: str | None = None) -> dict:
             "memory": properties.total_memory,
             "multiprocessors": properties.multi_processor_count,
             "l2_cache": properties.L2_cache_size,
-            "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").splitlines()[0:1],
+            "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").partition("\n")[0],
             "cuda": torch.version.cuda,
             "cudnn": torch.backends.cudnn.version(),
         }
-    return found | {"device": _processor(), "capability": "cpu", "cores": os.cpu_count()}
+    return found | {
+        "device": _processor(),
+        "capability": "cpu",
+        "cores": os.cpu_count(),
+        "load_average": os.getloadavg()[0],
+    }
 
 
 def device_folder(device: torch.device) -> str:

@@ -91,14 +91,19 @@ def resolve(found: Mapping[str, ModuleType | str], requested: str | None, *input
 # -- autocast ------------------------------------------------------------------------------------------------------
 
 
+def autocast_is_on(tensor: Tensor) -> bool:
+    """Whether autocast is on for the tensor's device; devices that know none (meta) answer no."""
+    device = tensor.device.type
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+
+
 def autocast_dtype(tensor: Tensor) -> torch.dtype:
     """The dtype an operator computes in: autocast's where autocast is on for a floating tensor's device, else its own.
 
     float64 is left alone, as torch's own autocast does.
     """
-    device = tensor.device.type
-    if tensor.dtype != torch.float64 and torch.is_autocast_enabled(device):
-        return torch.get_autocast_dtype(device)
+    if tensor.dtype != torch.float64 and autocast_is_on(tensor):
+        return torch.get_autocast_dtype(tensor.device.type)
     return tensor.dtype
 
 
@@ -109,7 +114,7 @@ def cast(dtype: torch.dtype, *tensors: Tensor | None) -> list[Tensor | None]:
 
 def run(function, tensor: Tensor, *arguments):
     """Call ``function(tensor, *arguments)`` with autocast off: dtypes are already decided when a kernel runs."""
-    if torch.is_autocast_enabled(tensor.device.type):
+    if autocast_is_on(tensor):
         with torch.autocast(tensor.device.type, enabled=False):
             return function(tensor, *arguments)
     return function(tensor, *arguments)

@@ -7,6 +7,8 @@ import numbers
 import torch
 from torch import Tensor
 
+from . import backends
+
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 INTEGER = (torch.int32, torch.int64)
 
@@ -40,7 +42,7 @@ def same_dtype(dtype: torch.dtype, also: tuple[torch.dtype, ...] = (), **values:
     Under autocast any mix will do, since it decides the dtype: one operator's bfloat16 output meets float32 weights.
     """
     for name, value in values.items():
-        if value is None or torch.is_autocast_enabled(value.device.type):
+        if value is None or backends.autocast_is_on(value):
             continue
         if value.dtype != dtype and value.dtype not in also:
             extra = "".join(f" or {d}" for d in also)

@@ -96,6 +96,16 @@ def test_autocast_decides_the_dtype_and_the_gradients_keep_theirs(name, backend)
         assert torch.equal(gradient, by_hand.float())
 
 
+def test_shapes_without_data_on_the_meta_device():
+    with torch.device("meta"):
+        w = torch.empty(2, 5, 3, 4, requires_grad=True)
+    out = ops.subspace_attention(w)
+    assert out.shape == w.shape
+    out.sum().backward()
+    assert w.grad.shape == w.shape
+    assert ops.ista_step(w.flatten(2), torch.empty(12, 12, device="meta")).shape == (2, 5, 12)
+
+
 def test_a_second_derivative_is_refused_by_the_kernels_and_given_by_the_reference():
     w = torch.randn(1, 4, 1, 3, dtype=torch.float64, requires_grad=True)
     (first,) = torch.autograd.grad(ops.subspace_attention(w, backend="reference").square().sum(), w, create_graph=True)

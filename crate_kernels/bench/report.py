@@ -260,7 +260,8 @@ def shape(record: dict) -> str:
 def milliseconds(record: dict | None) -> str:
     if record is None:
         return "–"
-    low, middle, high = (f"{record['seconds'][p] * 1e3:.3g}" for p in ("p20", "p50", "p80"))
+    values = (record["seconds"][p] * 1e3 for p in ("p20", "p50", "p80"))
+    low, middle, high = (f"{v:.0f}" if v >= 100 else f"{v:.3g}" for v in values)
     return f"{middle} ({low}–{high})"
 
 
@@ -328,9 +329,10 @@ def _plot_roofline(figure, records: list[dict], ceilings: dict) -> None:
     own = [r for r in records if r["contender"] in OWN or r["contender"] == REFERENCE]
     intensity = [r["cost"]["flops"] / r["cost"]["bytes"] for r in own]
     product = max(ceilings["product"].values())
-    span = [min(intensity, default=1) / 2, max(intensity, default=1) * 2]
-    line = [min(x * ceilings["copy"], product) / 1e12 for x in (span[0], product / ceilings["copy"], span[1])]
-    axes.plot([span[0], product / ceilings["copy"], span[1]], line, color="black", lw=1, label="measured ceilings")
+    ridge = product / ceilings["copy"]
+    corners = [min([*intensity, ridge]) / 2, ridge, max([*intensity, ridge]) * 2]
+    line = [min(x * ceilings["copy"], product) / 1e12 for x in corners]
+    axes.plot(corners, line, color="black", lw=1, label="measured ceilings")
     for place, contender in enumerate(unique(r["contender"] for r in own)):
         mine = [r for r in own if r["contender"] == contender]
         x = [r["cost"]["flops"] / r["cost"]["bytes"] for r in mine]
@@ -353,12 +355,13 @@ def _plot_bound(figure, records: list[dict]) -> None:
         for r in shapes:
             if r["direction"] == direction:
                 best[name(r)] = max(best[name(r)], r["percent_of_bound"])
-        x = [i + (place - 0.5) * 0.4 for i in range(len(names))]
-        axes.bar(x, list(best.values()), 0.4, label=direction, color=f"C{place}")
-    axes.axhline(100, color="black", lw=0.8)
-    axes.set(ylabel="% of bound, best own backend", xticks=range(len(names)))
-    axes.set_xticklabels(names, rotation=90)
+        y = [i + (place - 0.5) * 0.4 for i in range(len(names))]
+        axes.barh(y, list(best.values()), 0.4, label=direction, color=f"C{place}")
+    axes.axvline(100, color="black", lw=0.8)
+    axes.set(xlabel="% of bound, best own backend", yticks=range(len(names)), yticklabels=names)
+    axes.invert_yaxis()
     axes.legend()
+    figure.set_figheight(1.2 + 0.22 * len(names))
 
 
 def _plot_length(figure, records: list[dict]) -> None:

@@ -12,6 +12,7 @@ lint:
 
 test: lint
 	$(PYTHON) -m pytest
+	TRITON_INTERPRET=1 $(PYTHON) -m pytest tests/triton
 
 bench:
 	$(PYTHON) -m pytest benchmarks --benchmark-only

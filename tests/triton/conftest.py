@@ -1,32 +1,26 @@
-"""These tests run on a GPU if there is one, else in Triton's interpreter, else not at all.
+"""These tests run on a GPU if there is one, else in Triton's interpreter: ``TRITON_INTERPRET=1 pytest tests/triton``.
 
-The interpreter is chosen when kernels are defined, so ``TRITON_INTERPRET=1`` must be set before the package is
-imported: by the caller, or here if this folder is collected first.
+The interpreter is chosen when kernels are defined, for the whole process; compiling them (``test_compile.py``) is for
+the run without the variable.
 """
-
-import os
-import sys
 
 import pytest
 import torch
-
-if not torch.cuda.is_available() and "crate_kernels" not in sys.modules:
-    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 pytest.importorskip("triton")
 
 from crate_kernels.ops.triton_kernels import configurations, launch
 
-NEEDS_NO_DEVICE = "test_compile"
-
 
 def pytest_collection_modifyitems(items):
-    if torch.cuda.is_available() or launch.INTERPRETED:
-        return
-    skip = pytest.mark.skip(reason="needs a GPU or TRITON_INTERPRET=1")
     for item in items:
-        if "tests/triton" in item.path.as_posix() and NEEDS_NO_DEVICE not in item.path.name:
-            item.add_marker(skip)
+        if "tests/triton" not in item.path.as_posix():
+            continue
+        if item.path.name == "test_compile.py":
+            if launch.INTERPRETED:
+                item.add_marker(pytest.mark.skip(reason="compiled in the run without TRITON_INTERPRET"))
+        elif not (torch.cuda.is_available() or launch.INTERPRETED):
+            item.add_marker(pytest.mark.skip(reason="needs a GPU or TRITON_INTERPRET=1"))
 
 
 @pytest.fixture(autouse=True)

@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+from torch.library import opcheck
 from torch.nn.functional import layer_norm
 
 from crate_kernels import ops
@@ -15,6 +16,8 @@ from crate_kernels.ops.triton_kernels import configurations, launch
 from crate_kernels.ops.triton_kernels.layer_norm import layer_norm_backward
 from crate_kernels.ops.triton_kernels.product import fold_norm, product
 
+from ..ops.cases import CASES
+from ..ops.test_registration import OPERATORS, schema_arguments
 from .oracle import DEVICE
 
 
@@ -176,3 +179,13 @@ def test_every_accepted_shape_has_a_configuration():
                 for width in range(8, 257):
                     operand = torch.empty(0, dtype=dtype)
                     assert configurations.configuration(kernel, operand, rows, width)
+
+
+@pytest.mark.parametrize(
+    "name", ["attention-N2", "ista-50x8", "overcomplete-decoupled", "ista_block-2x33x12", "mssa-plain"]
+)
+def test_opcheck(name):
+    case = CASES[name].to(torch.float32)
+    *arguments, _ = schema_arguments(case)
+    arguments = [a.to(DEVICE).requires_grad_() if isinstance(a, torch.Tensor) else a for a in arguments]
+    opcheck(OPERATORS[case.operator], (*arguments, "triton"))

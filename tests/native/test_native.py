@@ -1,0 +1,71 @@
+"""The CUDA backend as the dispatcher sees it: it refuses with a reason, whatever is or is not installed."""
+
+import pytest
+import torch
+
+from crate_kernels import native, ops
+from crate_kernels.ops.ista_step import native as ista_step
+from crate_kernels.ops.mssa_block import native as mssa_block
+from crate_kernels.ops.subspace_attention import native as attention
+
+
+@pytest.fixture
+def present(monkeypatch):
+    """As if the extension were there, on a device of compute capability 9.0 with 227 KiB of shared memory a block."""
+    properties = type("Properties", (), {"major": 9, "minor": 0, "shared_memory_per_block_optin": 232448})
+    monkeypatch.setattr(native, "MISSING", None)
+    monkeypatch.setattr(native, "SHARED_BYTES", {w: tuple(800 * w * (i + 1) // 7 for i in range(17)) for w in native.WIDTHS})
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    return properties
+
+
+def heads(tokens=8, width=64, dtype=torch.bfloat16):
+    # A tensor that says it is on a GPU, and needs none.
+    with torch._subclasses.FakeTensorMode():
+        return torch.empty(1, tokens, 2, width, dtype=dtype, device="cuda")
+
+
+def test_an_explicit_request_names_the_reason():
+    w = torch.zeros(1, 4, 1, 16, dtype=torch.bfloat16)
+    with pytest.raises(RuntimeError, match="CUDA extension was not built|need a CUDA device"):
+        ops.subspace_attention(w, backend="cuda")
+
+
+def test_accepted(present):
+    for width in native.WIDTHS:
+        assert attention.why_not(heads(272 if width < 128 else 200, width), None, None, 0.1, False) is None
+
+
+@pytest.mark.parametrize(
+    ("w", "reason"),
+    [
+        (heads(dtype=torch.float32), "take bfloat16 and float16, not float32"),
+        (heads(width=24), "built for head widths 16, 32, 48, 64, 80, 96, 128; got 24"),
+        (heads(tokens=273), "up to 272 tokens; got 273"),
+        (heads(tokens=272, width=128), "fit the shared memory of this device up to 240 tokens; got 272"),
+    ],
+)
+def test_refused(present, w, reason):
+    assert reason in attention.why_not(w, None, None, 0.1, False)
+
+
+def test_a_separate_value_is_refused(present):
+    assert "no separate value" in attention.why_not(heads(), heads(), None, 0.1, False)
+
+
+def test_an_old_device_is_refused(present):
+    present.major = 7
+    present.minor = 5
+    assert "compute capability 8.0; the device has 7.5" in attention.why_not(heads(), None, None, 0.1, False)
+
+
+def test_channels(present):
+    def matrix(d):
+        return heads(4, d)[0, :, 0]
+
+    assert ista_step.why_not(matrix(768)) is None
+    assert "multiple of 8 channels, up to 2048; got 12" in ista_step.why_not(matrix(12))
+    assert "got 4096" in ista_step.why_not(matrix(4096))
+    z, u = heads(8, 96)[:, :, 0], heads(128, 96)[0, :, 0]
+    assert mssa_block.why_not(z, None, None, u, None, None, None, 2) is None
+    assert "head widths" in mssa_block.why_not(z, None, None, u, None, None, None, 16)

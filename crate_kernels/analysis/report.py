@@ -95,10 +95,13 @@ def build(folder: Path, model: CrateModel, metadata: dict, inputs: Tensor | None
             figure("probe", lambda path: plot_training(probe, path)),
         ]
     if inputs is not None and isinstance(model, VisionModel):
-        images = inputs[:4]
+        averages = model.config.get("pool") == "mean"
+        images = inputs[:: -(-len(inputs) // 4)]  # spread: neighbours often share a class
         sections += [
             "<h2>Attention of the class token</h2>",
-            '<p class="note">The last layer, a column per head; bright patches receive most.</p>',
+            '<p class="note">The last layer, a column per head; bright patches receive most.'
+            + (" The head reads the mean of all tokens, so this token is one among many." if averages else "")
+            + "</p>",
             figure("attention", lambda path: plot_maps(model, metadata, images, path), "png"),
         ]
     if (folder / "sample.txt").is_file():

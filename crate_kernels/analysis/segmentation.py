@@ -107,9 +107,10 @@ def object_masks(
     left = torch.ones(rows * columns, dtype=torch.bool, device=features.device)
     masks = []
     while len(masks) < count and left.sum() > 1:
-        vector = normalized_cut(affinity[left][:, left])
-        if vector.max() - vector.min() < 1e-12:
-            break  # one cluster: nothing to tell apart
+        remaining = affinity[left][:, left]
+        if remaining.min() == 1:
+            break  # all patches belong together: nothing to cut
+        vector = normalized_cut(remaining)
         # Patches found before lie on the average, on neither side's extreme.
         whole = vector.mean().repeat(rows * columns)
         whole[left] = vector

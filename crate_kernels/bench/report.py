@@ -84,7 +84,7 @@ def readme_text(found: Results) -> str:
         heads = ["", "inference", "inference, prepared", "training step", "kept for backward"]
         lines.append(table(heads, rows) + "\n")
     if all(device == "cpu" for device in found):
-        lines.append(f"{NO_GPU} ")
+        lines.append(NO_GPU)
     lines.append(
         "How to reproduce every number, and where the package is *not* faster: [benchmarks](docs/benchmarks.md)."
     )

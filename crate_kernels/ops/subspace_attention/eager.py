@@ -67,9 +67,9 @@ def backward(
         )
     q, v, g = w.transpose(1, 2), value.transpose(1, 2), grad.transpose(1, 2)
     if w.device.type == "cpu":
-        # In bfloat16 and float16 torch's kernel takes up to eight times as long as in float32.
-        g, q, v, attended = (t.to(lse.dtype) for t in (g, q, v, o.transpose(1, 2)))
-        mask = _additive_mask(w, lengths, causal).to(lse.dtype) if lengths is not None else None
+        dtype = lse.dtype if w.shape[1] <= SHORT_SEQUENCE else w.dtype
+        g, q, v, attended = (t.to(dtype) for t in (g, q, v, o.transpose(1, 2)))
+        mask = _additive_mask(w, lengths, causal).to(dtype) if lengths is not None else None
         dq, dk, dv = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
             g, q, q, v, attended, lse, 0.0, causal and mask is None, attn_mask=mask, scale=scale
         )

@@ -40,7 +40,9 @@ class Toolchain:
         self.nvcc = shutil.which("nvcc", path=f"{home}/bin" if home else None) or shutil.which("nvcc")
         if self.nvcc is None:
             raise Missing("nvcc is not on the PATH and CUDA_HOME is not set")
-        found = re.search(r"release (\d+)\.(\d+)", subprocess.run([self.nvcc, "--version"], capture_output=True, text=True).stdout)
+        found = re.search(
+            r"release (\d+)\.(\d+)", subprocess.run([self.nvcc, "--version"], capture_output=True, text=True).stdout
+        )
         if found is None:
             raise Missing(f"{self.nvcc} --version names no release")
         self.version = tuple(map(int, found.groups()))
@@ -51,7 +53,9 @@ class Toolchain:
         if torch.version.cuda is None:
             raise Missing("this torch is built without CUDA")
         if int(torch.version.cuda.split(".")[0]) != self.version[0]:
-            raise Missing(f"nvcc {'.'.join(map(str, self.version))} and torch's CUDA {torch.version.cuda} differ in major version")
+            raise Missing(
+                f"nvcc {'.'.join(map(str, self.version))} and torch's CUDA {torch.version.cuda} differ in major version"
+            )
         self.torch = Path(torch.__file__).parent
         try:
             import pybind11
@@ -139,7 +143,9 @@ class BuildCuda(build_ext):
                 raise SystemExit(f"crate_kernels: {' '.join(command)}\n{done.stdout}")
             return out
 
-        with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS") or min(len(extension.sources), os.cpu_count() or 1))) as pool:
+        with ThreadPoolExecutor(
+            int(os.environ.get("MAX_JOBS") or min(len(extension.sources), os.cpu_count() or 1))
+        ) as pool:
             compiled = list(pool.map(compile_source, extension.sources))
         libraries = [f"-L{tools.torch / 'lib'}", "-ltorch_cpu", "-ltorch_cuda", "-lc10"]
         libraries += [f"-L{tools.cublas_library.parent}", f"-Xlinker=-l:{tools.cublas_library.name}"]
@@ -149,6 +155,8 @@ class BuildCuda(build_ext):
 
 
 setup(
-    ext_modules=[Extension("crate_kernels._C", sorted(map(str, [*SOURCES.glob("cuda/*.cu"), *SOURCES.glob("cuda/*.cpp")])))],
+    ext_modules=[
+        Extension("crate_kernels._C", sorted(map(str, [*SOURCES.glob("cuda/*.cu"), *SOURCES.glob("cuda/*.cpp")])))
+    ],
     cmdclass={"build_ext": BuildCuda},
 )

@@ -1,5 +1,8 @@
-"""``torch.ops.crate_native`` on CPU tensors, without the compiled extension: its schemas, read from the binding's source,
-implemented by the emulator's kernels; the products, which are a library's on the GPU, by torch in float32."""
+"""``torch.ops.crate_native`` on CPU tensors, without the compiled extension.
+
+Its schemas, read from the binding's source, implemented by the emulator's kernels; the products, which are a library's
+on the GPU, by torch in float32.
+"""
 
 from __future__ import annotations
 
@@ -45,7 +48,18 @@ def register(simt: Kernels) -> torch.library.Library:
 
     def layer_norm_forward(z, weight, bias, x, mean, rstd, eps):
         module.layer_norm_forward(
-            name(z), words(z), weight.numpy(), bias.numpy(), words(x), mean.numpy(), rstd.numpy(), None, None, None, eps, 3
+            name(z),
+            words(z),
+            weight.numpy(),
+            bias.numpy(),
+            words(x),
+            mean.numpy(),
+            rstd.numpy(),
+            None,
+            None,
+            None,
+            eps,
+            3,
         )
 
     def layer_norm_again(z, weight, bias, x, grad, out, gated, eps):
@@ -57,7 +71,15 @@ def register(simt: Kernels) -> torch.library.Library:
     def layer_norm_backward(dx, z, mean, rstd, weight, residual, dz, partial, sums):
         residual = None if residual is None else words(residual)
         module.layer_norm_backward(
-            name(z), words(dx), words(z), mean.numpy(), rstd.numpy(), weight.numpy(), residual, words(dz), partial.numpy()
+            name(z),
+            words(dx),
+            words(z),
+            mean.numpy(),
+            rstd.numpy(),
+            weight.numpy(),
+            residual,
+            words(dz),
+            partial.numpy(),
         )
         module.reduce_rows(partial.view(partial.shape[0], -1).numpy(), sums.view(-1).numpy())
 

@@ -98,7 +98,7 @@ def test_equal_tokens(simt, value):
 def test_not_finite_values_reach_what_they_reach_in_the_reference(simt, bad):
     w, grad = inputs(torch.bfloat16, 1, 65, 2, 16)
     w[0, 3, 1, 2] = bad
-    o, lse, _ = simt.attention(w)
+    o, _, _ = simt.attention(w)
     expected, _ = budget.attention(w, grad)
     assert torch.equal(o.isfinite().all(-1), expected.isfinite().all(-1))
     assert o[:, :, 0].isfinite().all()

@@ -1,5 +1,8 @@
-"""The block operators of the CUDA backend, put together on the CPU: the project's kernels in the emulator, the library's
-products by torch. What is left for a GPU to show is cuBLASLt itself."""
+"""The block operators of the CUDA backend, put together on the CPU.
+
+The project's kernels run in the emulator, the library's products by torch: what is left for a GPU to show is cuBLASLt
+itself.
+"""
 
 import pytest
 import torch
@@ -15,7 +18,7 @@ from . import budget, library
 
 @pytest.fixture(scope="module", autouse=True)
 def crate_native(simt):
-    yield library.register(simt)
+    return library.register(simt)
 
 
 def normal(*shape, spread=1.0, seed=0):
@@ -47,7 +50,9 @@ DTYPES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=[
 @pytest.mark.parametrize("folded", [False, True])
 @pytest.mark.parametrize("rows", [1, 5, 24, 77])
 def test_ista_step(rows, folded, dtype):
-    x, weight, grad = (t.to(dtype) for t in (normal(rows, 24), normal(24, 24, spread=0.2, seed=1), normal(rows, 24, seed=2)))
+    x, weight, grad = (
+        t.to(dtype) for t in (normal(rows, 24), normal(24, 24, spread=0.2, seed=1), normal(rows, 24, seed=2))
+    )
     known = ista_step.fold(weight) if folded else None
     out = ista_step.forward(x, weight, known, 0.1, 0.1)
     got = [out, *ista_step.backward(grad, x, weight, known, out, 0.1)]
@@ -57,7 +62,9 @@ def test_ista_step(rows, folded, dtype):
 @DTYPES
 @pytest.mark.parametrize("rows", [1, 7, 200])
 def test_ista_block(rows, dtype):
-    z, weight, grad = (t.to(dtype) for t in (normal(rows, 40), normal(40, 40, spread=0.15, seed=1), normal(rows, 40, seed=2)))
+    z, weight, grad = (
+        t.to(dtype) for t in (normal(rows, 40), normal(40, 40, spread=0.15, seed=1), normal(rows, 40, seed=2))
+    )
     gamma, beta = (1 + normal(40, spread=0.1)).to(dtype), normal(40, spread=0.1, seed=3).to(dtype)
     out, mean, rstd = ista_block.forward(z, gamma, beta, weight, None, 0.1, 0.1, 1e-5)
     got = [out, *ista_block.backward(grad, z, gamma, beta, weight, None, out, mean, rstd, 0.1, 1e-5)]
@@ -101,7 +108,9 @@ def test_strided_heads():
         expected, expected_lse = attention.forward(given.contiguous(), None, None, 0.2, False)
         assert torch.equal(o, expected)
         assert torch.equal(lse, expected_lse)
-        dw, _ = attention.backward(o.transpose(1, 2).contiguous().transpose(1, 2), given, None, None, o, lse, 0.2, False)
+        dw, _ = attention.backward(
+            o.transpose(1, 2).contiguous().transpose(1, 2), given, None, None, o, lse, 0.2, False
+        )
         expected_dw, _ = attention.backward(o, given.contiguous(), None, None, o, lse, 0.2, False)
         assert torch.equal(dw, expected_dw)
 
@@ -128,6 +137,6 @@ def test_saved_bytes_of_a_block():
     z, u = normal(1, tokens, d).bfloat16(), normal(d, d, spread=d**-0.5).bfloat16()
     gamma = torch.ones(d, dtype=torch.bfloat16)
     out, *saved = mssa_block.forward(z, gamma, gamma, u, u, gamma, None, heads, 32**-0.5, False, 1.0, 1e-5)
-    out2, *saved2 = ista_block.forward(out.flatten(0, 1), gamma, gamma, u, None, 0.1, 0.1, 1e-5)
-    kept = [z, *saved, out, *saved2]  # out2 is the next block's z
+    _, *saved2 = ista_block.forward(out.flatten(0, 1), gamma, gamma, u, None, 0.1, 0.1, 1e-5)
+    kept = [z, *saved, out, *saved2]  # what ISTA returns is the next block's z
     assert sum(t.nbytes for t in kept) <= 9 * tokens * d

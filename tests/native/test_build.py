@@ -16,7 +16,16 @@ NVCC = shutil.which("nvcc")
 
 
 def setup(build: Path, **environment):
-    command = [sys.executable, "setup.py", "-q", "build_ext", "--build-lib", build / "lib", "--build-temp", build / "temp"]
+    command = [
+        sys.executable,
+        "setup.py",
+        "-q",
+        "build_ext",
+        "--build-lib",
+        build / "lib",
+        "--build-temp",
+        build / "temp",
+    ]
     environment = {**os.environ, **environment}
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
 

@@ -84,7 +84,9 @@ def test_backward(simt, rows, columns, dtype, residual):
         torch.testing.assert_close(got.double(), expected, rtol=1e-4, atol=2e-5)
     read = 3 if residual else 2
     blocks_with_rows = 3
-    assert counters.global_bytes_read <= read * z.nbytes + blocks_with_rows * weight.nbytes + 2 * 4 * rows * (columns // 8)
+    assert counters.global_bytes_read <= read * z.nbytes + blocks_with_rows * weight.nbytes + 2 * 4 * rows * (
+        columns // 8
+    )
     assert counters.global_bytes_written == dz.nbytes + partial.nbytes
 
 

@@ -30,7 +30,8 @@ def registers(matrix, element, count):
     """The 16-bit ``matrix`` as every lane's registers, two elements each, the first in the low half."""
     bits = matrix.view(torch.int16).to(torch.int64) & 0xFFFF
     packed = [
-        [int(bits[element(lane, 2 * r)] | bits[element(lane, 2 * r + 1)] << 16) for r in range(count)] for lane in range(32)
+        [int(bits[element(lane, 2 * r)] | bits[element(lane, 2 * r + 1)] << 16) for r in range(count)]
+        for lane in range(32)
     ]
     return torch.tensor(packed).numpy().astype("uint32")
 
@@ -96,7 +97,9 @@ def test_conversions_round_as_torch_does(simt, dtype):
         assert hi == exact or (hi != hi and exact != exact)
     generator = torch.Generator().manual_seed(0)
     floats = torch.randn(2000, generator=generator) * torch.exp2(torch.randint(-30, 20, (2000,), generator=generator))
-    ties = torch.tensor([1 + 2**-8, 1 + 3 * 2**-8, 1 + 2**-11, 65519.0, 65520.0, 2.0**-25, 3 * 2.0**-25, torch.inf, -0.0])
+    ties = torch.tensor(
+        [1 + 2**-8, 1 + 3 * 2**-8, 1 + 2**-11, 65519.0, 65520.0, 2.0**-25, 3 * 2.0**-25, torch.inf, -0.0]
+    )
     for value in torch.cat([floats, ties]):
         word = simt.module.pack(format, value.item(), 0.0)
         assert word == int(value.to(dtype).view(torch.int16)) & 0xFFFF
@@ -171,36 +174,39 @@ EXCHANGE_BARRIER = "            if (step == 0) continue;\n            sync_block
 
 
 def test_a_removed_barrier_is_caught(simt, tmp_path):
-    broken = mutated(
-        tmp_path, "attention_forward.cuh", EXCHANGE_BARRIER, "            if (step == 0) continue;\n"
-    )
+    broken = mutated(tmp_path, "attention_forward.cuh", EXCHANGE_BARRIER, "            if (step == 0) continue;\n")
     w, _ = head()
-    with pytest.raises(broken.module.SimtError, match="race|uninitialised"):
+    with pytest.raises(broken.module.SimtError, match=r"race|uninitialised"):
         broken.attention(w)
     expected, _, _ = simt.attention(w)
-    assert any(not torch.equal(broken.attention(w, shuffle_seed=s, check_races=False)[0], expected) for s in range(1, 5))
+    assert any(
+        not torch.equal(broken.attention(w, shuffle_seed=s, check_races=False)[0], expected) for s in range(1, 5)
+    )
 
 
 def test_a_removed_barrier_is_caught_in_the_backward(simt, tmp_path):
-    broken = mutated(
-        tmp_path, "attention_backward.cuh", EXCHANGE_BARRIER, "            if (step == 0) continue;\n"
-    )
+    broken = mutated(tmp_path, "attention_backward.cuh", EXCHANGE_BARRIER, "            if (step == 0) continue;\n")
     w, grad = head()
     o, lse, _ = simt.attention(w)
-    with pytest.raises(broken.module.SimtError, match="race|uninitialised"):
+    with pytest.raises(broken.module.SimtError, match=r"race|uninitialised"):
         broken.attention_backward(grad, w, o, lse)
 
 
 def test_too_little_shared_memory_is_caught(simt, tmp_path):
     broken = mutated(
-        tmp_path, "attention_forward.cuh", "rows_bytes(n) + 2 * exchange_bytes(n) +", "rows_bytes(n) + exchange_bytes(n) +"
+        tmp_path,
+        "attention_forward.cuh",
+        "rows_bytes(n) + 2 * exchange_bytes(n) +",
+        "rows_bytes(n) + exchange_bytes(n) +",
     )
     with pytest.raises(broken.module.SimtError, match="out of bounds"):
         broken.attention(head()[0])
 
 
 def test_a_wrong_fragment_index_is_caught(simt, tmp_path):
-    broken = mutated(tmp_path, "warp_tile.cuh", "a[1] = pack<T>(c[0][2], c[0][3]);", "a[1] = pack<T>(c[0][3], c[0][2]);")
+    broken = mutated(
+        tmp_path, "warp_tile.cuh", "a[1] = pack<T>(c[0][2], c[0][3]);", "a[1] = pack<T>(c[0][3], c[0][2]);"
+    )
     w, grad = head()
     exact, _ = budget.attention(w.double(), grad.double())
     reference, _ = budget.attention(w, grad)

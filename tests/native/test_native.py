@@ -14,7 +14,9 @@ def present(monkeypatch):
     """As if the extension were there, on a device of compute capability 9.0 with 227 KiB of shared memory a block."""
     properties = type("Properties", (), {"major": 9, "minor": 0, "shared_memory_per_block_optin": 232448})
     monkeypatch.setattr(native, "MISSING", None)
-    monkeypatch.setattr(native, "SHARED_BYTES", {w: tuple(800 * w * (i + 1) // 7 for i in range(17)) for w in native.WIDTHS})
+    monkeypatch.setattr(
+        native, "SHARED_BYTES", {w: tuple(800 * w * (i + 1) // 7 for i in range(17)) for w in native.WIDTHS}
+    )
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
     return properties
 
@@ -27,7 +29,7 @@ def heads(tokens=8, width=64, dtype=torch.bfloat16):
 
 def test_an_explicit_request_names_the_reason():
     w = torch.zeros(1, 4, 1, 16, dtype=torch.bfloat16)
-    with pytest.raises(RuntimeError, match="CUDA extension was not built|need a CUDA device"):
+    with pytest.raises(RuntimeError, match=r"CUDA extension was not built|need a CUDA device"):
         ops.subspace_attention(w, backend="cuda")
 
 

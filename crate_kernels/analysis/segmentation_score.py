@@ -109,9 +109,7 @@ def read_stamps(root: Path) -> list[np.ndarray]:
         if 0.3 < (stamp[..., 3] > 127).mean() < 0.95:
             stamps.append(stamp)
     if len(stamps) < 50:
-        raise ValueError(
-            f"{root} has {len(stamps)} usable cut-outs: install the Debian package tuxpaint-stamps-default"
-        )
+        raise ValueError(f"{root}: {len(stamps)} usable cut-outs; install the Debian package tuxpaint-stamps-default")
     return stamps
 
 
@@ -166,11 +164,11 @@ def attention_and_keys(model: nn.Module, images: Tensor, layer: int) -> tuple[Te
     return maps.unflatten(-1, (side, side)), key.transpose(1, 2).flatten(2)[:, 1:]
 
 
-def train(model: nn.Module, data: Composites, steps: int, batch_size: int, seed: int) -> float:
+def train(model: nn.Module, data: Composites, steps: int, batch_size: int, rate: float, seed: int) -> float:
     """AdamW under one cosine for either model, the same images in the same order; -> accuracy of the last 100 steps."""
     generator = np.random.default_rng(seed)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.05)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-3, total_steps=steps, pct_start=0.1)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.05)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps, pct_start=0.1)
     model.train()
     right: list[float] = []
     for step in range(1, steps + 1):
@@ -290,10 +288,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--stamps", type=Path, default=STAMPS, help=f"folder of cut-outs (default {STAMPS})")
     parser.add_argument("--output", type=Path, default=Path("runs/segmentation"))
-    parser.add_argument("--steps", type=int, default=1200)
+    parser.add_argument("--cut-outs", type=int, default=100, help="how many to learn to tell apart (default 100)")
+    parser.add_argument("--steps", type=int, default=1000)
+    parser.add_argument("--learning-rate", type=float, default=2e-3)
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--size", type=int, default=48)
-    parser.add_argument("--patch", type=int, default=4)
+    parser.add_argument("--patch", type=int, default=6)
     parser.add_argument("--dim", type=int, default=128)
     parser.add_argument("--depth", type=int, default=4)
     parser.add_argument("--heads", type=int, default=4)
@@ -305,6 +305,8 @@ def main(arguments: list[str] | None = None) -> int:
     stamps = read_stamps(args.stamps)
     held_out, validation_stamps = stamps[::5], stamps[1::10]
     training_stamps = [stamp for i, stamp in enumerate(stamps) if i % 5 and i % 10 != 1]
+    count = min(args.cut_outs, len(training_stamps))
+    training_stamps = [training_stamps[i * len(training_stamps) // count] for i in range(count)]  # of every theme
     photos = read_photos(TRAINING_PHOTOS)
     data = Composites(training_stamps, photos, args.size)
     validation = Composites(validation_stamps, photos, args.size).batch(args.images // 2, np.random.default_rng(1))
@@ -326,7 +328,7 @@ def main(arguments: list[str] | None = None) -> int:
             if state == "trained":
                 print(f"{name}: {entry['parameters']:,} parameters", flush=True)
                 start = time.monotonic()
-                entry["accuracy"] = train(model, data, args.steps, args.batch_size, args.seed)
+                entry["accuracy"] = train(model, data, args.steps, args.batch_size, args.learning_rate, args.seed)
                 entry["training_seconds"] = time.monotonic() - start
             entry["scores"] = scores[f"{name}, {state}"] = score(model, validation, test)
             models[f"{name}, {state}"] = model

@@ -1,0 +1,84 @@
+"""What measuring costs: ``python -m crate_kernels.analysis.cost``.
+
+The smaller of the two determinants against the literal N×N one, on the shapes of CRATE models; and the probe at its
+default period against the training steps between two of its measurements.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy, normalize
+
+from ..models import CRATE
+from ..training.speed import interleaved_medians
+from .objective import subspace_coding_rate
+from .probe import LayerwiseProbe
+
+SHAPES = {
+    "CRATE-T/16, 224 px": (4, 6, 197, 64),
+    "CRATE-S/16, 224 px": (4, 12, 197, 48),
+    "CRATE-B/8, 224 px": (1, 12, 785, 64),
+    "CRATE-GPT2, 1024 tokens": (1, 12, 1024, 64),
+}
+"""(B, H, N, p)"""
+
+
+def literal_rate(w: Tensor, eps: float = 0.1) -> Tensor:
+    """``Σ_h ½ logdet(I_N + p/(N·eps²) w_h w_hᵀ)`` as it is written, in float64."""
+    tokens, width = w.shape[-2:]
+    unit = normalize(w.double(), dim=-1)
+    gram = torch.eye(tokens, dtype=torch.float64) + width / (tokens * eps**2) * unit @ unit.mT
+    return 0.5 * torch.logdet(gram).sum(dim=-1).to(w.dtype)
+
+
+def determinants(repeats: int = 5) -> None:
+    """Print milliseconds of both routes, after comparing their values."""
+    print("| shape (B, H, N, p) | literal N×N, ms | smaller, ms | times as fast |\n|---|---|---|---|")
+    for name, shape in SHAPES.items():
+        w = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+        torch.testing.assert_close(subspace_coding_rate(w), literal_rate(w), rtol=1e-5, atol=1e-3)
+        times = interleaved_medians(
+            {"literal": lambda w=w: literal_rate(w), "smaller": lambda w=w: subspace_coding_rate(w)},
+            repeats,
+            torch.device("cpu"),
+        )
+        ratio = times["literal"] / times["smaller"]
+        print(f"| {name} {shape} | {1e3 * times['literal']:.1f} | {1e3 * times['smaller']:.1f} | {ratio:.1f} |")
+
+
+def probe(repeats: int = 9) -> None:
+    """Print the share of training time that the probe takes, in models as ``crate-kernels train`` builds them."""
+    print("\n| model and batch | training step, ms | one measurement, ms | share of training time |\n|---|---|---|---|")
+    for name, batch, sizes in (
+        (
+            "digits, 17 tokens",
+            128,
+            dict(image_size=28, patch_size=7, channels=1, dim=96, depth=4, heads=4, dim_head=24),
+        ),
+        ("197 tokens", 16, dict(image_size=224, patch_size=16, dim=192, depth=6, heads=3)),
+    ):
+        model = CRATE(num_classes=10, **sizes)
+        images = torch.randn(batch, model.patch_embedding.channels, sizes["image_size"], sizes["image_size"])
+        labels = torch.randint(10, (batch,))
+        optimizer = torch.optim.AdamW(model.parameters())
+
+        def step(model=model, images=images, labels=labels, optimizer=optimizer):
+            cross_entropy(model(images), labels).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+        measuring = LayerwiseProbe()
+        times = interleaved_medians(
+            {"step": step, "probe": lambda m=model, x=images, p=measuring: p.step(0, m, x)}, repeats, images.device
+        )
+        share = times["probe"] / (measuring.every * times["step"])
+        print(
+            f"| {name}, batch {batch} | {1e3 * times['step']:.1f} | {1e3 * times['probe']:.1f} | {100 * share:.2f} % |"
+        )
+
+
+if __name__ == "__main__":
+    print(f"{torch.get_num_threads()} threads, torch {torch.__version__}\n")
+    determinants()
+    probe()

@@ -12,6 +12,7 @@ COMMANDS = {
     "train": ("crate_kernels.training.command", "train a CRATE classifier on real images"),
     "train-text": ("crate_kernels.training.text", "train a CRATE language model on a text file"),
     "analyze": ("crate_kernels.analysis.command", "measure coding rate and sparsity, layer by layer"),
+    "bench": ("crate_kernels.bench.command", "measure operators and models, compare and report results"),
     "info": ("crate_kernels.collect_env", "print versions, devices and why each backend can or cannot run"),
 }
 """Subcommand -> the module that offers ``add_arguments(parser)`` and ``run(args)``, and one line of help."""

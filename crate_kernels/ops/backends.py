@@ -2,7 +2,8 @@
 
 Every operator's folder holds one file per backend. ``implementations`` finds them, ``resolve`` picks one for given
 inputs: an explicit request (argument, ``use_backend``, ``CRATE_KERNELS_BACKEND``; in that order) is obeyed or refused
-with the reason, never replaced; without one, the first backend of ``AUTOMATIC`` that accepts the inputs is taken.
+with the reason, never replaced; without one, the first backend that accepts the inputs is taken, in the order that
+``measured.py`` holds for the device or else that of ``AUTOMATIC``.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ from types import ModuleType
 
 import torch
 from torch import Tensor
+
+from . import measured
 
 FILES = {"cuda": "native", "triton": "triton", "eager": "eager", "reference": "reference"}
 """Backend name -> name of the file beside an operator's ``op.py`` that implements it."""
@@ -74,18 +77,37 @@ def why_not(found: Mapping[str, ModuleType | str], backend: str, *inputs) -> str
     return implementation if isinstance(implementation, str) else implementation.why_not(*inputs)
 
 
-def resolve(found: Mapping[str, ModuleType | str], requested: str | None, *inputs) -> str:
-    """Name the backend that runs an operator on ``inputs``: the arguments of its ``why_not``, a tensor first."""
+def resolve(
+    found: Mapping[str, ModuleType | str], requested: str | None, *inputs, size: int, causal: bool = False
+) -> str:
+    """Name the backend that runs an operator on ``inputs``: the arguments of its ``why_not``, a tensor first.
+
+    ``size`` and ``causal`` are what the measured order is keyed by: N for the attention operators, d for the others.
+    """
     name = _checked_name(requested, "backend") or _requested
     if name is not None:
         reason = why_not(found, name, *inputs)
         if reason is not None:
             raise RuntimeError(f"backend {name!r} cannot run these inputs: {reason}")
         return name
-    for name in AUTOMATIC.get(inputs[0].device.type, ()):
+    for name in automatic_order(found, inputs[0], size, causal):
         if why_not(found, name, *inputs) is None:
             return name
     return "eager"
+
+
+def automatic_order(found: Mapping[str, ModuleType | str], tensor: Tensor, size: int, causal: bool) -> tuple[str, ...]:
+    """The backends to try for a call, fastest first: as measured on this kind of device, else ``AUTOMATIC``."""
+    order = AUTOMATIC.get(tensor.device.type, ())
+    if measured.ORDER and tensor.device.type == "cuda":
+        capability = "sm_" + "".join(map(str, torch.cuda.get_device_capability(tensor.device)))
+        operator = found["eager"].__package__.rpartition(".")[2]
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        for limit, ranking in measured.ORDER.get((capability, operator, dtype, causal), ()):
+            if size <= limit:
+                # A backend that nobody measured (it refused the measured shapes) is still worth asking.
+                return ranking + tuple(name for name in order if name not in ranking)
+    return order
 
 
 # -- autocast ------------------------------------------------------------------------------------------------------

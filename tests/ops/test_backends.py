@@ -3,12 +3,14 @@
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from crate_kernels import collect_env, ops
 from crate_kernels.ops import backends
+from crate_kernels.ops.ista_step import eager as ista_step_eager
 
 W = torch.randn(1, 3, 1, 4, dtype=torch.float64)
 
@@ -33,6 +35,20 @@ def test_the_argument_outranks_the_context_and_the_context_is_restored():
     assert ops.requested_backend() == before
     with pytest.raises(ValueError, match="use_backend: unknown backend 'fast'"), ops.use_backend("fast"):
         pass
+
+
+def test_the_measured_order_is_followed_and_completed(monkeypatch):
+    table = {("sm_90", "ista_step", "bfloat16", False): ((512, ("triton", "eager")), (float("inf"), ("eager", "cuda")))}
+    monkeypatch.setattr(backends.measured, "ORDER", table)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    found = {"eager": ista_step_eager}
+    x = SimpleNamespace(device=torch.device("cuda"), dtype=torch.bfloat16)
+    assert backends.automatic_order(found, x, size=512, causal=False) == ("triton", "eager", "cuda")
+    assert backends.automatic_order(found, x, size=513, causal=False) == ("eager", "cuda", "triton")
+    assert backends.automatic_order(found, x, size=64, causal=True) == backends.AUTOMATIC["cuda"]
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    assert backends.automatic_order(found, x, size=64, causal=False) == backends.AUTOMATIC["cuda"]
+    assert backends.automatic_order(found, torch.empty(1), size=64, causal=False) == ()
 
 
 def run_python(code, **environment):

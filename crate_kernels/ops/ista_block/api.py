@@ -48,7 +48,7 @@ def ista_block(
     check_dictionary(weight, folded, z)
     step_size, lambd = check_step(step_size, lambd)
     rows, weight, folded = backends.cast(backends.autocast_dtype(z), z.reshape(-1, z.shape[-1]), weight, folded)
-    name = backends.resolve(IMPLEMENTATIONS, backend, rows, norm_weight, norm_bias, weight)
+    name = backends.resolve(IMPLEMENTATIONS, backend, rows, norm_weight, norm_bias, weight, size=z.shape[-1])
     if name == "reference":
         out = backends.run(reference.ista_block, rows, norm_weight, norm_bias, weight, step_size, lambd, eps)
     else:

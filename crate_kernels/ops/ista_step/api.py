@@ -47,7 +47,7 @@ def ista_step(
     check_dictionary(weight, folded, x)
     step_size, lambd = check_step(step_size, lambd)
     rows, weight, folded = backends.cast(backends.autocast_dtype(x), x.reshape(-1, x.shape[-1]), weight, folded)
-    name = backends.resolve(IMPLEMENTATIONS, backend, rows, weight)
+    name = backends.resolve(IMPLEMENTATIONS, backend, rows, weight, size=x.shape[-1])
     if name == "reference":
         out = backends.run(reference.ista_step, rows, weight, step_size, lambd)
     else:

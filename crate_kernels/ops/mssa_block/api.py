@@ -81,7 +81,7 @@ def mssa_block(
         z, norm_weight, norm_bias, u_weight, out_weight, out_bias, lengths,
         heads, scale, bool(causal), step_size, float(eps),
     )  # fmt: skip
-    name = backends.resolve(IMPLEMENTATIONS, backend, *arguments)
+    name = backends.resolve(IMPLEMENTATIONS, backend, *arguments, size=tokens, causal=bool(causal))
     if name == "reference":
         return backends.run(reference.mssa_block, *arguments)
     return operator(*arguments, name)[0]

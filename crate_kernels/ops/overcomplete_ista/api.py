@@ -54,7 +54,7 @@ def overcomplete_ista(
     step_size, lambd = check_step(step_size, lambd)
     rows, D, D1 = backends.cast(backends.autocast_dtype(x), x.reshape(-1, x.shape[-1]), D, D1)
     arguments = (rows, D, D1, step_size, lambd)
-    name = backends.resolve(IMPLEMENTATIONS, backend, rows, D, D1)
+    name = backends.resolve(IMPLEMENTATIONS, backend, rows, D, D1, size=x.shape[-1])
     if name == "reference":
         out = backends.run(reference.overcomplete_ista, *arguments)
     else:

@@ -59,7 +59,7 @@ def subspace_attention(
     scale = width**-0.5 if scale is None else checks.number("scale", scale)
     w, value = backends.cast(backends.autocast_dtype(w), w, value)
     arguments = (w, value, lengths, scale, bool(causal))
-    name = backends.resolve(IMPLEMENTATIONS, backend, *arguments)
+    name = backends.resolve(IMPLEMENTATIONS, backend, *arguments, size=tokens, causal=bool(causal))
     if name == "reference":
         # Not through the operator: the oracle's gradient is torch's own, independent of the one the kernels share.
         return backends.run(reference.subspace_attention, *arguments).contiguous()

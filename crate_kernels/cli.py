@@ -10,8 +10,12 @@ from .version import __version__
 
 COMMANDS = {
     "train": ("crate_kernels.training.command", "train a CRATE classifier on real images"),
+    "train-mae": ("crate_kernels.training.mae", "pre-train a CRATE masked autoencoder on real images"),
+    "train-dino": ("crate_kernels.training.dino", "pre-train a CRATE backbone by self-distillation"),
     "train-text": ("crate_kernels.training.text", "train a CRATE language model on a text file"),
     "analyze": ("crate_kernels.analysis.command", "measure coding rate and sparsity, layer by layer"),
+    "segment": ("crate_kernels.analysis.segment", "segment images by the attention of a trained model"),
+    "report": ("crate_kernels.analysis.report", "write one run as a single HTML file"),
     "bench": ("crate_kernels.bench.command", "measure operators and models, compare and report results"),
     "info": ("crate_kernels.collect_env", "print versions, devices and why each backend can or cannot run"),
 }

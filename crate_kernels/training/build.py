@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from ..models import CRATE, CheckpointError, CrateModel, checkpoint, create_model
+from ..models import CRATE, CheckpointError, CrateAlpha, CrateModel, checkpoint, create_model
 from .config import Config
 from .data import ImageData
+
+
+ARCHITECTURES = {"crate": CRATE, "alpha": CrateAlpha}
 
 
 def build_model(config: Config, data: ImageData) -> CrateModel:
@@ -25,7 +28,7 @@ def build_model(config: Config, data: ImageData) -> CrateModel:
     else:
         options.setdefault("image_size", data.image_size or 224)
         sizes = dict(dim=config.dim, depth=config.depth, heads=config.heads, dim_head=config.dim // config.heads)
-        model = CRATE(**options, **sizes)
+        model = ARCHITECTURES[config.architecture](**options, **sizes)
     if config.init is not None:
         load_initial(model, config.init, config.new_head)
     return model

@@ -46,6 +46,7 @@ class Config:
     cutmix: float = option(0.0, "cutmix's alpha", "data")
 
     model: str | None = option(None, "a registered model, instead of dim, depth and heads", "model", choices=FACTORIES)
+    architecture: str = option("crate", "family of a model given by its sizes", "model", choices=("crate", "alpha"))
     dim: int | None = option(None, "width of the tokens", "model")
     depth: int | None = option(None, "number of layers", "model")
     heads: int | None = option(None, "number of attention heads", "model")

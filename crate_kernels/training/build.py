@@ -6,7 +6,6 @@ from ..models import CRATE, CheckpointError, CrateAlpha, CrateModel, checkpoint,
 from .config import Config
 from .data import ImageData
 
-
 ARCHITECTURES = {"crate": CRATE, "alpha": CrateAlpha}
 
 

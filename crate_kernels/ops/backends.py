@@ -23,8 +23,11 @@ from . import measured
 FILES = {"cuda": "native", "triton": "triton", "eager": "eager", "reference": "reference"}
 """Backend name -> name of the file beside an operator's ``op.py`` that implements it."""
 
-AUTOMATIC = {"cuda": ("cuda", "triton", "eager")}
-"""Device type -> order of the automatic choice. Any other device takes ``eager``."""
+AUTOMATIC = {"cuda": ("triton", "cuda", "eager")}
+"""Device type -> order of the automatic choice where nothing was measured. Any other device takes ``eager``.
+
+The CUDA kernels have run under the emulator only; until hardware has verified them they are taken on request, and where
+Triton is missing."""
 
 ENVIRONMENT_VARIABLE = "CRATE_KERNELS_BACKEND"
 

@@ -28,7 +28,7 @@ QUANTITIES = {
 class HalfSteps:
     """Measurements of every layer at three points.
 
-    ``layers (L)``: names, ``"encoder 1"`` or ``"decoder 1"`` and so on.
+    ``layers (L)``: names, ``"layer 1"`` and so on; where there is a decoder ``"encoder 1"`` and ``"decoder 1"``.
     ``values``: quantity (see ``QUANTITIES``) -> ``(L, 3, B)``, layers by ``POINTS`` by samples, float32 on the CPU.
     ``coherence (L, H, H)``: of the subspaces of every two heads, see :func:`subspace_coherence`.
     ``chance``: p/d, the coherence that random subspaces have.
@@ -43,8 +43,8 @@ class HalfSteps:
     lam: float
 
     def published(self) -> Layerwise:
-        """The encoder's layers in the published convention: R^c before the layer, non-zeros after it."""
-        encoder = [i for i, name in enumerate(self.layers) if name.startswith("encoder")]
+        """All layers but a decoder's in the published convention: R^c before the layer, non-zeros after it."""
+        encoder = [i for i, name in enumerate(self.layers) if not name.startswith("decoder")]
         return Layerwise(self.values["subspace_coding_rate"][encoder, 0], self.values["nonzero"][encoder, 2])
 
     def summary(self) -> dict:
@@ -136,4 +136,5 @@ def _measure(layer: nn.Module, z: Tensor, eps: float, lam: float) -> dict[str, T
 def _names(layers: list[nn.Module]) -> list[str]:
     encoder = sum(isinstance(layer, CrateBlock) for layer in layers)
     decoder = len(layers) - encoder
-    return [f"encoder {i + 1}" for i in range(encoder)] + [f"decoder {i + 1}" for i in range(decoder)]
+    kind = "encoder" if decoder else "layer"
+    return [f"{kind} {i + 1}" for i in range(encoder)] + [f"decoder {i + 1}" for i in range(decoder)]

@@ -45,7 +45,7 @@ def plot_half_steps(measurement: HalfSteps, path: str | os.PathLike, title: str 
     published = {"subspace_coding_rate": 0, "nonzero": 2}
     grid = figure.subplots(2, 3)
     layers = range(1, len(measurement.layers) + 1)
-    decoder = sum(name.startswith("encoder") for name in measurement.layers) + 0.5
+    decoder = sum(not name.startswith("decoder") for name in measurement.layers) + 0.5
     for axes, (name, label, heading) in zip(grid.flat, panels, strict=False):
         for point, (where, colour) in enumerate(zip(POINTS, COLOURS, strict=True)):
             as_published = published.get(name) == point

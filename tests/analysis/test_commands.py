@@ -42,7 +42,7 @@ def test_analyze_a_folder(tmp_path, capsys):
     assert not run("command", tmp_path, "--samples", 8)
     record = json.loads((tmp_path / "analysis.json").read_text())
     assert record["data"] == "8 test images of mnist5k, 28 x 28"
-    assert [layer["layer"] for layer in record["layers"]] == ["encoder 1", "encoder 2"]
+    assert [layer["layer"] for layer in record["layers"]] == ["layer 1", "layer 2"]
     first = record["layers"][0]
     assert first["subspace_coding_rate"]["before the layer"]["mean"] == pytest.approx(
         record["published"]["coding_rate_mean"][0]
@@ -51,7 +51,7 @@ def test_analyze_a_folder(tmp_path, capsys):
     assert first["coherence"]["random_subspaces"] == 0.5
     for name in ("layerwise.png", "half_steps.png"):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
-    assert "encoder 2" in capsys.readouterr().out
+    assert "layer 2" in capsys.readouterr().out
 
 
 def test_analyze_text(tmp_path):

@@ -22,8 +22,8 @@ from . import launch
 ENVIRONMENT_VARIABLE = "CRATE_KERNELS_TRITON"
 
 ANY = 1 << 30
-AMPERE, HOPPER = 160 * 1024, 200 * 1024
-"""Shared memory of the data-centre parts: A100 has 163 KiB, Hopper and Blackwell 227; other NVIDIA 99, AMD 64."""
+CONSUMER, AMPERE, HOPPER = 96 * 1024, 160 * 1024, 200 * 1024
+"""Shared memory: A100 has 163 KiB, Hopper and data-centre Blackwell 227, other NVIDIA parts 99, AMD 64."""
 
 
 def _tiles(block_m: int, block_n: int, warps: int, stages: int, **more) -> dict:
@@ -51,7 +51,8 @@ TABLE = {
         (2, 64, 0, 0, _tiles(64, 32, 4, 2)),
         (2, 128, 0, 0, _tiles(32, 32, 4, 2)),
         (2, 256, 0, 0, _tiles(32, 32, 8, 1)),
-        (4, 64, 0, 0, _tiles(32, 32, 8, 1)),
+        (4, 64, 0, CONSUMER, _tiles(32, 32, 8, 1)),
+        (4, 64, 0, 0, _tiles(32, 32, 4, 1)),  # AMD: four warps have 512 registers a thread
         (4, 256, 0, 0, _tiles(32, 16, 8, 1)),
     ),
     "fold_norm": ((4, ANY, 0, 0, {"BLOCK_K": 128, "BLOCK_N": 16, "num_warps": 4}),),

@@ -383,7 +383,7 @@ struct AttentionForward {
     CRATE_DEVICE void write(const float (&reference)[kRowTiles][2]) const {
         const int batch = block_index() / params.heads, head = block_index() % params.heads, lane = lane_index();
         const int64_t token_stride = int64_t(params.heads) * kWidth;
-        T* o = static_cast<T*>(params.o) + batch * params.tokens * token_stride + head * kWidth + first_column;
+        T* o = static_cast<T*>(params.o) + int64_t(batch) * params.tokens * token_stride + head * kWidth + first_column;
         float* lse = params.lse + int64_t(block_index()) * params.tokens;
         CRATE_UNROLL
         for (int r = 0; r < kRowTiles; ++r) {

@@ -48,16 +48,17 @@ def test_without_nvcc_a_forced_build_fails_with_the_reason(tmp_path):
     assert "cannot be built: nvcc is not on the PATH" in done.stderr
 
 
+@pytest.fixture(scope="module")
+def build(tmp_path_factory):
+    # The largest part of CI's time on this backend: both architectures in one build.
+    build = tmp_path_factory.mktemp("extension")
+    done = setup(build, CRATE_KERNELS_FORCE_BUILD="1", TORCH_CUDA_ARCH_LIST="8.0;9.0", MAX_JOBS="2")
+    assert done.returncode == 0, done.stderr
+    return build
+
+
 @pytest.mark.skipif(NVCC is None or torch.version.cuda is None, reason="needs nvcc and a torch built with CUDA")
 class TestWithNvcc:
-    @pytest.fixture(scope="class")
-    def build(self, tmp_path_factory):
-        # The largest part of CI's time on this backend: both architectures in one build.
-        build = tmp_path_factory.mktemp("extension")
-        done = setup(build, CRATE_KERNELS_FORCE_BUILD="1", TORCH_CUDA_ARCH_LIST="8.0;9.0", MAX_JOBS="2")
-        assert done.returncode == 0, done.stderr
-        return build
-
     def test_an_unreadable_architecture_is_named(self, tmp_path):
         done = setup(tmp_path, CRATE_KERNELS_FORCE_BUILD="1", TORCH_CUDA_ARCH_LIST="hopper")
         assert done.returncode != 0

@@ -50,6 +50,8 @@ class Toolchain:
             import torch
         except ImportError:
             raise Missing("torch is not importable here: install with --no-build-isolation") from None
+        if tuple(map(int, torch.__version__.split(".")[:2])) < TORCH_TARGET:
+            raise Missing(f"torch {torch.__version__} is older than {'.'.join(map(str, TORCH_TARGET))}")
         if torch.version.cuda is None:
             raise Missing("this torch is built without CUDA")
         if int(torch.version.cuda.split(".")[0]) != self.version[0]:
@@ -123,7 +125,8 @@ class BuildCuda(build_ext):
         flags += [f"-DTORCH_TARGET_VERSION=0x{TORCH_TARGET[0]:02x}{TORCH_TARGET[1]:02x}000000000000"]
         flags += [f'-DCRATE_TORCH_TARGET="{TORCH_TARGET[0]}.{TORCH_TARGET[1]}"']
         flags += [f'-DCRATE_CUDA_VERSION="{tools.version[0]}.{tools.version[1]}"']
-        flags += [f'-DCRATE_ARCHITECTURES="{" ".join(f"sm_{a}" for a, _ in self.architectures)}"']
+        built = [f"sm_{a}" for a, _ in self.architectures] + [f"compute_{a}" for a, ptx in self.architectures if ptx]
+        flags += [f'-DCRATE_ARCHITECTURES="{" ".join(built)}"']
         flags += [f"-I{d}" for d in (SOURCES, SOURCES / "include")]
         # After nvcc's own headers, so that a wheel's CUDA headers of another minor version do not displace them.
         system = (tools.torch / "include", tools.cublas / "include", tools.pybind11, sysconfig.get_path("include"))

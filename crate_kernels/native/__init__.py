@@ -27,25 +27,25 @@ PARTIAL_SUMS = 1024
 MISSING: str | None = None
 """Why the extension is not there."""
 SHARED_BYTES: dict[int, tuple[int, ...]] = {}
+ARCHITECTURES: tuple[str, ...] = ()
+"""What the extension was built for: ``sm_90`` is machine code, ``compute_90`` what newer devices compile themselves."""
 
 _NAME = f"{__package__.rpartition('.')[0]}._C"
 if importlib.util.find_spec(_NAME) is None:
     MISSING = "the CUDA extension was not built"
 else:
     try:
-        importlib.import_module(_NAME)
-    except ImportError as error:
+        ARCHITECTURES = tuple(importlib.import_module(_NAME).architectures.split())
+        # Width -> shared memory of the larger of the two attention kernels, for 16, 32, ... MAX_TOKENS tokens.
+        SHARED_BYTES = {
+            width: tuple(
+                max(torch.ops.crate_native.attention_shared_bytes(b, True, width, n) for b in (False, True))
+                for n in range(16, MAX_TOKENS + 1, 16)
+            )
+            for width in WIDTHS
+        }
+    except (ImportError, OSError, RuntimeError, AttributeError) as error:  # another torch, or an older build
         MISSING = f"the CUDA extension does not load here: {error}"
-
-if MISSING is None:
-    # Width -> shared memory of the larger of the two attention kernels, for 16, 32, ... MAX_TOKENS tokens.
-    SHARED_BYTES = {
-        width: tuple(
-            max(torch.ops.crate_native.attention_shared_bytes(b, True, width, n) for b in (False, True))
-            for n in range(16, MAX_TOKENS + 1, 16)
-        )
-        for width in WIDTHS
-    }
 
 
 def why_not(tensor: Tensor) -> str | None:
@@ -57,9 +57,33 @@ def why_not(tensor: Tensor) -> str | None:
     if tensor.device.type != "cuda":
         return f"the CUDA kernels need a CUDA device; the tensors are on {tensor.device.type}"
     properties = torch.cuda.get_device_properties(tensor.device)
-    if properties.major < 8:
-        return f"the CUDA kernels need compute capability 8.0; the device has {properties.major}.{properties.minor}"
+    if not runs_on(ARCHITECTURES, properties.major, properties.minor):
+        return (
+            f"the CUDA extension was built for {', '.join(ARCHITECTURES)}; the device is "
+            f"sm_{properties.major}{properties.minor}"
+        )
     return None
+
+
+def runs_on(architectures: tuple[str, ...], major: int, minor: int) -> bool:
+    """Whether a device of compute capability ``major.minor`` runs code built for ``architectures``.
+
+    Machine code runs on the same major version from its minor on (``sm_90a`` on that version
+    alone), intermediate code on everything from its version on.
+    """
+    for architecture in architectures:
+        kind, _, version = architecture.partition("_")
+        digits = version.rstrip("af")
+        built = divmod(int(digits), 10)
+        if version.endswith("a"):
+            fits = built == (major, minor)
+        elif kind == "sm":
+            fits = built[0] == major and built[1] <= minor
+        else:
+            fits = built <= (major, minor)
+        if fits:
+            return True
+    return False
 
 
 def why_not_heads(w: Tensor, tokens: int, width: int) -> str | None:
@@ -144,7 +168,8 @@ def layer_norm_backward(
     torch.ops.crate_native.layer_norm_backward(
         _packed(dx), _packed(z), mean.contiguous(), rstd.contiguous(), *_float32(weight), residual, dz, partial, total
     )
-    return dz, *total.unbind()
+    # Tensors of their own: an operator's outputs may not share memory.
+    return dz, *(row.clone() for row in total)
 
 
 def product(

@@ -24,6 +24,7 @@ static cudaStream_t current_stream(const Tensor& t) {
 }
 
 static void check(cudaError_t error, const char* what) {
+    if (error != cudaSuccess) cudaGetLastError();  // taken here, or the next check of any other kernel reports it
     STD_TORCH_CHECK(error == cudaSuccess, what, ": ", cudaGetErrorString(error));
 }
 

@@ -18,9 +18,10 @@ cudaError_t launch_heads(const typename Kernel::Params& params, int batch, cudaS
         if (const cudaError_t error =
                 cudaFuncSetAttribute(head_kernel<Kernel>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes))
             return error;
-    const int blocks = batch * params.heads;
+    const int64_t blocks = int64_t(batch) * params.heads;
     if (blocks == 0) return cudaSuccess;
-    head_kernel<Kernel><<<blocks, Kernel::warps(params.tokens) * 32, bytes, stream>>>(params);
+    if (blocks > INT32_MAX) return cudaErrorInvalidConfiguration;
+    head_kernel<Kernel><<<unsigned(blocks), Kernel::warps(params.tokens) * 32, bytes, stream>>>(params);
     return cudaGetLastError();
 }
 

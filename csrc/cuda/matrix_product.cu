@@ -100,9 +100,8 @@ void product(const Matrix& a, const Matrix& b, const Matrix* c, const void* bias
         set(preference.get(), CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES, uint32_t(alignment(a.data)));
         set(preference.get(), CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, uint32_t(alignment(source.data)));
         set(preference.get(), CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES, uint32_t(alignment(out.data)));
-        // Split-K sums in workspace are added in a fixed order; atomics are not, and would make gradients vary.
-        set(preference.get(), CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK,
-            uint32_t(CUBLASLT_REDUCTION_SCHEME_MASK & ~CUBLASLT_REDUCTION_SCHEME_INPLACE));
+        // Split-K sums stay in the accumulator's precision, in the workspace, and are added in a fixed order.
+        set(preference.get(), CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK, uint32_t(CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE));
         cublasLtMatmulHeuristicResult_t found;
         int count = 0;
         check(cublasLtMatmulAlgoGetHeuristic(handle, operation.get(), layout_b.get(), layout_a.get(), layout_c.get(),

@@ -72,6 +72,14 @@ def test_wide_norms_take_the_online_softmax(simt, width, dtype, tokens):
         assert forward.exp2 > (0.5 if options.get("causal") else 1) * tokens * tokens
 
 
+def test_small_weights_of_float16_are_not_flushed(simt):
+    # One long token, and many equal short ones that matter to another short one only together.
+    w = torch.zeros(1, 197, 1, 64)
+    w[0, 0, 0, 0] = (39.9 * 8 * 0.6931) ** 0.5
+    w[0, 1, 0, 1] = w[0, 2:, 0, 2] = (16.1 * 8 * 0.6931) ** 0.5
+    check(simt, w.half(), torch.randn(w.shape, generator=torch.Generator().manual_seed(0)).half())
+
+
 def test_ordinary_norms_take_the_symmetric_path(simt):
     w, grad = inputs(torch.bfloat16, 1, 192, 1, 64)
     forward, _ = check(simt, w, grad)

@@ -99,6 +99,9 @@ def test_float32_norms_beside_bfloat16_rows():
     out, mean, rstd = ista_block.forward(z, gamma, beta, weight, None, 0.1, 0.1, 1e-5)
     dz, dgamma, dbeta, dweight = ista_block.backward(out, z, gamma, beta, weight, None, out, mean, rstd, 0.1, 1e-5)
     assert (dz.dtype, dgamma.dtype, dbeta.dtype, dweight.dtype) == (z.dtype, torch.float32, torch.float32, z.dtype)
+    # torch refuses operators whose outputs share memory.
+    gradients = (dz, dgamma, dbeta, dweight)
+    assert len({g.untyped_storage().data_ptr() for g in gradients}) == len(gradients)
 
 
 def test_strided_heads():

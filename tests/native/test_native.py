@@ -14,6 +14,7 @@ def present(monkeypatch):
     """As if the extension were there, on a device of compute capability 9.0 with 227 KiB of shared memory a block."""
     properties = type("Properties", (), {"major": 9, "minor": 0, "shared_memory_per_block_optin": 232448})
     monkeypatch.setattr(native, "MISSING", None)
+    monkeypatch.setattr(native, "ARCHITECTURES", ("sm_80", "sm_90", "compute_90"))
     monkeypatch.setattr(
         native, "SHARED_BYTES", {w: tuple(800 * w * (i + 1) // 7 for i in range(17)) for w in native.WIDTHS}
     )
@@ -58,7 +59,27 @@ def test_a_separate_value_is_refused(present):
 def test_an_old_device_is_refused(present):
     present.major = 7
     present.minor = 5
-    assert "compute capability 8.0; the device has 7.5" in attention.why_not(heads(), None, None, 0.1, False)
+    reason = "was built for sm_80, sm_90, compute_90; the device is sm_75"
+    assert reason in attention.why_not(heads(), None, None, 0.1, False)
+
+
+@pytest.mark.parametrize(
+    ("architectures", "capability", "runs"),
+    [
+        (("sm_80",), (8, 0), True),
+        (("sm_80",), (8, 9), True),
+        (("sm_86",), (8, 0), False),
+        (("sm_80", "sm_90"), (10, 0), False),
+        (("sm_80", "compute_80"), (12, 0), True),
+        (("sm_90", "compute_90"), (8, 0), False),
+        (("sm_90a", "compute_90a"), (9, 0), True),
+        (("sm_90a", "compute_90a"), (10, 0), False),
+        (("sm_100f",), (10, 3), True),
+        ((), (9, 0), False),
+    ],
+)
+def test_runs_where_the_build_has_code(architectures, capability, runs):
+    assert native.runs_on(architectures, *capability) is runs
 
 
 def test_channels(present):

@@ -34,7 +34,8 @@ struct AttentionForwardParams {
 };
 
 // How far powers of two may reach down from K before a term loses accuracy, and where K is put: bf16 has the range of
-// fp32; fp16 does not, and uses its range above 1 as well.
+// fp32; fp16 does not, and uses its range above 1: a row's
+// own term stays at 1 or more, so what underflows is 2^-24 of it, as in any softmax in fp16.
 template <class T>
 struct ExponentRange;
 template <>
@@ -43,7 +44,7 @@ struct ExponentRange<bf16> {
 };
 template <>
 struct ExponentRange<fp16> {
-    static constexpr float kTop = 15.0f, kSpan = 24.0f;
+    static constexpr float kTop = 15.0f, kSpan = 15.0f;
 };
 
 template <class T, int kWidth, int kTokens>

@@ -10,8 +10,10 @@ lint:
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
 
+# Twice, because Triton decides when kernels are defined whether they are compiled or interpreted.
 test: lint
-	$(PYTHON) -m pytest
+	$(PYTHON) -m pytest --durations=15
+	TRITON_INTERPRET=1 $(PYTHON) -m pytest tests/triton --durations=5
 	TRITON_INTERPRET=1 $(PYTHON) -m pytest tests/triton
 
 bench:

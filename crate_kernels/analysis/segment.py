@@ -32,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--mass", type=float, default=0.6, help="share of a head's attention in its mask (default 0.6)")
     parser.add_argument("--masks", type=int, default=3, help="most objects to cut out of an image (default 3)")
     parser.add_argument(
-        "--threshold", type=float, default=0.2, help="cosine from which patches belong together (default 0.2)"
+        "--threshold", type=float, default=0.0, help="cosine from which patches belong together (default 0)"
     )
 
 
@@ -45,6 +45,8 @@ def run(args: argparse.Namespace) -> int:
     model, metadata = open_model(args.checkpoint, args.model)
     if not isinstance(model, VisionModel):
         raise ValueError(f"{args.checkpoint} holds a {type(model).__name__}, which sees no images")
+    if model.config.get("pool") == "mean":
+        print("note: this model's head reads the mean of all tokens, so training shaped its class token little")
     output = Path(args.output)
     names = result_names(args.images)
     pictures = [read_image(path, model.patch_embedding.channels) for path in args.images]
@@ -90,7 +92,7 @@ def segment(
     layer: int = -1,
     mass: float = 0.6,
     count: int = 3,
-    threshold: float = 0.2,
+    threshold: float = 0.0,
 ) -> list[Segmentation]:
     """Segment Pillow images, each at its own size; see the functions of :mod:`crate_kernels.analysis.segmentation`."""
     found, features = [], []
@@ -98,7 +100,8 @@ def segment(
         image = model_input(picture, model, metadata, size)
         attention = class_attention(model, image, layer)[0]
         grid = tuple(attention.shape[1:])
-        masks = object_masks(keys(model, image, layer)[0], grid, count, threshold)
+        # Patches that an ISTA step made non-negative share a large mean; without it half of all cosines are negative.
+        masks = object_masks(keys(model, image, layer)[0], grid, count, threshold, centre=True)
         features.append(model.norm(model.run_blocks(model.embed(image)))[0, 1:])
         found.append((attention, attention_mask(attention, mass), masks))
     components = principal_components(features)

@@ -9,7 +9,7 @@ from crate_kernels import ops
 from crate_kernels.ops.triton_kernels import configurations
 
 from ..ops.cases import CASES, Case
-from .oracle import check, run
+from .oracle import DEVICE, check, run
 
 HALF, SINGLE, BRAIN = torch.float16, torch.float32, torch.bfloat16
 
@@ -90,39 +90,27 @@ def test_one_long_token_among_short_ones():
             check(case, SINGLE)
 
 
-@pytest.mark.parametrize("layout", ["heads first", "every second token", "last axis strided", "broadcast"])
+STRIDED = {
+    "heads first": lambda: normal(2, 3, 33, 8).float().transpose(1, 2),
+    "every second token": lambda: normal(2, 66, 3, 8).float()[:, ::2],
+    "last axis strided": lambda: normal(2, 33, 3, 16).float()[..., ::2],
+    "one sequence for all": lambda: normal(1, 33, 3, 8).float().expand(2, 33, 3, 8),
+}
+
+
+@pytest.mark.parametrize("layout", STRIDED)
 def test_strides(layout):
-    if layout == "heads first":
-        w = normal(2, 3, 33, 8).transpose(1, 2)
-    elif layout == "every second token":
-        w = normal(2, 66, 3, 8)[:, ::2]
-    elif layout == "last axis strided":
-        w = normal(2, 33, 3, 16)[..., ::2]
-    else:
-        w = normal(1, 33, 3, 8).expand(2, 33, 3, 8)
-    # Case.run keeps dense strides only, and these must reach the kernel as they are.
-    expected = ops.subspace_attention(w, backend="reference")
-    narrow = w.float().as_strided(w.shape, w.stride()) if layout == "heads first" else None
-    for tensor in (w.float() if narrow is None else narrow,):
-        out, lse = _attention_forward(_with_strides_of(w, tensor))
-        assert (out.double() - expected).abs().max() < 1e-5
-        assert lse.isfinite().all()
-
-
-def _with_strides_of(like, tensor):
-    storage = torch.zeros(like.untyped_storage().nbytes() // like.element_size(), dtype=tensor.dtype)
-    view = storage.as_strided(like.shape, like.stride())
-    if 0 in like.stride():
-        view[:1] = tensor[:1]
-    else:
-        view.copy_(tensor)
-    return view
-
-
-def _attention_forward(w):
-    from crate_kernels.ops.subspace_attention import triton
-
-    return triton.forward(w, None, None, w.shape[-1] ** -0.5, False)
+    w, value, grad = (STRIDED[layout]().to(DEVICE) for _ in range(3))
+    value = value + 1 if layout == "last axis strided" else value
+    leaves = w.requires_grad_(), value.detach().requires_grad_()
+    out = ops.subspace_attention(*leaves, backend="triton")
+    gradients = torch.autograd.grad(out, leaves, grad)
+    wide = [t.detach().double().requires_grad_() for t in leaves]
+    expected = ops.subspace_attention(*wide, backend="reference")
+    for got, want in zip(
+        (out, *gradients), (expected, *torch.autograd.grad(expected, wide, grad.double())), strict=True
+    ):
+        torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-5)
 
 
 BLOCKS = {

@@ -14,7 +14,6 @@ lint:
 test: lint
 	$(PYTHON) -m pytest --durations=15
 	TRITON_INTERPRET=1 $(PYTHON) -m pytest tests/triton --durations=5
-	TRITON_INTERPRET=1 $(PYTHON) -m pytest tests/triton
 
 bench:
 	$(PYTHON) -m pytest benchmarks --benchmark-only

@@ -113,6 +113,37 @@ def test_strides(layout):
         torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-5)
 
 
+VECTORS = {
+    "every second": lambda t: t.repeat_interleave(2)[::2],
+    "a column": lambda t: torch.stack([t, torch.full_like(t, 7)], 1)[:, 0],
+    "one value for all": lambda t: t[:1].expand(t.shape),
+}
+
+
+@pytest.mark.parametrize("layout", VECTORS)
+def test_vectors_with_any_stride(layout):
+    """The kernels read vectors densely: parameters and lengths that are views must be copied first."""
+    strided = VECTORS[layout]
+    z, u, out = normal(2, 33, 16), normal(16, 16, spread=0.25), normal(16, 16, spread=0.25, seed=1)
+    gamma, beta, bias = 1 + normal(16, spread=0.2), normal(16, spread=0.2, seed=1), normal(16, seed=2)
+    lengths = strided(torch.tensor([17, 33]))
+    cases = [
+        (partial(ops.mssa_block, heads=2, lengths=lengths), (z, gamma, beta, u, out, bias)),
+        (ops.ista_block, (z, gamma, beta, u)),
+        (lambda w, **options: ops.subspace_attention(w, lengths=lengths, **options), (z.view(2, 33, 2, 8),)),
+    ]
+    for operator, tensors in cases:
+        results = []
+        for backend, dtype in (("triton", SINGLE), ("reference", torch.float64)):
+            leaves = [t.to(dtype) for t in tensors]
+            leaves = [(strided(t) if t.dim() == 1 else t).detach().requires_grad_() for t in leaves]
+            got = operator(*leaves, backend=backend)
+            weights = normal(*got.shape, seed=5).to(dtype)
+            results.append((got, *torch.autograd.grad(got, leaves, weights)))
+        for got, want in zip(*results, strict=True):
+            torch.testing.assert_close(got.double(), want, rtol=2e-5, atol=2e-5)
+
+
 BLOCKS = {
     "mssa": mssa(2, 33, 40, 3, 8),
     "mssa wide heads": mssa(1, 40, 24, 2, 20),

@@ -55,6 +55,7 @@ def forward(
     length_values(lengths, tokens)
     w = launch.unit_stride(w)
     value = None if value is None else launch.unit_stride(value)
+    lengths = None if lengths is None else lengths.contiguous()
     o = torch.empty(w.shape, dtype=w.dtype, device=w.device)
     lse = torch.empty((batch, heads, tokens), dtype=torch.float32, device=w.device)
     if o.numel() == 0:
@@ -87,6 +88,8 @@ def backward(
     batch, tokens, heads, width = w.shape
     w, grad = launch.unit_stride(w), launch.unit_stride(grad)
     value = None if value is None else launch.unit_stride(value)
+    lengths = None if lengths is None else lengths.contiguous()
+    o, lse = o.contiguous(), lse.contiguous()
     dw = torch.empty(w.shape, dtype=w.dtype, device=w.device)
     dvalue = None if value is None else torch.empty_like(dw)
     if dw.numel() == 0:

@@ -34,6 +34,7 @@ def layer_norm_backward(
     partial = torch.empty((kinds, programs, width), dtype=torch.float32, device=z.device)
     if rows:
         grad, z = launch.unit_stride(grad), launch.unit_stride(z)
+        weight, bias, mean, rstd = (t.contiguous() for t in (weight, bias, mean, rstd))  # read densely
         residual = None if residual is None else launch.unit_stride(residual)
         launch.launch(
             _layer_norm_backward, programs,

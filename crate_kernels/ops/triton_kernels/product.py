@@ -36,6 +36,7 @@ class FoldedNorm(NamedTuple):
 def fold_norm(a: Tensor, weight: Tensor, bias: Tensor, eps: float) -> FoldedNorm:
     """Fold LayerNorm's ``weight, bias (k,)`` into ``a (k, m)`` (any strides)."""
     inner, columns = a.shape
+    weight, bias = weight.contiguous(), bias.contiguous()  # kernels read vectors densely
     folded = torch.empty_like(a)  # keeps the strides of a dense a, so that it is read the way it was laid out
     column_sum = torch.empty(columns, dtype=torch.float32, device=a.device)
     shift = torch.empty_like(column_sum)
@@ -71,6 +72,7 @@ def product(
     if norm is not None:
         bias = norm.shift
     a = launch.unit_stride(a)
+    bias, gate, gate_rows = (None if t is None else t.contiguous() for t in (bias, gate, gate_rows))
     rows, inner = a.shape
     columns = matrix.shape[1]
     out = torch.empty((rows, columns), dtype=a.dtype, device=a.device)

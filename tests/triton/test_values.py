@@ -90,6 +90,16 @@ def test_one_long_token_among_short_ones():
             check(case, SINGLE)
 
 
+@pytest.mark.parametrize(("dtype", "amplitude"), [(SINGLE, 1e5), (BRAIN, 3e4)], ids=str)
+@pytest.mark.parametrize("causal", [False, True])
+def test_large_equal_norms_take_the_online_path(dtype, amplitude, causal):
+    """Their spread is zero, but a bound and a score of that size are apart by more than float32's exponents."""
+    w = amplitude * normal(64, spread=1.0).to(dtype).expand(1, 33, 1, 64)
+    with configurations.override("attention_forward", MAX_FREE=True):
+        out = ops.subspace_attention(w.to(DEVICE), causal=causal, backend="triton")
+    torch.testing.assert_close(out.cpu(), w, rtol=4 * torch.finfo(dtype).eps, atol=0)
+
+
 STRIDED = {
     "heads first": lambda: normal(2, 3, 33, 8).float().transpose(1, 2),
     "every second token": lambda: normal(2, 66, 3, 8).float()[:, ::2],

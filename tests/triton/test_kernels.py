@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 
+import numpy
 import pytest
 import torch
 from torch.library import opcheck
@@ -120,6 +121,24 @@ def test_lengths_out_of_range_stay_in_bounds(lengths, causal, monkeypatch):
         full = torch.full_like(lengths, 21)
         assert torch.equal(o, attention.forward(w, None, full, 0.3, causal)[0])
         assert dw.isfinite().all()
+
+
+@pytest.mark.skipif(not launch.INTERPRETED, reason="takes memory that is only reserved on a CPU")
+def test_offsets_within_a_tile_beyond_32_bits():
+    """Rows so far apart that a tile's own extent does not fit 32 bits."""
+    stride, rows = 1 << 27, 18
+    try:
+        storage = torch.from_numpy(numpy.zeros(rows * stride, numpy.float16))
+    except MemoryError:
+        pytest.skip("no 4.5 GiB of address space")
+    far = storage.as_strided((rows, 8), (stride, 1))
+    near = normal(rows, 8, dtype=torch.float16)
+    far.copy_(near)
+    forwards = [attention.forward(t.view(1, rows, 1, 8), None, None, 0.3, False) for t in (far, near)]
+    assert torch.equal(*(o for o, _ in forwards))
+    gamma, beta = normal(8), normal(8, seed=1)
+    for one, other in zip(*(fold_norm(t.T, gamma, beta, 1e-5)[3:] for t in (far, near)), strict=True):
+        assert torch.equal(one, other)
 
 
 def test_reasons():

@@ -110,12 +110,12 @@ def _fold_norm(
     for start in range(0, inner, BLOCK_K):
         k = start + tl.arange(0, BLOCK_K)
         inside = (k < inner)[:, None] & (n < columns)[None, :]
-        at = tl.cast(k, tl.int64)[:, None]
-        tile = tl.load(a + at * a_k + n[None, :] * a_n, mask=inside, other=0.0).to(tl.float32)
+        at, across = tl.cast(k, tl.int64)[:, None], tl.cast(n, tl.int64)[None, :]
+        tile = tl.load(a + at * a_k + across * a_n, mask=inside, other=0.0).to(tl.float32)
         gamma = tl.load(weight + k, mask=k < inner, other=0.0).to(tl.float32)
         beta = tl.load(bias + k, mask=k < inner, other=0.0).to(tl.float32)
         scaled = rounded(tile * gamma[:, None], folded.dtype.element_ty)
-        tl.store(folded + at * f_k + n[None, :] * f_n, scaled, mask=inside)
+        tl.store(folded + at * f_k + across * f_n, scaled, mask=inside)
         total += tl.sum(scaled.to(tl.float32), 0)
         moved += tl.sum(tile * beta[:, None], 0)
     tl.store(column_sum + n, total, mask=n < columns)

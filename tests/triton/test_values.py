@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from crate_kernels import ops
-from crate_kernels.ops.triton_kernels import configurations
+from crate_kernels.ops.subspace_attention import triton as kernels
+from crate_kernels.ops.triton_kernels import configurations, launch
 
 from ..ops.cases import CASES, Case
 from .oracle import DEVICE, check, run
@@ -98,6 +99,40 @@ def test_large_equal_norms_take_the_online_path(dtype, amplitude, causal):
     with configurations.override("attention_forward", MAX_FREE=True):
         out = ops.subspace_attention(w.to(DEVICE), causal=causal, backend="triton")
     torch.testing.assert_close(out.cpu(), w, rtol=4 * torch.finfo(dtype).eps, atol=0)
+
+
+@pytest.mark.parametrize("scale", [0.45, -0.9])
+def test_backward_scales_scores_by_the_very_number_of_the_forward(scale, monkeypatch):
+    """Rounded twice on the device it would move large scores off their log-normaliser; the interpreter rounds once."""
+    last, launched = {}, launch.launch
+
+    def record(kernel, *arguments, **options):
+        last[kernel] = arguments[-1]
+        return launched(kernel, *arguments, **options)
+
+    monkeypatch.setattr(launch, "launch", record)
+    w = normal(5, 1, 1, 16, spread=300).float().to(DEVICE)
+    value, grad = (normal(5, 1, 1, 16, seed=i).float().to(DEVICE) for i in range(2))
+    out = ops.subspace_attention(w, value.requires_grad_(), scale=scale, backend="triton")
+    got = torch.autograd.grad(out, value, grad)[0]
+    assert abs(last[kernels._backward]) == last[kernels._forward]
+    if launch.INTERPRETED:  # hardware contracts the product and the difference
+        assert torch.equal(got, grad)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("tensor_memory", [True, False])
+def test_two_chained_products_have_an_accumulator_each_in_tensor_memory(tensor_memory, causal, monkeypatch):
+    separate, launched = [], launch.launch
+
+    def record(*arguments, **options):
+        separate.append(options.get("SEPARATE"))
+        return launched(*arguments, **options)
+
+    monkeypatch.setattr(launch, "launch", record)
+    monkeypatch.setattr(launch, "tensor_memory", lambda _: tensor_memory)
+    check(attention(2, 50, 2, 8, causal=causal), SINGLE)
+    assert [s for s in separate if s is not None] == [tensor_memory]
 
 
 STRIDED = {

@@ -29,7 +29,6 @@ from ..triton_kernels.configurations import configuration
 LOG2E = 1.4426950408889634
 MAX_WIDTH = 256
 
-_LOG2E = tl.constexpr(LOG2E)
 # exp2(-RANGE) times the 24 bits of a float32 is still a normal number.
 _RANGE = tl.constexpr(96.0)
 # Bound and score are rounded apart: below this they differ by little, whatever the sums' order.
@@ -108,8 +107,9 @@ def backward(
         _backward, triton.cdiv(tokens, options["BLOCK_M"]) * batch * heads,
         grad, w, value, lengths, lse, delta, dw, dvalue,
         *grad.stride()[:3], *w.stride()[:3], *(w if value is None else value).stride()[:3],
-        heads, tokens, scale,
-        CAUSAL=causal, PRECISION=launch.dot_precision(w.dtype), **shape, **options,
+        heads, tokens, scale, scale * LOG2E,
+        CAUSAL=causal, SEPARATE=value is not None or launch.tensor_memory(w.device),
+        PRECISION=launch.dot_precision(w.dtype), **shape, **options,
     )  # fmt: skip
     return dw, dvalue
 
@@ -278,16 +278,19 @@ def _delta(o, g, delta, g_b, g_n, g_h, heads, tokens, P: tl.constexpr, WIDTH: tl
 @triton.jit
 def _pair(
     dw, dv, w_i, g_i, v_i, lse_i, delta_i, first, start,
-    g, w, value, lse, delta, g_n, w_n, v_n, tokens, visible, scale, middle,
+    g, w, value, lse, delta, g_n, w_n, v_n, tokens, visible, scale, slope, middle,
     P: tl.constexpr, WIDTH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     QUERY: tl.constexpr, KEY: tl.constexpr, DIAGONAL: tl.constexpr, MASKED: tl.constexpr, HIDING: tl.constexpr,
-    SYMMETRIC: tl.constexpr, PRECISION: tl.constexpr,
+    SYMMETRIC: tl.constexpr, SEPARATE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Add to the gradients of tile i what tile j contributes: as keys of i (QUERY), as queries to i (KEY), or both."""
+    """Add to the gradients of tile i what tile j contributes: as keys of i (QUERY), as queries to i (KEY), or both.
+
+    ``slope`` is ``scale·log2 e`` rounded once, as in the forward: else large scores would miss their log-normaliser.
+    """
     i = first + tl.arange(0, BLOCK_M)[:, None]
     j = start + tl.arange(0, BLOCK_N)
     w_j = _rows(w, w_n, start, tokens, P, WIDTH, BLOCK_N, MASKED)
-    scores = dot(w_i, tl.trans(w_j), None, PRECISION) * (scale * _LOG2E)
+    scores = dot(w_i, tl.trans(w_j), None, PRECISION) * slope
     ds = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     if QUERY:
         v_j = w_j
@@ -313,10 +316,10 @@ def _pair(
             elif HIDING:
                 p = tl.where(i < visible, p, 0.0)
         ds += p * dot(v_i, tl.trans(g_j), tl.broadcast_to(-delta_j[None, :], [BLOCK_M, BLOCK_N]), PRECISION)
-        if value is None:
-            dw = dot(rounded(p, g_j.dtype), g_j, dw, PRECISION)
-        else:
+        if SEPARATE:
             dv = dot(rounded(p, g_j.dtype), g_j, dv, PRECISION)
+        else:
+            dw = dot(rounded(p, g_j.dtype), g_j, dw, PRECISION)
     dw = dot(rounded(ds * scale, w_j.dtype), w_j, dw, PRECISION)
     return dw, dv
 
@@ -324,11 +327,12 @@ def _pair(
 @triton.jit
 def _backward(
     g, w, value, lengths, lse, delta, dw_out, dv_out, g_b, g_n, g_h, w_b, w_n, w_h, v_b, v_n, v_h,
-    heads, tokens, scale,
-    CAUSAL: tl.constexpr, PRECISION: tl.constexpr, P: tl.constexpr, WIDTH: tl.constexpr,
+    heads, tokens, scale, slope,
+    CAUSAL: tl.constexpr, SEPARATE: tl.constexpr, PRECISION: tl.constexpr, P: tl.constexpr, WIDTH: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     tl.static_assert(BLOCK_M % BLOCK_N == 0)
+    tl.static_assert(SEPARATE or value is None)
     HIDING: tl.constexpr = lengths is not None
     tiles = tl.cdiv(tokens, BLOCK_M)
     head = tl.program_id(0) // tiles
@@ -351,28 +355,28 @@ def _backward(
     lse_i = tl.load(lse + row, mask=row < tokens, other=0.0)
     delta_i = tl.load(delta + row, mask=row < tokens, other=0.0)
     dw = tl.zeros([BLOCK_M, WIDTH], tl.float32)
-    dv = dw
+    dv = tl.zeros([BLOCK_M, WIDTH], tl.float32) if SEPARATE else dw
 
     if CAUSAL:
         for start in range(0, tl.minimum(first, visible), BLOCK_N):
             dw, dv = _pair(
                 dw, dv, w_i, g_i, v_i, lse_i, delta_i, first, start,
-                g, w, value, lse, delta, g_n, w_n, v_n, tokens, visible, scale, 0.0,
-                P, WIDTH, BLOCK_M, BLOCK_N, True, False, False, False, HIDING, False, PRECISION,
+                g, w, value, lse, delta, g_n, w_n, v_n, tokens, visible, scale, slope, 0.0,
+                P, WIDTH, BLOCK_M, BLOCK_N, True, False, False, False, HIDING, False, SEPARATE, PRECISION,
             )  # fmt: skip
         after = tl.minimum(first + BLOCK_M, tokens)
         # Both roles at once would need one product less on these few tiles, and more registers in the whole kernel.
         for start in range(first, tl.minimum(after, visible), BLOCK_N):
             dw, dv = _pair(
                 dw, dv, w_i, g_i, v_i, lse_i, delta_i, first, start,
-                g, w, value, lse, delta, g_n, w_n, v_n, tokens, visible, scale, 0.0,
-                P, WIDTH, BLOCK_M, BLOCK_N, True, False, True, True, HIDING, False, PRECISION,
+                g, w, value, lse, delta, g_n, w_n, v_n, tokens, visible, scale, slope, 0.0,
+                P, WIDTH, BLOCK_M, BLOCK_N, True, False, True, True, HIDING, False, SEPARATE, PRECISION,
             )  # fmt: skip
         for start in range(first, after, BLOCK_N):
             dw, dv = _pair(
                 dw, dv, w_i, g_i, v_i, lse_i, delta_i, first, start,
-                g, w, value, lse, delta, g_n, w_n, v_n, tokens, visible, scale, 0.0,
-                P, WIDTH, BLOCK_M, BLOCK_N, False, True, True, True, HIDING, False, PRECISION,
+                g, w, value, lse, delta, g_n, w_n, v_n, tokens, visible, scale, slope, 0.0,
+                P, WIDTH, BLOCK_M, BLOCK_N, False, True, True, True, HIDING, False, SEPARATE, PRECISION,
             )  # fmt: skip
         end = tokens
         if first >= visible:
@@ -380,8 +384,8 @@ def _backward(
         for start in range(first + BLOCK_M, end, BLOCK_N):
             dw, dv = _pair(
                 dw, dv, w_i, g_i, v_i, lse_i, delta_i, first, start,
-                g, w, value, lse, delta, g_n, w_n, v_n, tokens, visible, scale, 0.0,
-                P, WIDTH, BLOCK_M, BLOCK_N, False, True, False, True, HIDING, False, PRECISION,
+                g, w, value, lse, delta, g_n, w_n, v_n, tokens, visible, scale, slope, 0.0,
+                P, WIDTH, BLOCK_M, BLOCK_N, False, True, False, True, HIDING, False, SEPARATE, PRECISION,
             )  # fmt: skip
     else:
         symmetric = False
@@ -408,23 +412,25 @@ def _backward(
             for start in range(0, full, BLOCK_N):
                 dw, dv = _pair(
                     dw, dv, w_i, g_i, v_i, lse_i, delta_i, first, start,
-                    g, w, value, lse, delta, g_n, w_n, v_n, tokens, visible, scale, middle,
-                    P, WIDTH, BLOCK_M, BLOCK_N, True, True, False, False, HIDING, True, PRECISION,
+                    g, w, value, lse, delta, g_n, w_n, v_n, tokens, visible, scale, slope, middle,
+                    P, WIDTH, BLOCK_M, BLOCK_N, True, True, False, False, HIDING, True, SEPARATE, PRECISION,
                 )  # fmt: skip
             for start in range(full, end, BLOCK_N):
                 dw, dv = _pair(
                     dw, dv, w_i, g_i, v_i, lse_i, delta_i, first, start,
-                    g, w, value, lse, delta, g_n, w_n, v_n, tokens, visible, scale, middle,
-                    P, WIDTH, BLOCK_M, BLOCK_N, True, True, False, True, HIDING, True, PRECISION,
+                    g, w, value, lse, delta, g_n, w_n, v_n, tokens, visible, scale, slope, middle,
+                    P, WIDTH, BLOCK_M, BLOCK_N, True, True, False, True, HIDING, True, SEPARATE, PRECISION,
                 )  # fmt: skip
         else:
             for start in range(0, end, BLOCK_N):
                 dw, dv = _pair(
                     dw, dv, w_i, g_i, v_i, lse_i, delta_i, first, start,
-                    g, w, value, lse, delta, g_n, w_n, v_n, tokens, visible, scale, middle,
-                    P, WIDTH, BLOCK_M, BLOCK_N, True, True, False, True, HIDING, False, PRECISION,
+                    g, w, value, lse, delta, g_n, w_n, v_n, tokens, visible, scale, slope, middle,
+                    P, WIDTH, BLOCK_M, BLOCK_N, True, True, False, True, HIDING, False, SEPARATE, PRECISION,
                 )  # fmt: skip
 
+    if SEPARATE and value is None:
+        dw += dv
     dw_out += (batch * tokens * heads + inner) * P
     _store_rows(dw_out, heads * P, first, tokens, dw, P, WIDTH, BLOCK_M)
     if value is not None:

@@ -58,6 +58,17 @@ def shared_memory(device: torch.device) -> int:
     return properties.shared_memory_per_block_optin
 
 
+@functools.cache
+def tensor_memory(device: torch.device) -> bool:
+    """Whether products are summed in tensor memory (data-centre Blackwell).
+
+    Triton 3.6 to 3.8 may miscompile two products per iteration chained through one carried accumulator there.
+    """
+    if device.type != "cuda" or torch.version.hip is not None:
+        return False
+    return torch.cuda.get_device_properties(device).major == 10
+
+
 def unit_stride(tensor: Tensor) -> Tensor:
     """``tensor`` itself where its last axis is dense, else a contiguous copy."""
     return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()

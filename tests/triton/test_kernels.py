@@ -1,5 +1,6 @@
 """The shared kernels by themselves, and how the backend decides, refuses and is configured."""
 
+import itertools
 import os
 import subprocess
 import sys
@@ -7,6 +8,7 @@ import sys
 import numpy
 import pytest
 import torch
+import triton
 from torch.library import opcheck
 from torch.nn.functional import layer_norm
 
@@ -189,6 +191,20 @@ def test_configurations_are_overridden_and_restored():
         assert configurations.configuration("attention_delta", w, 300, 64)["num_warps"] == 4
     with pytest.raises(ValueError, match="unknown kernel 'attention'"), configurations.override("attention"):
         pass
+
+
+def test_chained_products_have_no_short_side_where_wgmma_takes_them(monkeypatch):
+    """wgmma multiplies 64 rows or more; then every side is 64 or more."""
+    monkeypatch.setattr(launch, "shared_memory", lambda _: configurations.HOPPER)
+    shapes = itertools.product(
+        launch.DTYPES, ("attention_forward", "attention_backward"), (1, 64, 65, 512, 100_000), range(8, 257)
+    )
+    with monkeypatch.context() as patch:  # ends before the small tiles do
+        patch.setattr(configurations, "_overrides", {})
+        for dtype, kernel, rows, width in shapes:
+            options = configurations.configuration(kernel, torch.empty(0, dtype=dtype), rows, width)
+            sides = options["BLOCK_M"], options["BLOCK_N"], triton.next_power_of_2(width)
+            assert options["BLOCK_M"] < 64 or min(sides) >= 64, (kernel, dtype, rows, width)
 
 
 def test_every_accepted_shape_has_a_configuration():

@@ -33,20 +33,25 @@ def _tiles(block_m: int, block_n: int, warps: int, stages: int, **more) -> dict:
 # (size, width, rows, shared, options)
 TABLE = {
     "attention_forward": (
+        # wgmma takes 64 rows at least; chained with sides under 64 it has been miscompiled, so narrow heads get
+        # 32 rows, which mma.sync multiplies. The same holds for tf32 and in the backward.
+        (2, 32, 0, HOPPER, _tiles(32, 64, 4, 2, MAX_FREE=False)),
         # Long sequences: half the programs, half the reads of w; two warp groups of 64 rows each on Hopper.
         (2, 64, 512, 0, _tiles(128, 64, 8, 2, MAX_FREE=True)),
         # Up to a few hundred tokens: more programs than one per head, and less padding (N = 257: 320 rows, not 384).
         (2, 64, 0, 0, _tiles(64, 64, 4, 2, MAX_FREE=False)),
         (2, 128, 0, 0, _tiles(64, 64, 4, 2, MAX_FREE=False)),
-        (2, 256, 0, 0, _tiles(64, 32, 8, 2, MAX_FREE=False)),
+        (2, 256, 0, 0, _tiles(32, 32, 8, 2, MAX_FREE=False)),
+        (4, 64, 0, HOPPER, _tiles(32, 32, 4, 2, MAX_FREE=False)),
         (4, 64, 0, 0, _tiles(64, 32, 8, 2, MAX_FREE=False)),
         (4, 256, 0, 0, _tiles(32, 16, 8, 1, MAX_FREE=False)),
     ),
     "attention_delta": ((4, 256, 0, 0, {"BLOCK_M": 64, "num_warps": 4}),),
     "attention_backward": (
+        (2, 32, 0, HOPPER, _tiles(32, 32, 4, 2)),
         # Five products a tile: every side of 64 or more where there is memory for it (Hopper, Blackwell).
         (2, 64, 65, HOPPER, _tiles(128, 64, 8, 2)),
-        (2, 128, 65, HOPPER, _tiles(128, 32, 8, 2)),
+        (2, 64, 0, HOPPER, _tiles(64, 64, 4, 2)),
         # mma.sync holds whole operand tiles in registers: 32 keys at a time, or they spill.
         (2, 64, 0, 0, _tiles(64, 32, 4, 2)),
         (2, 128, 0, 0, _tiles(32, 32, 4, 2)),

@@ -91,6 +91,7 @@ def test_one_long_token_among_short_ones():
             check(case, SINGLE)
 
 
+@pytest.mark.skipif(not launch.INTERPRETED, reason="scores beyond 2^31: docs/triton.md, limits")
 @pytest.mark.parametrize(("dtype", "amplitude"), [(SINGLE, 1e5), (BRAIN, 3e4)], ids=str)
 @pytest.mark.parametrize("causal", [False, True])
 def test_large_equal_norms_take_the_online_path(dtype, amplitude, causal):

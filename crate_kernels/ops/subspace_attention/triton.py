@@ -125,11 +125,11 @@ def _padded(width: int) -> int:
 @triton.jit
 def _rows(head, stride, start, limit, P: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, MASKED: tl.constexpr):
     """Rows start, start+1, … of a head as a tile (BLOCK, WIDTH); zero at and beyond row ``limit`` and column P."""
-    row = start + tl.arange(0, BLOCK)[:, None]
+    row = tl.arange(0, BLOCK)[:, None]
     column = tl.arange(0, WIDTH)[None, :]
-    pointers = head + tl.cast(row, tl.int64) * stride + column
+    pointers = head + tl.cast(start, tl.int64) * stride + tl.cast(row, tl.int64) * stride + column
     if MASKED:
-        return tl.load(pointers, mask=(row < limit) & (column < P), other=0.0)
+        return tl.load(pointers, mask=(start + row < limit) & (column < P), other=0.0)
     elif P < WIDTH:
         return tl.load(pointers, mask=column < P, other=0.0)
     else:
@@ -138,10 +138,10 @@ def _rows(head, stride, start, limit, P: tl.constexpr, WIDTH: tl.constexpr, BLOC
 
 @triton.jit
 def _store_rows(head, stride, start, limit, tile, P: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
-    row = start + tl.arange(0, BLOCK)[:, None]
+    row = tl.arange(0, BLOCK)[:, None]
     column = tl.arange(0, WIDTH)[None, :]
-    pointers = head + tl.cast(row, tl.int64) * stride + column
-    tl.store(pointers, rounded(tile, head.dtype.element_ty), mask=(row < limit) & (column < P))
+    pointers = head + tl.cast(start, tl.int64) * stride + tl.cast(row, tl.int64) * stride + column
+    tl.store(pointers, rounded(tile, head.dtype.element_ty), mask=(start + row < limit) & (column < P))
 
 
 @triton.jit

@@ -38,6 +38,14 @@ ACCEPTED_SPILLS = [
         "at most four registers, which ptxas gives up to fit one more block per multiprocessor",
     ),
     (
+        lambda row: (
+            row["target"] == "sm_120"
+            and (row["case"], row["kernel"]) == ("attention lengths value", "backward")
+            and row["spilled"] <= 24
+        ),
+        "six registers, where a separate value and hidden keys meet: no CRATE model uses both",
+    ),
+    (
         lambda row: row["case"] in EXTRA and row["kernel"] == "backward" and "p=256" in row["case"],
         "no CRATE model has heads this wide: they run, they are not tuned",
     ),

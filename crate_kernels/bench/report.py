@@ -72,7 +72,8 @@ def readme_text(found: Results) -> str:
         if not rows:
             continue
         environment = parts["models"]["environment"]
-        batch = _headline_record([r for r in records if r["model"] == rows[0][0]], "training step", OURS)
+        of_first = [r for r in records if r["model"] == rows[0][0]]
+        batch = _headline_record(of_first, "training step", OURS) or _headline_record(of_first, "forward", OURS)
         about = f"{environment['device']}, torch {environment['versions']['torch']}"
         if device == "cpu":
             about += f", {environment['threads']} threads"

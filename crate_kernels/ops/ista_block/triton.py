@@ -6,16 +6,13 @@ from torch import Tensor
 
 from ..ista_step import eager as step
 from ..ista_step.triton import input_backward, weight_backward
-from ..triton_kernels import launch
-from ..triton_kernels.layer_norm import MAX_WIDTH, layer_norm_backward
+from ..triton_kernels import launch, layer_norm
 from ..triton_kernels.product import fold_norm, product
 from . import eager
 
 
 def why_not(z: Tensor, *_) -> str | None:
-    if z.shape[-1] > MAX_WIDTH:
-        return f"the Triton LayerNorm kernel takes rows of up to {MAX_WIDTH} channels, not {z.shape[-1]}"
-    return launch.why_not(z)
+    return layer_norm.why_not(z) or launch.why_not(z)
 
 
 def forward(
@@ -52,5 +49,5 @@ def backward(
     if not step.folds(z, folded):
         return eager.backward(grad, z, norm_weight, norm_bias, weight, folded, out, mean, rstd, step_size, eps)
     dx, g = input_backward(grad, weight, folded, out, step_size)
-    dz, dnorm_weight, dnorm_bias, x, _ = layer_norm_backward(dx, z, norm_weight, norm_bias, mean, rstd)
+    dz, dnorm_weight, dnorm_bias, x, _ = layer_norm.layer_norm_backward(dx, z, norm_weight, norm_bias, mean, rstd)
     return dz, dnorm_weight, dnorm_bias, weight_backward(x, g, weight, step_size)

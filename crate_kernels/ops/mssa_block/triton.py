@@ -9,7 +9,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from ..subspace_attention import triton as attention
-from ..triton_kernels.layer_norm import MAX_WIDTH, layer_norm_backward
+from ..triton_kernels import layer_norm
 from ..triton_kernels.product import fold_norm, product
 
 
@@ -26,9 +26,7 @@ def why_not(
     causal: bool,
     *_,
 ) -> str | None:
-    if z.shape[-1] > MAX_WIDTH:
-        return f"the Triton LayerNorm kernel takes rows of up to {MAX_WIDTH} channels, not {z.shape[-1]}"
-    return attention.why_not_width(u_weight.shape[0] // heads, z)
+    return layer_norm.why_not(z) or attention.why_not_width(u_weight.shape[0] // heads, z)
 
 
 def forward(
@@ -89,7 +87,7 @@ def backward(
         do = step @ (out_weight if step_size == 1 else step_size * out_weight)
     dw, _ = attention.backward(do.view(o.shape), w, None, lengths, o, lse, scale, causal)
     dw = dw.view(-1, u_weight.shape[0])
-    dz, dnorm_weight, dnorm_bias, x, total = layer_norm_backward(
+    dz, dnorm_weight, dnorm_bias, x, total = layer_norm.layer_norm_backward(
         dw @ u_weight, rows, norm_weight, norm_bias, mean.view(-1), rstd.view(-1), residual=step
     )
     dout_bias = None if out_bias is None else _scaled(total, step_size).to(out_bias.dtype)

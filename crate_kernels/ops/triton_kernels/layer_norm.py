@@ -15,6 +15,13 @@ PROGRAMS = 256
 """Partial sums over the rows: fixed, so that gradients do not depend on the device's size."""
 
 
+def why_not(z: Tensor) -> str | None:
+    """Why the kernel cannot take the rows of ``z (..., d)``."""
+    if z.shape[-1] > MAX_WIDTH:
+        return f"the Triton LayerNorm kernel takes rows of up to {MAX_WIDTH} channels, not {z.shape[-1]}"
+    return None
+
+
 def layer_norm_backward(
     grad: Tensor, z: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, rstd: Tensor, residual: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:

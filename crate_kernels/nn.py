@@ -70,6 +70,11 @@ class MSSA(nn.Module):
         """Whether the projected tokens themselves are query, key and value."""
         return self.qk_norm is None and self.rotary is None
 
+    @property
+    def fusible(self) -> bool:
+        """Whether the fused half-step computes this module: neither dropout nor an option that it does not know."""
+        return self.one_operand and not (self.training and self.dropout)
+
     def project(self, x: Tensor) -> Tensor:
         """The tokens in every head's subspace: ``x (B, N, d)`` -> ``w (B, N, H, p)``."""
         return self.projection(x).unflatten(-1, (self.heads, -1))
@@ -226,6 +231,11 @@ class ISTA(nn.Module):
         """Whether step size and threshold are parameters."""
         return isinstance(self.step_size, Tensor)
 
+    @property
+    def fusible(self) -> bool:
+        """Whether the fused half-step computes this module."""
+        return not self.learns_step
+
     def forward(self, x: Tensor) -> Tensor:
         """``x (..., d)`` -> ``(..., d)``."""
         if self.learns_step:
@@ -290,7 +300,7 @@ class CrateBlock(nn.Module):
     def sparsify(self, z: Tensor) -> Tensor:
         """The second half-step: ``ISTA(LN z)``; ``z (B, N, d)``."""
         norm, ista = self.ista_norm, self.ista
-        if ista.learns_step:
+        if not ista.fusible:
             return ista(norm(z))
         return ops.ista_block(
             z,
@@ -428,8 +438,8 @@ class CrateDecoderBlock(nn.Module):
 def mssa_half_step(
     norm: nn.LayerNorm, mssa: MSSA, z: Tensor, lengths: Tensor | None = None, step_size: float = 1.0
 ) -> Tensor:
-    """``z + step_size·MSSA(LN z)``: fused, or as modules where dropout acts or an option asks; ``z (B, N, d)``."""
-    if (mssa.training and mssa.dropout) or not mssa.one_operand:
+    """``z + step_size·MSSA(LN z)``: fused where the module is, or as modules; ``z (B, N, d)``."""
+    if not mssa.fusible:
         return z + step_size * mssa(norm(z), lengths)
     linear = not isinstance(mssa.output, nn.Identity)
     return ops.mssa_block(

@@ -1,3 +1,5 @@
 """CRATE on more than one device, on torch's own distributed engine."""
 
 from .ring_attention import ring_subspace_attention as ring_subspace_attention
+from .tensor_parallel import clip_grad_norm_ as clip_grad_norm_
+from .tensor_parallel import tensor_parallel as tensor_parallel

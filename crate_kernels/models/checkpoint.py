@@ -152,7 +152,16 @@ def strip_prefixes(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def write(path: str | os.PathLike, state: Mapping[str, Tensor], metadata: Mapping) -> None:
-    """Write weights as safetensors, atomically: the file is complete or not there, also when power fails."""
+    """Write weights as safetensors, atomically: the file is complete or not there, also when power fails.
+
+    Raises:
+        CheckpointError: the weights are split over ranks.
+    """
+    if any(hasattr(value, "full_tensor") for value in state.values()):
+        raise CheckpointError(
+            "the weights are split over ranks; gather them first, with get_model_state_dict of"
+            " torch.distributed.checkpoint.state_dict and full_state_dict=True"
+        )
     # Tied weights and views become tensors of their own: the format stores no aliases.
     tensors = {key: value.detach().cpu().contiguous().clone() for key, value in state.items()}
     payload = safetensors.torch.save(tensors, metadata={METADATA_KEY: json.dumps(dict(metadata))})

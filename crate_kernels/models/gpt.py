@@ -153,9 +153,10 @@ class CrateGPT(CrateModel):
 
     def new_cache(self, batch: int, capacity: int | None = None) -> generation.ProjectionCache:
         """An empty cache for ``batch`` sequences of up to ``capacity`` (``block_size`` if None) tokens."""
-        weight = self.blocks[0].mssa.projection.weight
+        mssa = self.blocks[0].mssa
+        weight = mssa.projection.weight
         capacity = self.block_size if capacity is None else capacity
-        heads, width = self.heads, weight.shape[0] // self.heads
+        heads, width = mssa.heads, weight.shape[0] // self.heads  # under tensor parallelism, this rank's heads
         device = weight.device
         dtype = ops.backends.autocast_dtype(weight)
         return generation.ProjectionCache(len(self.blocks), batch, capacity, heads, width, dtype=dtype, device=device)

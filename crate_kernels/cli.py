@@ -9,7 +9,7 @@ import sys
 from .version import __version__
 
 COMMANDS = {
-    "train": ("crate_kernels.training.command", "train a CRATE classifier on real images"),
+    "train": ("crate_kernels.training.classifier", "train a CRATE classifier on real images"),
     "train-mae": ("crate_kernels.training.mae", "pre-train a CRATE masked autoencoder on real images"),
     "train-dino": ("crate_kernels.training.dino", "pre-train a CRATE backbone by self-distillation"),
     "train-text": ("crate_kernels.training.text", "train a CRATE language model on a text file"),

@@ -107,12 +107,14 @@ def _images(model, metadata, samples, data, root) -> tuple[Tensor, str]:
     data = data or metadata.get("data")
     if data is None:
         raise ValueError("the file does not say what the model was trained on: give --data")
-    settings = config.resolve({"data": data, "root": root, "batch_size": samples, "workers": 0})
+    size = image_size(model)
+    # Crops of photographs are made in the size that the model sees.
+    settings = config.resolve({"data": data, "root": root, "image_size": size[0], "batch_size": samples, "workers": 0})
     images = load(settings)
     channels = model.patch_embedding.channels
     if images.channels != channels:
         raise ValueError(f"{data} has images of {images.channels} channels, the model takes {channels}")
-    size, parts, count = image_size(model), [], 0
+    parts, count = [], 0
     _spread(images.test, samples)
     for batch, _ in test_batches(images, settings, size, torch.device("cpu")):
         parts.append(batch)

@@ -1,4 +1,4 @@
-"""The model of a run, new or from a checkpoint's weights."""
+"""The model of a run, and weights to start it from."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ def build_model(config: Config, data: ImageData) -> CrateModel:
 
     Raises:
         ValueError: sizes do not fit each other.
-        CheckpointError: the weights of ``config.init`` do not fit.
     """
     options = dict(num_classes=len(data.classes), channels=data.channels, pool=config.pool, dropout=config.dropout)
     optional = dict(patch_size=config.patch_size, image_size=config.image_size, ista=config.step_size)
@@ -28,13 +27,15 @@ def build_model(config: Config, data: ImageData) -> CrateModel:
         options.setdefault("image_size", data.image_size or 224)
         sizes = dict(dim=config.dim, depth=config.depth, heads=config.heads, dim_head=config.dim // config.heads)
         model = ARCHITECTURES[config.architecture](**options, **sizes)
-    if config.init is not None:
-        load_initial(model, config.init, config.new_head)
     return model
 
 
 def load_initial(model: CrateModel, path: str, new_head: bool) -> None:
-    """Load weights to start from; with ``new_head`` all but the head's."""
+    """Load weights to start from; with ``new_head`` all but the head's.
+
+    Raises:
+        CheckpointError: they do not fit.
+    """
     state, _ = checkpoint.read(path)
     for name in ("head.weight", "head.bias"):
         for key in {name, model.layout.public(name)} & state.keys():

@@ -1,5 +1,9 @@
 """A run's state on disk: what the next step depends on, replaced in one piece, and a log that never runs ahead of it.
 
+A state whose tensors are whole is the file ``last.pt``. One that is sharded over ranks (FSDP) is a folder
+``last-<step>``: ``state.pt`` inside is the same without the sharded tensors, which lie beside it in the format of
+torch.distributed.checkpoint. Either goes on on any number of ranks.
+
 The random generators are not in it: each step seeds them anew from (seed, epoch, position), see ``data``.
 """
 
@@ -7,16 +11,31 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
 
+from ..distributed import launch, sharded_files
+from ..distributed.sharding import place
 from ..models.checkpoint import CheckpointError, write_atomically
 from .config import Config
 
 FORMAT = 1
 LAST = "last.pt"
+PART = "state.pt"
+"""Inside the folder of a sharded state: all of it but the sharded tensors."""
+
+_SHARDED = "sharded tensor"
+"""The key under which ``state.pt`` names a tensor that lies beside it."""
+
+Keys = tuple[Any, ...]
+"""What leads to a value in nested dictionaries."""
 
 
 def save(path: Path, state: dict[str, Any]) -> None:
@@ -24,12 +43,151 @@ def save(path: Path, state: dict[str, Any]) -> None:
     write_atomically(path, lambda file: torch.save({"format": FORMAT, **state}, file))
 
 
+def save_run(folder: Path, state: dict[str, Any]) -> Path:
+    """Make ``state`` the last one of the run in ``folder``, and drop the one before; every rank takes part.
+
+    Killed at any moment, the newer of what is there is whole.
+
+    Raises:
+        OSError: it cannot be written; the one before is still there.
+    """
+    tensors: dict[str, Tensor] = {}
+
+    def keep_apart(path: Keys, value: Any) -> Any:
+        if not isinstance(value, DTensor):
+            return value
+        name = "/".join(map(str, path))
+        tensors[name] = value
+        return {_SHARDED: name}
+
+    rest = _walk(state, keep_apart)
+    path = folder / (f"last-{state['step']:08}" if tensors else LAST)
+    before = [other for other in _states(folder) if other != path]
+    try:
+        if tensors:
+            _save_sharded(path, rest, tensors)
+        else:
+            with launch.together():
+                if launch.is_main():
+                    save(path, rest)
+    except (OSError, RuntimeError) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else " ".join(str(error).split())
+        kept = f"; {before[-1]} is the state before it" if before else ""
+        raise OSError(f"the state of step {state['step']} could not be written to {folder}: {reason}{kept}") from error
+    if launch.is_main():
+        for other in before:
+            _remove(other)
+    return path
+
+
+def _save_sharded(path: Path, rest: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    if path.is_dir():
+        return  # a step has one state
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        with launch.together():
+            if launch.is_main():
+                _remove(temporary)
+                temporary.mkdir(parents=True)
+        with launch.together():
+            sharded_files.write(temporary, tensors)
+        with launch.together():
+            if launch.is_main():
+                save(temporary / PART, rest)
+                for folder in (temporary, path.parent):
+                    _flush(folder)
+                os.replace(temporary, path)
+                _flush(path.parent)
+    finally:
+        if launch.is_main():
+            _remove(temporary)
+
+
+def _flush(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _states(folder: Path) -> list[Path]:
+    """All states in the folder of a run, the newest last."""
+    found = [(int(path.name.removeprefix("last-")), path) for path in folder.glob("last-*") if (path / PART).is_file()]
+    path = folder / LAST
+    if path.is_file():
+        # Beside a sharded one only if the process was killed between writing the new and dropping the old.
+        found.append((load(path)["step"] if found else 0, path))
+    return [path for _, path in sorted(found, key=lambda item: item[0])]
+
+
+def find(folder: Path) -> Path | None:
+    """The newest state in the folder of a run."""
+    return next(reversed(_states(folder)), None)
+
+
+def locate(path: Path) -> Path:
+    """The state that ``--resume path`` means: it is one, or the folder of a run that may hold one."""
+    if path.is_file() or (path / PART).is_file() or path.suffix == Path(LAST).suffix:
+        return path
+    return find(path) or path / LAST
+
+
+def discard(folder: Path) -> None:
+    """Remove the states of an earlier run, which a new one replaces."""
+    for path in _states(folder):
+        _remove(path)
+
+
+def _walk(tree: Any, change: Callable[[Keys, Any], Any], path: Keys = ()) -> Any:
+    """``tree`` of dictionaries, with ``change(path of keys, value)`` in place of every value in it."""
+    if isinstance(tree, dict) and _SHARDED not in tree:
+        return {key: _walk(value, change, (*path, key)) for key, value in tree.items()}
+    return change(path, tree)
+
+
+def restore(state: dict[str, Any], like: Callable[[Keys], Tensor | None]) -> dict[str, Any]:
+    """``state`` as :func:`load` gave it, with its tensors in memory; every rank takes part.
+
+    Args:
+        like: keys that lead to a tensor -> the model's tensor whose sharding it shares, None for those kept whole.
+    """
+    paths: dict[str, Keys] = {}
+
+    def note(path: Keys, value: Any) -> Any:
+        if isinstance(value, dict):
+            paths[value[_SHARDED]] = path
+        return value
+
+    def sharding(path: Keys) -> Tensor | None:
+        template = like(path)
+        return template if isinstance(template, DTensor) else None
+
+    def fill(path: Keys, value: Any) -> Any:
+        if isinstance(value, dict):
+            return tensors[value[_SHARDED]]
+        return place(value, sharding(path)) if isinstance(value, Tensor) else value
+
+    _walk(state, note)
+    tensors = sharded_files.read(Path(state["folder"]), paths, lambda n: sharding(paths[n])) if paths else {}
+    return _walk(state, fill)
+
+
 def load(path: Path) -> dict[str, Any]:
-    """Read a training state without executing pickled code.
+    """Read a training state without executing pickled code; of a sharded one all but its tensors.
 
     Raises:
         CheckpointError: there is none, or it is damaged or something else.
     """
+    if path.is_dir():
+        return {**load(path / PART), "folder": str(path)}
     if not path.is_file():
         raise CheckpointError(f"nothing to resume: there is no {path}")
     try:
@@ -60,16 +218,21 @@ def resumed_config(state: dict[str, Any], options: dict[str, Any], kind: type = 
 def remove_leftovers(folder: Path) -> None:
     """Remove the unfinished files of a process that was killed while it wrote."""
     for path in folder.glob(".*.tmp"):
-        path.unlink(missing_ok=True)
+        _remove(path)
 
 
 class MetricsLog:
-    """A file of JSON lines, each with its ``step``. Lines past ``step`` are dropped: that part is run again."""
+    """A file of JSON lines, each with its ``step``. Lines past ``step`` are dropped: that part is run again.
+
+    Only rank 0 writes.
+    """
 
     def __init__(self, path: Path, step: int):
+        self.path = path
+        if not launch.is_main():
+            return
         kept = [line for line in self.read(path) if line["step"] <= step] if step else []
         write_atomically(path, "".join(json.dumps(line) + "\n" for line in kept).encode())
-        self.path = path
 
     @staticmethod
     def read(path: Path) -> list[dict[str, Any]]:
@@ -83,5 +246,6 @@ class MetricsLog:
         return lines
 
     def write(self, **values) -> None:
-        with open(self.path, "a") as file:
-            file.write(json.dumps(values) + "\n")
+        if launch.is_main():
+            with open(self.path, "a") as file:
+                file.write(json.dumps(values) + "\n")

@@ -5,10 +5,12 @@ from __future__ import annotations
 import argparse
 import dataclasses
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from ..models.registry import FACTORIES
 from ..ops.backends import FILES
+from . import recipes
 
 RECIPES: dict[str, dict[str, Any]] = {
     # 5,000 digits: a small model, enough epochs, and no mirror images, which are other characters.
@@ -33,10 +35,36 @@ def option(default, text: str, group: str, **keywords):
 
 
 @dataclass
-class Config:
+class EngineOptions:
+    """Options of every training command that leave the result as it is."""
+
+    parallel: str = option(
+        "auto",
+        "under torchrun: ddp copies the model to every rank, fsdp splits it; auto takes ddp",
+        "ranks and memory",
+        choices=("auto", "ddp", "fsdp"),
+    )
+    activation_checkpointing: bool = option(
+        False, "keep only every layer's input for the backward pass, compute the rest again", "ranks and memory"
+    )
+    layerwise_steps: int = option(
+        100, "steps between two measurements of coding rate and sparsity, layer by layer; 0 for none", "measurement"
+    )
+    tensorboard: bool = option(False, "write those measurements as TensorBoard scalars, too", "measurement")
+
+    def check_engine(self) -> None:
+        """Raise ValueError for a value out of its range."""
+        if self.parallel not in ("auto", "ddp", "fsdp"):
+            raise ValueError(f"--parallel is auto, ddp or fsdp, got {self.parallel}")
+        if self.layerwise_steps < 0:
+            raise ValueError(f"--layerwise-steps must not be negative, got {self.layerwise_steps}")
+
+
+@dataclass
+class Config(EngineOptions):
     """What a run does. Two runs with equal ``fixed()`` values on one machine end with equal weights."""
 
-    data: str = option("mnist5k", "mnist5k, fashion-mnist, cifar10, or a folder of class folders", "data")
+    data: str = option("mnist5k", "mnist5k, fashion-mnist, cifar10, photos, or a folder of class folders", "data")
     root: str | None = option(None, "where the named data set's files are, in torchvision's layout", "data")
     num_classes: int | None = option(None, "size of the head; must be the number of classes in the data", "data")
     crop: float = option(1.0, "smallest share of an image's area that a random crop keeps; 1 crops nothing", "data")
@@ -59,10 +87,13 @@ class Config:
     new_head: bool = option(False, "leave the head of --init out, for other classes", "model")
 
     epochs: int = option(30, "passes over the training images", "optimisation")
-    batch_size: int = option(128, "images per optimiser step and accumulation", "optimisation")
+    batch_size: int = option(128, "images of all ranks together, per optimiser step and accumulation", "optimisation")
     accumulate: int = option(1, "batches whose gradients make one optimiser step", "optimisation")
     optimizer: str = option("adamw", "any of timm's, such as adamw or lion", "optimisation")
     learning_rate: float = option(1e-3, "after the warm-up", "optimisation")
+    beta2: float | None = option(
+        None, "of adamw and the like: how slowly the second moment forgets, instead of timm's default", "optimisation"
+    )
     weight_decay: float = option(0.05, "of matrices, not of biases and norms", "optimisation")
     schedule: str = option("cosine", "timm's learning-rate schedule", "optimisation")
     warmup_epochs: float = option(1.0, "epochs of linear warm-up", "optimisation")
@@ -92,7 +123,10 @@ class Config:
         return {name: value for name, value in dataclasses.asdict(self).items() if name not in FREE}
 
 
-FREE = ("device", "workers", "output", "checkpoint_seconds", "log_steps", "root")
+FREE = (
+    "device", "workers", "output", "checkpoint_seconds", "log_steps", "root", "parallel", "activation_checkpointing",
+    "layerwise_steps", "tensorboard",
+)  # fmt: skip
 """Options that do not change the resulting weights."""
 
 _FIELDS = {field.name: field for field in dataclasses.fields(Config)}
@@ -114,12 +148,34 @@ def add_arguments(parser: argparse.ArgumentParser, kind: type = Config) -> None:
             if field.default is not None:
                 metadata["help"] += f" (default {field.default})"
         group.add_argument(f"--{field.name.replace('_', '-')}", dest=field.name, default=argparse.SUPPRESS, **metadata)
+    group = parser.add_argument_group("recipe")
+    group.add_argument(
+        "--recipe", metavar="NAME_OR_FILE", help="take the options of a recipe; those given here go before them"
+    )
+    group.add_argument(
+        "--smoke", action="store_true", help="the recipe with a small model on small real data, in about a minute"
+    )
 
 
 def given(args: argparse.Namespace, kind: type = Config) -> dict[str, Any]:
-    """The fields of ``kind`` that the command line names."""
+    """The fields of ``kind`` that the command line names, over those of the recipe that it names.
+
+    Raises:
+        ValueError: there is no such recipe, or it does not fit the command; or the data to train on is not named.
+    """
     names = {field.name for field in dataclasses.fields(kind)}
-    return {name: value for name, value in vars(args).items() if name in names}
+    options = {name: value for name, value in vars(args).items() if name in names}
+    if args.recipe is None:
+        if args.smoke:
+            raise ValueError("--smoke makes a recipe small: give one with --recipe")
+        return options
+    recipe = recipes.options(args.recipe, args.command, kind, args.smoke)
+    data = "data" if "data" in names else "text"
+    if not args.smoke and args.resume is None and data not in recipe | options:
+        raise ValueError(f"--recipe {args.recipe} trains on {recipes.read(args.recipe).data}: say where with --{data}")
+    if not args.resume:
+        recipe["output"] = f"runs/{Path(args.recipe).stem}{'-smoke' if args.smoke else ''}"
+    return recipe | options
 
 
 def resolve(options: dict[str, Any]) -> Config:
@@ -161,8 +217,11 @@ def resolve(options: dict[str, Any]) -> Config:
         value = getattr(config, name)
         if value is not None and value < 0:
             raise ValueError(f"--{name.replace('_', '-')} must not be negative, got {value}")
+    if config.beta2 is not None and not 0 <= config.beta2 < 1:
+        raise ValueError(f"--beta2 must lie in 0..1, below 1, got {config.beta2}")
     if config.dim and config.dim % config.heads:
         raise ValueError(f"--heads {config.heads} does not divide --dim {config.dim}")
     if (config.mixup or config.cutmix) and config.batch_size % 2:
         raise ValueError(f"mixup and cutmix pair the images of a batch: --batch-size {config.batch_size} must be even")
+    config.check_engine()
     return config

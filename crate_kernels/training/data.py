@@ -12,8 +12,9 @@ import gzip
 import importlib.util
 import os
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +22,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from .config import RECIPES, Config
+from ..distributed import launch
+from .config import Config
 
 FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
 """Where the Debian package dataset-fashion-mnist puts its files."""
@@ -139,7 +141,7 @@ def image_folder(config: Config) -> ImageData:
     """A folder of class folders; with ``train`` and ``val`` (or ``test``) inside, or split 4 to 1 by the seed."""
     root = Path(config.data)
     if not root.is_dir():
-        raise DataError(f"no folder {root}; --data takes {', '.join(RECIPES)} or a folder of class folders")
+        raise DataError(f"no folder {root}; --data takes {', '.join(READERS)} or a folder of class folders")
     train_root = root / "train" if (root / "train").is_dir() else root
     test_root = next((root / name for name in ("val", "test") if (root / name).is_dir()), None)
     if train_root is root:
@@ -157,7 +159,60 @@ def image_folder(config: Config) -> ImageData:
     return ImageData(str(root), classes, train, test, IMAGENET_MEAN, IMAGENET_STD, None)
 
 
-READERS = {"mnist5k": mnist5k, "fashion-mnist": fashion_mnist, "cifar10": cifar10}
+PHOTOS = {
+    "skimage": ("data", ("astronaut.png", "brick.png", "chelsea.png", "coffee.png", "coins.png", "grass.png",
+                         "gravel.png", "hubble_deep_field.jpg", "ihc.png", "moon.png", "motorcycle_left.png",
+                         "retina.jpg", "rocket.jpg")),
+    "sklearn": ("datasets/images", ("china.jpg", "flower.jpg")),
+}  # fmt: skip
+"""Package -> its folder of pictures, and the photographs among them."""
+
+
+def photos(size: int, seed: int, train: int = 256, test: int = 32) -> ImageData:
+    """Square crops, ``size`` pixels wide, of the photographs inside scikit-image and scikit-learn.
+
+    A crop's label is its photograph. Training crops come from the left 70 % of each, test crops from the rest.
+
+    Raises:
+        DataError: neither package is installed.
+    """
+    from PIL import Image
+
+    files = []
+    for package, (folder, names) in PHOTOS.items():
+        spec = importlib.util.find_spec(package)
+        if spec is not None:
+            files += [Path(spec.submodule_search_locations[0], folder, name) for name in names]
+    files = [file for file in files if file.is_file()]
+    if not files:
+        raise DataError("the photos are those of scikit-image and scikit-learn: pip install scikit-image scikit-learn")
+    generator = np.random.default_rng(seed)
+    parts: dict[str, list[np.ndarray]] = {"train": [], "test": []}
+    for file in files:
+        with Image.open(file) as image:
+            image = image.convert("RGB")
+        cut = int(image.width * 0.7)
+        for part, count, left, right in (("train", train, 0, cut), ("test", test, cut, image.width)):
+            for _ in range(count):
+                largest = min(right - left, image.height)
+                side = generator.integers(min(size, largest), largest + 1)
+                x, y = generator.integers(left, right - side + 1), generator.integers(0, image.height - side + 1)
+                crop = image.resize((size, size), Image.Resampling.BICUBIC, (x, y, x + side, y + side))
+                parts[part].append(np.asarray(crop))
+
+    def split(part: str, count: int) -> Split:
+        return Split(np.stack(parts[part]), np.repeat(np.arange(len(files)), count))
+
+    names = [file.stem for file in files]
+    return ImageData("photos", names, split("train", train), split("test", test), IMAGENET_MEAN, IMAGENET_STD,
+                     (size, size))  # fmt: skip
+
+
+def _photos(config: Config) -> ImageData:
+    return photos(config.image_size or 64, config.seed)
+
+
+READERS = {"mnist5k": mnist5k, "fashion-mnist": fashion_mnist, "cifar10": cifar10, "photos": _photos}
 
 
 def _scan(root: Path) -> tuple[list[str], list[str], np.ndarray]:
@@ -226,25 +281,54 @@ def seed_everything(*parts: int) -> None:
     torch.manual_seed(seed)
 
 
-class Batches(Dataset):
-    """A split as ready batches: item ``(seed, indices)`` is ``(uint8 images (B, C, H, W), labels (B,))``."""
+Part = Callable[[int], np.ndarray]
+"""Size of a batch -> the positions in it that are wanted."""
 
-    def __init__(self, split: Split, transform, size: tuple[int, int], channels: int):
-        self.split, self.transform, self.size, self.channels = split, transform, size, channels
+
+def part_of_rank(count: int, rank: int, size: int, mirrored: bool = False) -> np.ndarray:
+    """The positions in a batch of ``count`` that are a rank's: consecutive ones, in the order of the ranks.
+
+    With ``mirrored`` the part is as symmetric as the batch: position i comes with -1 - i, the two that timm mixes. The
+    batch must then be a multiple of twice the ranks.
+    """
+    if not mirrored:
+        return np.arange(count * rank // size, count * (rank + 1) // size)
+    first = part_of_rank(count // 2, rank, size)
+    return np.concatenate([first, count - 1 - first[::-1]])
+
+
+class Batches(Dataset):
+    """A split as ready batches: item ``(seed, indices)`` is ``(uint8 images (B, C, H, W), labels (B,))``.
+
+    Args:
+        part: which of a batch's images to return. The others are not read from files; images in memory, which cost
+            little, share their batch's stream of random numbers, so they are augmented with it and left out then.
+    """
+
+    def __init__(self, split: Split, transform, size: tuple[int, int], channels: int, part: Part = np.arange):
+        self.split, self.transform, self.size, self.channels, self.part = split, transform, size, channels, part
 
     def __getitem__(self, item: tuple[int | None, np.ndarray]) -> tuple[Tensor, Tensor] | DataError:
         seed, indices = item
-        labels = torch.from_numpy(self.split.labels[indices])
+        mine = self.part(len(indices))
+        labels = torch.from_numpy(self.split.labels[indices[mine]])
         images = self.split.images
         if self.transform is None:
-            return torch.from_numpy(images[indices]).view(len(indices), *self.size, -1).permute(0, 3, 1, 2), labels
-        if seed is not None:
+            batch = torch.from_numpy(images[indices[mine]]).view(len(mine), *self.size, self.channels)
+            return batch.permute(0, 3, 1, 2), labels
+        in_memory = isinstance(images, np.ndarray)
+        if seed is not None and in_memory:
             seed_everything(seed)
+        batch = []
         try:
-            batch = np.stack([self.transform(self._open(index)) for index in indices])
+            for position in range(len(indices)) if seed is not None and in_memory else mine:
+                if seed is not None and not in_memory:
+                    seed_everything(seed, int(position))
+                batch.append(self.transform(self._open(indices[position])))
         except DataError as error:
             return error  # raised in a loader's process it would arrive wrapped in that process's traceback
-        return torch.from_numpy(batch), labels
+        batch = np.stack(batch) if batch else np.empty((0, self.channels, *self.size), np.uint8)
+        return torch.from_numpy(batch if len(batch) == len(mine) else batch[mine]), labels
 
     def _open(self, index: int):
         from PIL import Image
@@ -284,27 +368,36 @@ class TrainingOrder(Sampler):
 
 
 def default_workers() -> int:
-    """One loader process for every two cores, at most eight."""
-    return min(8, max(1, len(os.sched_getaffinity(0)) // 2)) if hasattr(os, "sched_getaffinity") else 1
+    """One loader process for every two cores that this rank has to itself, at most eight."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 2
+    return min(8, max(1, cores // 2 // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
 
 
 def training_batches(
-    data: ImageData, config: Config, size: tuple[int, int], start: int, device: torch.device
+    data: ImageData, config: Config, size: tuple[int, int], start: int, device: torch.device, *, shared: bool = False
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Augmented batches of the run, in order, from batch number ``start`` on."""
+    """Augmented batches of the run, in order, from number ``start`` on; of each this rank's part if ``shared``."""
     order = TrainingOrder(len(data.train), config, start)
     plain = config.crop == 1 and not config.flip and not config.auto_augment
     transform = None if plain and data.image_size == size else _transform(data, config, size, training=not plain)
-    return _load(Batches(data.train, transform, size, data.channels), order, config, device)
+    mixed = bool(config.mixup or config.cutmix)
+    part = partial(part_of_rank, rank=launch.rank(), size=launch.size(), mirrored=mixed) if shared else np.arange
+    return _load(Batches(data.train, transform, size, data.channels, part), order, config, device)
 
 
 def test_batches(
-    data: ImageData, config: Config, size: tuple[int, int], device: torch.device
+    data: ImageData,
+    config: Config,
+    size: tuple[int, int],
+    device: torch.device,
+    *,
+    shared: bool = False,  # noqa: PT028
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """The test images in order, not augmented."""
+    """The test images in order, not augmented; of each batch this rank's part if ``shared``, perhaps none."""
     transform = None if data.image_size == size else _transform(data, config, size, training=False)
     indices = np.array_split(np.arange(len(data.test)), -(-len(data.test) // max(256, config.batch_size)))
-    batches = Batches(data.test, transform, size, data.channels)
+    part = partial(part_of_rank, rank=launch.rank(), size=launch.size()) if shared else np.arange
+    batches = Batches(data.test, transform, size, data.channels, part)
     if transform is None:
         return (batches[None, part] for part in indices)
     return _load(batches, [(None, part) for part in indices], config, device)

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from torch.nn.functional import log_softmax
 
 from ..analysis import coding_rate
+from ..distributed import launch
 from ..models.dino import CrateDINO
-from . import pretrain
+from . import engine
 from .config import option
 from .pretrain import PretrainConfig, Pretrainer, knn_accuracy, probe_accuracy, random_crops
 
@@ -100,12 +101,16 @@ class DINOLoss(nn.Module):
         self.register_buffer("center", torch.zeros(prototypes))
 
     def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
-        """``student (V, B, K)`` and ``teacher (G, B, K)``, G <= V -> the mean over pairs; moves the centre after."""
+        """``student (V, B, K)`` and ``teacher (G, B, K)``, G <= V -> the mean over pairs; moves the centre after.
+
+        The centre is that of the batch of all ranks, which must be of one size.
+        """
         targets = ((teacher.float() - self.center) / self.teacher_temperature).softmax(dim=-1)
         scores = log_softmax(student.float() / self.student_temperature, dim=-1)
         pairs = view_pairs(len(teacher), len(student))
         loss = -sum((targets[t] * scores[s]).sum(dim=-1).mean() for t, s in pairs) / len(pairs)
-        self.center.lerp_(teacher.float().mean(dim=(0, 1)), 1 - self.center_momentum)
+        center = launch.total(teacher.float().mean(dim=(0, 1))) / launch.size()
+        self.center.lerp_(center, 1 - self.center_momentum)
         return loss
 
 
@@ -114,6 +119,7 @@ def simdino_loss(student: Tensor, teacher: Tensor, gamma: float = 1.0, eps: floa
 
     ``mean ½‖s − t‖² − gamma·R(Z)/d`` over pairs of views, where ``R(Z) = ½ logdet(I + d/(B·eps²) ZᵀZ)`` is the rate
     of each global view's batch ``Z (B, d)`` of the student (SimDINO, arXiv 2502.10385, with the rate per dimension).
+    The rate is that of the batch of all ranks, which must be of one size.
 
     Args:
         student: ``(V, B, d)``, unit vectors.
@@ -122,7 +128,7 @@ def simdino_loss(student: Tensor, teacher: Tensor, gamma: float = 1.0, eps: floa
     student, teacher = student.float(), teacher.float()
     pairs = view_pairs(len(teacher), len(student))
     distance = sum(0.5 * (student[s] - teacher[t]).square().sum(dim=-1).mean() for t, s in pairs) / len(pairs)
-    rate = coding_rate(student[: len(teacher)], eps).mean()
+    rate = coding_rate(launch.concatenate(student[: len(teacher)], dim=1), eps).mean()
     return distance - gamma * rate / student.shape[-1]
 
 
@@ -132,8 +138,17 @@ def simdino_loss(student: Tensor, teacher: Tensor, gamma: float = 1.0, eps: floa
 class DINOTrainer(Pretrainer):
     """A student and its teacher in training."""
 
+    command, options = "train-dino", DINOConfig
     model: CrateDINO
     settings: DINOConfig
+
+    @property
+    def trained(self) -> nn.Module:
+        return self.model.student
+
+    def roots(self) -> list[nn.Module]:
+        # Backbones are called alone, too: the teacher's, to be judged.
+        return [part for branch in (self.model.student, self.model.teacher) for part in branch.children()]
 
     def build(self) -> CrateDINO:
         s = self.settings
@@ -159,13 +174,13 @@ class DINOTrainer(Pretrainer):
         return [self._jitter(random_crops(images, *kind, s.flip, generator), generator) for kind in kinds]
 
     def _jitter(self, images: Tensor, generator: torch.Generator) -> Tensor:
-        draw = 2 * torch.rand(2, len(images), 1, 1, 1, generator=generator) - 1
+        draw = 2 * launch.rand(2, len(images), 1, 1, 1, dim=1, generator=generator) - 1
         contrast, brightness = (self.settings.jitter * draw).to(images.device)
         return images * (1 + contrast) + brightness
 
-    def loss(self, images: Tensor, generator: torch.Generator) -> Tensor:
+    def view_loss(self, images: Tensor, generator: torch.Generator) -> Tensor:
         views = self.views(images, generator)
-        teacher, student = self.model.teach(views[:2]), self.model.student(views)
+        teacher, student = self.model.teach(views[:2]), self.network(views)
         if self.settings.simdino:
             return simdino_loss(student, teacher, self.settings.gamma, self.settings.eps)
         return self.criterion(student, teacher)
@@ -180,7 +195,7 @@ class DINOTrainer(Pretrainer):
         features = self.features(self.model)
         return {"knn_accuracy": knn_accuracy(*features), "probe_accuracy": probe_accuracy(*features)}
 
-    def finish(self) -> list[Path]:
+    def draw(self) -> list[Path]:
         path = self.output / "backbone.safetensors"
         self.model.backbone.save(path, data=self.data.name, mean=self.data.mean, std=self.data.std)
         return [path]
@@ -196,9 +211,9 @@ class DINOTrainer(Pretrainer):
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """All options of :class:`DINOConfig`, and ``--resume``."""
     parser.epilog = "Without options: 5,000 digits that come with the package's dependencies, in minutes on two cores."
-    pretrain.add_arguments(parser, DINOConfig)
+    engine.add_arguments(parser, DINOTrainer)
 
 
 def run(args: argparse.Namespace) -> int:
     """Train as the command line says; ends with the accuracy of nearest neighbours and of a linear probe."""
-    return pretrain.run(args, DINOConfig, DINOTrainer)
+    return engine.run(args, DINOTrainer)

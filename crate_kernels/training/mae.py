@@ -8,15 +8,17 @@ from __future__ import annotations
 import argparse
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from ..distributed import launch
 from ..models import CrateMAE
-from . import pretrain
+from . import engine
 from .config import option
-from .data import test_batches
+from .engine import Meter
 from .pretrain import PretrainConfig, Pretrainer, probe_accuracy, random_crops
 
 
@@ -46,6 +48,8 @@ class MAEConfig(PretrainConfig):
 class MAETrainer(Pretrainer):
     """A masked autoencoder in training."""
 
+    command, options = "train-mae", MAEConfig
+    has_unused_parameters = True  # those that public checkpoints hold and nothing computes with
     model: CrateMAE
     settings: MAEConfig
 
@@ -56,15 +60,21 @@ class MAETrainer(Pretrainer):
             num_heads=s.heads, decoder_depth=s.decoder_depth, norm_pix_loss=s.norm_pix_loss, lambd=s.lambd,
         )  # fmt: skip
 
-    def loss(self, images: Tensor, generator: torch.Generator) -> Tensor:
+    def view_loss(self, images: Tensor, generator: torch.Generator) -> Tensor:
         s = self.settings
         if self.size[0] == self.size[1]:
             images = random_crops(images, self.size[0], (s.crop, 1.0), s.flip, generator)
-        return self.model(images, s.mask_ratio, self._noise(len(images), generator))[0]
+        noise = launch.rand(len(images), self.patches, dim=0, generator=generator)
+        return self.network(images, s.mask_ratio, noise.to(self.device))[0]
 
-    def _noise(self, count: int, generator: torch.Generator) -> Tensor:
+    @property
+    def patches(self) -> int:
         rows, columns = self.model.grid_size
-        return torch.rand(count, rows * columns, generator=generator).to(self.device)
+        return rows * columns
+
+    def probe_inputs(self, count: int) -> tuple[Tensor, dict[str, Any]]:
+        # Whole images, as the encoder is used; and no masks to draw.
+        return super().probe_inputs(count)[0], {"mask_ratio": 0.0}
 
     def encode(self, images: Tensor) -> Tensor:
         """What the probe sees: the mean of the encoder's patch tokens ``(B, d)``."""
@@ -74,20 +84,20 @@ class MAETrainer(Pretrainer):
     def evaluate(self) -> dict[str, float]:
         """Loss on masked test images, always the same masks; accuracy of a linear probe of the frozen encoder."""
         self.model.eval()
-        generator, total, count = torch.Generator().manual_seed(0), 0.0, 0
-        for images, _ in test_batches(self.data, self.images, self.size, self.device):
+        generator, meter = torch.Generator().manual_seed(0), Meter(self.device)
+        for images, _ in self.test_images(shared=True):
+            count = int(launch.total(torch.tensor(len(images), device=self.device)))
+            noise = torch.rand(count, self.patches, generator=generator)[launch.share(count)].to(self.device)
             with self.autocast():
-                loss, _, _ = self.model(
-                    self.normalize(images), self.settings.mask_ratio, self._noise(len(images), generator)
-                )
-            total, count = total + float(loss) * len(images), count + len(images)
-        return {"test_loss": total / count, "probe_accuracy": probe_accuracy(*self.features(self.encode))}
+                loss, _, _ = self.model(images, self.settings.mask_ratio, noise)
+            meter.add(len(images), loss.double() * len(images))
+        return {"test_loss": meter.read()["loss"], "probe_accuracy": probe_accuracy(*self.features(self.encode))}
 
-    def finish(self) -> list[Path]:
-        images, labels = next(iter(test_batches(self.data, self.images, self.size, self.device)))
+    def draw(self) -> list[Path]:
+        images, labels = next(iter(self.test_images()))
         chosen = torch.linspace(0, len(labels) - 1, min(8, len(labels))).long()
-        images = self.normalize(images[chosen])
-        noise = self._noise(len(images), torch.Generator().manual_seed(0))
+        images = images[chosen]
+        noise = torch.rand(len(images), self.patches, generator=torch.Generator().manual_seed(0)).to(self.device)
         self.model.eval()
         seen, reconstruction = self.model.reconstruct(images, self.settings.mask_ratio, noise)
         return [save_picture([self.pixels(part) for part in (images, seen, reconstruction)],
@@ -115,9 +125,9 @@ def save_picture(rows: list[Tensor], path: Path, width: int = 128) -> Path:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """All options of :class:`MAEConfig`, and ``--resume``."""
     parser.epilog = "Without options: crops of the photos in scikit-image and scikit-learn, in minutes on two cores."
-    pretrain.add_arguments(parser, MAEConfig)
+    engine.add_arguments(parser, MAETrainer)
 
 
 def run(args: argparse.Namespace) -> int:
     """Train as the command line says; ends with a picture and the probe's accuracy."""
-    return pretrain.run(args, MAEConfig, MAETrainer)
+    return engine.run(args, MAETrainer)

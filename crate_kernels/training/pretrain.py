@@ -1,51 +1,31 @@
-"""What the self-supervised vision commands share: whole images in, views cut on the device, a resumable loop, probes.
-
-Step ``i`` of a run is a function of the seed and ``i``: a resumed run ends where an uninterrupted one does.
-"""
+"""What the self-supervised vision commands share: whole images in, views cut on the device, probes of the features."""
 
 from __future__ import annotations
 
-import argparse
-import contextlib
 import dataclasses
-import importlib.util
-import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import affine_grid, grid_sample, log_softmax, normalize, one_hot
 
+from ..distributed import launch
 from ..models import CrateModel
-from ..models.checkpoint import write_atomically
-from ..ops import requested_backend, use_backend
 from ..ops.backends import FILES
 from ..version import __version__
-from . import checkpoints, config
-from .config import FREE, Config, option
-from .data import (
-    IMAGENET_MEAN,
-    IMAGENET_STD,
-    DataError,
-    ImageData,
-    Split,
-    TrainingOrder,
-    load,
-    seed_for,
-    test_batches,
-    training_batches,
-)
+from .config import FREE, Config, EngineOptions, option
+from .data import TrainingOrder, load, seed_for, test_batches, training_batches
+from .engine import Engine, Meter
 from .progress import Report, clock
 
 
 @dataclass
-class PretrainConfig:
+class PretrainConfig(EngineOptions):
     """Options that every self-supervised run has."""
 
     data: str = option("photos", "photos, mnist5k, fashion-mnist, cifar10, or a folder of class folders", "data")
@@ -58,7 +38,8 @@ class PretrainConfig:
     patch_size: int = option(8, "pixels along a patch", "model")
 
     epochs: int = option(20, "passes over the training images", "optimisation")
-    batch_size: int = option(64, "images per optimiser step", "optimisation")
+    batch_size: int = option(64, "images of all ranks together, per optimiser step and accumulation", "optimisation")
+    accumulate: int = option(1, "batches whose gradients make one optimiser step", "optimisation")
     learning_rate: float = option(1e-3, "after the warm-up; falls to zero along a cosine", "optimisation")
     warmup_epochs: float = option(1.0, "epochs of linear warm-up", "optimisation")
     weight_decay: float = option(0.05, "of matrices, not of biases and norms", "optimisation")
@@ -82,7 +63,7 @@ class PretrainConfig:
 
     def check(self) -> None:
         """Raise ValueError for a value out of its range."""
-        for name in ("dim", "depth", "heads", "patch_size", "epochs", "batch_size", "log_steps"):
+        for name in ("dim", "depth", "heads", "patch_size", "epochs", "batch_size", "accumulate", "log_steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(self, name)}")
         for name in ("learning_rate", "warmup_epochs", "weight_decay", "clip_grad", "seed"):
@@ -90,64 +71,17 @@ class PretrainConfig:
                 raise ValueError(f"--{name.replace('_', '-')} must not be negative, got {getattr(self, name)}")
         if self.dim % self.heads:
             raise ValueError(f"--heads {self.heads} does not divide --dim {self.dim}")
+        self.check_engine()
 
     def image_config(self) -> Config:
         """What the readers and loaders of labelled images need to know."""
         return Config(
-            data=self.data, root=self.root, batch_size=self.batch_size, epochs=self.epochs, seed=self.seed,
-            workers=self.workers,
+            data=self.data, root=self.root, image_size=self.image_size, batch_size=self.batch_size,
+            accumulate=self.accumulate, epochs=self.epochs, seed=self.seed, workers=self.workers,
         )  # fmt: skip
 
 
-# -- data --------------------------------------------------------------------------------------------------------------
-
-PHOTOS = {
-    "skimage": ("data", ("astronaut.png", "brick.png", "chelsea.png", "coffee.png", "coins.png", "grass.png",
-                         "gravel.png", "hubble_deep_field.jpg", "ihc.png", "moon.png", "motorcycle_left.png",
-                         "retina.jpg", "rocket.jpg")),
-    "sklearn": ("datasets/images", ("china.jpg", "flower.jpg")),
-}  # fmt: skip
-"""Package -> its folder of pictures, and the photographs among them."""
-
-
-def photos(size: int, seed: int, train: int = 256, test: int = 32) -> ImageData:
-    """Square crops, ``size`` pixels wide, of the photographs inside scikit-image and scikit-learn.
-
-    A crop's label is its photograph. Training crops come from the left 70 % of each, test crops from the rest.
-
-    Raises:
-        DataError: neither package is installed.
-    """
-    from PIL import Image
-
-    files = []
-    for package, (folder, names) in PHOTOS.items():
-        spec = importlib.util.find_spec(package)
-        if spec is not None:
-            files += [Path(spec.submodule_search_locations[0], folder, name) for name in names]
-    files = [file for file in files if file.is_file()]
-    if not files:
-        raise DataError("the photos are those of scikit-image and scikit-learn: pip install scikit-image scikit-learn")
-    generator = np.random.default_rng(seed)
-    parts: dict[str, list[np.ndarray]] = {"train": [], "test": []}
-    for file in files:
-        with Image.open(file) as image:
-            image = image.convert("RGB")
-        cut = int(image.width * 0.7)
-        for part, count, left, right in (("train", train, 0, cut), ("test", test, cut, image.width)):
-            for _ in range(count):
-                largest = min(right - left, image.height)
-                side = generator.integers(min(size, largest), largest + 1)
-                x, y = generator.integers(left, right - side + 1), generator.integers(0, image.height - side + 1)
-                crop = image.resize((size, size), Image.Resampling.BICUBIC, (x, y, x + side, y + side))
-                parts[part].append(np.asarray(crop))
-
-    def split(part: str, count: int) -> Split:
-        return Split(np.stack(parts[part]), np.repeat(np.arange(len(files)), count))
-
-    names = [file.stem for file in files]
-    return ImageData("photos", names, split("train", train), split("test", test), IMAGENET_MEAN, IMAGENET_STD,
-                     (size, size))  # fmt: skip
+# -- views -------------------------------------------------------------------------------------------------------------
 
 
 def random_crops(
@@ -158,10 +92,10 @@ def random_crops(
     Args:
         scale: smallest and largest share of the image's area.
         flip: probability of mirroring.
-        generator: on the CPU.
+        generator: on the CPU, in the same state on all ranks, which draw what one process would for all their images.
     """
     batch = len(images)
-    draw = torch.rand(4, batch, generator=generator)
+    draw = launch.rand(4, batch, dim=1, generator=generator)
     side = (scale[0] + (scale[1] - scale[0]) * draw[0]).sqrt()
     mirror = torch.where(draw[1] < flip, -1.0, 1.0)
     theta = torch.zeros(batch, 2, 3)
@@ -218,21 +152,15 @@ def probe_accuracy(
 # -- loop --------------------------------------------------------------------------------------------------------------
 
 
-class Pretrainer:
-    """A model in self-supervised training. A subclass builds the model and says what a batch's loss is.
+class Pretrainer(Engine):
+    """A model in self-supervised training. A subclass builds the model and says what a batch's loss is."""
 
-    Args:
-        settings: how.
-        output: folder of ``last.pt``, ``metrics.jsonl`` and the results.
-        device: where.
-    """
-
-    model: CrateModel
+    settings: PretrainConfig
 
     def __init__(self, settings: PretrainConfig, output: Path, device: torch.device):
-        self.settings, self.output, self.device = settings, output, device
+        super().__init__(settings, output, device)
         self.images = settings.image_config()
-        self.data = photos(settings.image_size or 64, settings.seed) if settings.data == "photos" else load(self.images)
+        self.data = load(self.images)
         side = settings.image_size
         self.size = (side, side) if side else self.data.image_size or (224, 224)
         if any(pixels % settings.patch_size for pixels in self.size):
@@ -242,36 +170,45 @@ class Pretrainer:
         shape = (1, self.data.channels, 1, 1)
         self.mean = torch.tensor(self.data.mean, device=device).view(shape) * 255
         self.std = torch.tensor(self.data.std, device=device).view(shape) * 255
-        self.steps_per_epoch = TrainingOrder(len(self.data.train), self.images).per_epoch
+        self.steps_per_epoch = TrainingOrder(len(self.data.train), self.images).per_epoch // settings.accumulate
         self.steps = settings.epochs * self.steps_per_epoch
-        self.step, self.seconds = 0, 0.0
+        self.meter = Meter(device)
         torch.manual_seed(settings.seed)
         self.model = self.build().to(device)
-        self.untrained = self.evaluate()
-        trained = [p for p in self.model.parameters() if p.requires_grad]
-        groups = [
-            {"params": [p for p in trained if p.dim() > 1], "weight_decay": settings.weight_decay},
-            {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0},
-        ]
-        self.optimizer = torch.optim.AdamW(groups, lr=settings.learning_rate, betas=(0.9, 0.95))
+
+    @classmethod
+    def resolve(cls, options: dict[str, Any]) -> PretrainConfig:
+        settings = cls.options(**options)
+        settings.check()
+        return settings
 
     def build(self) -> CrateModel:
         raise NotImplementedError
 
-    def loss(self, images: Tensor, generator: torch.Generator) -> Tensor:
+    def view_loss(self, images: Tensor, generator: torch.Generator) -> Tensor:
         """The loss of normalised ``images (B, C, H, W)``; whatever is random comes from ``generator``."""
         raise NotImplementedError
 
-    def after_step(self) -> None:
-        """What follows the optimiser's step."""
-
     def evaluate(self) -> dict[str, float]:
-        """Figures that tell a trained model from an untrained one."""
+        """Figures that tell a trained model from an untrained one; every rank takes part."""
         raise NotImplementedError
 
-    def finish(self) -> list[Path]:
-        """Write pictures and the like; return what was written."""
+    def draw(self) -> list[Path]:
+        """Write pictures and the like, on rank 0; return what was written."""
         return []
+
+    def prepare(self, state: dict[str, Any] | None = None) -> None:
+        self.untrained = self.evaluate()
+        super().prepare(state)
+
+    def make_optimizer(self) -> torch.optim.Optimizer:
+        s = self.settings
+        trained = [p for p in self.model.parameters() if p.requires_grad]
+        groups = [
+            {"params": [p for p in trained if p.dim() > 1], "weight_decay": s.weight_decay},
+            {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0},
+        ]
+        return torch.optim.AdamW(groups, lr=s.learning_rate, betas=(0.9, 0.95))
 
     @property
     def progress(self) -> float:
@@ -281,27 +218,28 @@ class Pretrainer:
     def normalize(self, images: Tensor) -> Tensor:
         return (images.to(self.device, non_blocking=True).float() - self.mean) / self.std
 
-    def autocast(self) -> contextlib.AbstractContextManager:
-        name = self.settings.precision
-        enabled = name == "bf16" or (name == "auto" and self.device.type == "cuda")
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=enabled)
+    def test_images(self, shared: bool = False) -> Iterator[tuple[Tensor, Tensor]]:
+        """Normalised test images and their labels, batch by batch; of each this rank's part if ``shared``."""
+        for images, labels in test_batches(self.data, self.images, self.size, self.device, shared=shared):
+            yield self.normalize(images), labels.to(self.device)
 
     @torch.no_grad()
     def features(self, encode: Callable[[Tensor], Tensor], most: int = 10000) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Features and labels of the training images and of the test images, at most ``most`` of each."""
         self.model.eval()
-        once = dataclasses.replace(self.images, epochs=1, batch_size=min(256, len(self.data.train)))
+        once = dataclasses.replace(self.images, epochs=1, accumulate=1, batch_size=min(256, len(self.data.train)))
         parts = []
         for batches in (
-            training_batches(self.data, once, self.size, 0, self.device),
-            test_batches(self.data, once, self.size, self.device),
+            training_batches(self.data, once, self.size, 0, self.device, shared=True),
+            test_batches(self.data, once, self.size, self.device, shared=True),
         ):
             features, labels, count = [], [], 0
             for images, label in batches:
                 with self.autocast():
-                    features.append(encode(self.normalize(images)).float())
-                labels.append(label.to(self.device))
-                count += len(label)
+                    encoded = encode(self.normalize(images)).float()
+                features.append(launch.gather(encoded))
+                labels.append(launch.gather(label.to(self.device)))
+                count += len(labels[-1])
                 if count >= most:
                     break
             parts += [torch.cat(features), torch.cat(labels)]
@@ -314,123 +252,63 @@ class Pretrainer:
             return s.learning_rate * (self.step + 1) / (warmup + 1)
         return s.learning_rate * 0.5 * (1 + math.cos(math.pi * (self.step - warmup) / max(1, self.steps - warmup)))
 
-    def train_step(self, images: Tensor) -> Tensor:
-        """One optimiser step -> its loss."""
-        s = self.settings
-        self.model.train()
-        generator = torch.Generator().manual_seed(seed_for(s.seed, self.step))
+    def batches(self, start: int) -> Iterator[Tensor]:
+        for images, _ in training_batches(self.data, self.images, self.size, start, self.device, shared=True):
+            yield images
+
+    def loss(self, batch: Tensor, number: int) -> Tensor:
+        generator = torch.Generator().manual_seed(seed_for(self.settings.seed, number))
         with self.autocast():
-            loss = self.loss(self.normalize(images), generator)
-        loss.backward()
-        if s.clip_grad:
-            nn.utils.clip_grad_norm_([p for p in self.model.parameters() if p.grad is not None], s.clip_grad)
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.learning_rate()
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        self.step += 1
-        self.after_step()
-        return loss.detach()
+            loss = self.view_loss(self.normalize(batch), generator)
+        self.meter.add(len(batch), loss.detach().double() * len(batch))
+        return loss
+
+    def probe_inputs(self, count: int) -> tuple[Tensor, dict[str, Any]]:
+        if not hasattr(self, "_probed"):
+            self._probed = next(iter(self.test_images()))[0][:count]
+        return self._probed, {}
 
     def state(self) -> dict[str, Any]:
-        return {
-            "version": __version__,
-            "config": dataclasses.asdict(self.settings),
-            "classes": self.data.classes,
-            "step": self.step,
-            "seconds": self.seconds,
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-        }
+        return super().state() | {"classes": self.data.classes}
 
-    def load_state(self, state: dict[str, Any]) -> None:
-        """Go on from a state that :meth:`state` made; ValueError if the images are others."""
+    def check_state(self, state: dict[str, Any]) -> None:
         if state["classes"] != self.data.classes:
             raise ValueError(f"the run to resume has the classes {state['classes']}, the data has {self.data.classes}")
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.step, self.seconds = state["step"], state["seconds"]
 
-    def fit(self, report: Report) -> None:
-        """Train to the last step, writing the log and the state."""
-        s = self.settings
-        log = checkpoints.MetricsLog(self.output / "metrics.jsonl", self.step)
-        before, started, first = self.seconds, time.monotonic(), self.step
-        saved, total, counted = started, 0.0, 0
-        for images, _ in training_batches(self.data, self.images, self.size, self.step, self.device):
-            total, counted = total + self.train_step(images), counted + 1
-            now = time.monotonic()
-            self.seconds = before + now - started
-            if self.step % s.log_steps == 0 or self.step == self.steps:
-                loss, total, counted = float(total) / counted, 0.0, 0
-                if not math.isfinite(loss):
-                    raise ValueError(f"the loss is {loss} at step {self.step}; a lower --learning-rate may help")
-                rate = (self.step - first) * s.batch_size / (now - started)
-                left = (self.steps - self.step) * (now - started) / (self.step - first)
-                log.write(step=self.step, loss=loss, learning_rate=self.learning_rate(), images_per_second=rate)
-                report.show(self.step, f"step {self.step}  loss {loss:.4f}  {rate:.0f} images/s  {clock(left)} left")
-            if now - saved >= s.checkpoint_seconds:
-                checkpoints.save(self.output / checkpoints.LAST, self.state())
-                saved = now
-        checkpoints.save(self.output / checkpoints.LAST, self.state())
+    def trained_parameters(self) -> int:
+        return sum(p.numel() for p in self.model.parameters() if p.requires_grad)
 
+    def describe(self) -> str:
+        return (
+            f"{self.data.name}: {len(self.data.train)} training and {len(self.data.test)} test images, "
+            f"{self.size[0]} x {self.size[1]}; {self.trained_parameters():,} trained parameters, {self.precision} on "
+            f"{self.device}"
+        )
 
-# -- command -----------------------------------------------------------------------------------------------------------
-
-
-def add_arguments(parser: argparse.ArgumentParser, kind: type[PretrainConfig]) -> None:
-    """All options of ``kind``, and ``--resume``."""
-    config.add_arguments(parser, kind)
-    parser.add_argument("--resume", metavar="FOLDER", help="continue the run in this folder to the same result")
-
-
-def run(args: argparse.Namespace, kind: type[PretrainConfig], trainer_type: type[Pretrainer]) -> int:
-    """Train as the command line says; every file lands in the output folder."""
-    began = time.monotonic()
-    options = config.given(args, kind)
-    state = None
-    if args.resume is None:
-        settings = kind(**options)
-    else:
-        state = checkpoints.load(Path(args.resume) / checkpoints.LAST)
-        settings = checkpoints.resumed_config(state, {"output": args.resume, **options}, kind)
-    settings.check()
-    output = Path(settings.output.format(data=Path(settings.data).name))
-    if state is None and (output / checkpoints.LAST).exists() and not (output / "summary.json").exists():
-        raise ValueError(f"{output} holds an unfinished run: continue it with --resume {output}, or choose another")
-    name = settings.device
-    device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
-
-    with use_backend(settings.backend or requested_backend()):
-        trainer = trainer_type(settings, output, device)
-        if state is not None:
-            trainer.load_state(state)
-        output.mkdir(parents=True, exist_ok=True)
-        checkpoints.remove_leftovers(output)
-        (output / "summary.json").unlink(missing_ok=True)
-        parameters = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
-        with Report(trainer.steps) as report:
-            report.line(
-                f"{trainer.data.name}: {len(trainer.data.train)} training and {len(trainer.data.test)} test images, "
-                f"{trainer.size[0]} x {trainer.size[1]}; {parameters:,} trained parameters on {device}"
-            )
-            trainer.fit(report)
-            figures = trainer.evaluate()
-            for figure, value in figures.items():
-                report.line(f"{figure.replace('_', ' ')}: {value:.4f} (untrained {trainer.untrained[figure]:.4f})")
-            model = output / "model.safetensors"
-            trainer.model.save(model, data=trainer.data.name, mean=trainer.data.mean, std=trainer.data.std)
-            written = [model, *trainer.finish()]
-            summary = {
+    def finish(self, report: Report, began: float) -> None:
+        """Evaluate once more, save the model, and write what the subclass draws."""
+        figures, parameters = self.evaluate(), self.trained_parameters()
+        model = self.plain(self.model)
+        if model is None:
+            return
+        self.model = model
+        for figure, value in figures.items():
+            report.line(f"{figure.replace('_', ' ')}: {value:.4f} (untrained {self.untrained[figure]:.4f})")
+        path = self.output / "model.safetensors"
+        model.save(path, data=self.data.name, mean=self.data.mean, std=self.data.std)
+        written = [path, *self.draw(), *self.plot_probe()]
+        self.write_summary(
+            {
                 "trained": figures,
-                "untrained": trainer.untrained,
-                "training_seconds": trainer.seconds,
+                "untrained": self.untrained,
+                "training_seconds": self.seconds,
                 "parameters": parameters,
-                "config": dataclasses.asdict(settings),
-                "device": str(device),
+                "config": dataclasses.asdict(self.settings),
+                "precision": self.precision,
+                "device": str(self.device),
+                "ranks": launch.size(),
                 "version": __version__,
                 "torch": torch.__version__,
             }
-            write_atomically(output / "summary.json", (json.dumps(summary, indent=2) + "\n").encode())
-            report.line(f"{clock(time.monotonic() - began)} in all; {', '.join(map(str, written))}")
-    return 0
+        )
+        report.line(f"{clock(time.monotonic() - began)} in all; {', '.join(map(str, written))}")

@@ -7,9 +7,7 @@ from the seed and its own number, so a resumed run ends where an uninterrupted o
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
-import json
 import math
 import time
 from collections.abc import Iterator
@@ -20,17 +18,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..distributed import launch
 from ..models import CrateBert, CrateGPT, CrateModel
 from ..models.bert import mask_tokens
 from ..models.checkpoint import write_atomically
 from ..models.generation import stream_text
 from ..models.gpt import IGNORED_TARGET
 from ..models.tokenizers import TOKENIZERS, Tokenizer, create_tokenizer, word_starts
-from ..ops import requested_backend, use_backend
 from ..ops.backends import FILES
 from ..version import __version__
-from . import checkpoints, config
-from .config import FREE, option
+from . import engine
+from .config import FREE, EngineOptions, option
+from .engine import Engine, Meter
 from .progress import Report, clock
 
 EVALUATION_TOKENS = 1 << 16
@@ -45,7 +44,7 @@ RECIPES: dict[str, dict[str, Any]] = {
 
 
 @dataclass
-class TextConfig:
+class TextConfig(EngineOptions):
     """What a run does. Two runs with equal ``fixed()`` values on one machine end with equal weights."""
 
     text: str | None = option(None, "a UTF-8 text file; the Python manual without it", "data")
@@ -60,7 +59,8 @@ class TextConfig:
     dropout: float = option(0.0, "dropout", "model")
 
     steps: int = option(1500, "optimiser steps", "optimisation")
-    batch_size: int = option(16, "texts per step", "optimisation")
+    batch_size: int = option(16, "texts of all ranks together, per step and accumulation", "optimisation")
+    accumulate: int = option(1, "batches whose gradients make one optimiser step", "optimisation")
     learning_rate: float = option(2e-3, "after the warm-up; falls to a tenth along a cosine", "optimisation")
     warmup_steps: int = option(100, "steps of linear warm-up", "optimisation")
     weight_decay: float = option(0.1, "of matrices, not of biases and norms", "optimisation")
@@ -89,7 +89,9 @@ class TextConfig:
 
     def check(self) -> None:
         """Raise ValueError for a value out of its range."""
-        for name in ("context", "dim", "depth", "heads", "steps", "batch_size", "log_steps", "evaluate_steps"):
+        for name in (
+            "context", "dim", "depth", "heads", "steps", "batch_size", "accumulate", "log_steps", "evaluate_steps",
+        ):  # fmt: skip
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(self, name)}")
         if self.context < 8:
@@ -101,6 +103,7 @@ class TextConfig:
             raise ValueError(f"--dropout must lie in 0..1, got {self.dropout}")
         if self.dim % self.heads:
             raise ValueError(f"--heads {self.heads} does not divide --dim {self.dim}")
+        self.check_engine()
 
 
 # -- data --------------------------------------------------------------------------------------------------------------
@@ -253,31 +256,41 @@ TASKS: dict[str, type[Task]] = {"gpt2": NextToken, "lm": NextToken, "bert": Mask
 # -- loop --------------------------------------------------------------------------------------------------------------
 
 
-class TextTrainer:
+class TextTrainer(Engine):
     """A language model in training.
 
     Args:
-        settings: how.
-        corpus: on what.
-        output: folder of ``last.pt`` and ``metrics.jsonl``.
-        device: where.
+        settings, output, device: see :class:`~crate_kernels.training.engine.Engine`.
+        corpus: on what; what ``settings.text`` names if None.
     """
 
-    def __init__(self, settings: TextConfig, corpus: Corpus, output: Path, device: torch.device):
-        self.settings, self.corpus, self.output, self.device = settings, corpus, output, device
+    command, options, unit = "train-text", TextConfig, "tokens"
+    settings: TextConfig
+
+    def __init__(self, settings: TextConfig, output: Path, device: torch.device, corpus: Corpus | None = None):
+        super().__init__(settings, output, device)
+        if corpus is None:
+            text = python_manual() if settings.text is None else read_text(Path(settings.text))
+            corpus = Corpus(text, create_tokenizer(settings.tokenizer), settings.context)
+        self.corpus = corpus
         self.task = TASKS[settings.model](settings, corpus)
+        self.steps = settings.steps
+        self.meter = Meter(device)
         torch.manual_seed(settings.seed)
         self.model = self.task.build_model().to(device)
+
+    @classmethod
+    def resolve(cls, options: dict[str, Any]) -> TextConfig:
+        settings = TextConfig(**RECIPES.get(options.get("model"), {}) | options)
+        settings.check()
+        return settings
+
+    def make_optimizer(self) -> torch.optim.Optimizer:
         matrices = [p for p in self.model.parameters() if p.dim() > 1]
         others = [p for p in self.model.parameters() if p.dim() < 2]
-        groups = [{"params": matrices, "weight_decay": settings.weight_decay}, {"params": others, "weight_decay": 0.0}]
-        self.optimizer = torch.optim.AdamW(groups, lr=settings.learning_rate, betas=(0.9, 0.95))
-        bf16 = settings.precision == "bf16" or (settings.precision == "auto" and device.type == "cuda")
-        self.precision = "bf16" if bf16 else "fp32"
-        self.step, self.seconds = 0, 0.0
-
-    def autocast(self) -> contextlib.AbstractContextManager:
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
+        decay = self.settings.weight_decay
+        groups = [{"params": matrices, "weight_decay": decay}, {"params": others, "weight_decay": 0.0}]
+        return torch.optim.AdamW(groups, lr=self.settings.learning_rate, betas=(0.9, 0.95))
 
     def learning_rate(self) -> float:
         """Linear warm-up, then a cosine down to a tenth."""
@@ -288,42 +301,62 @@ class TextTrainer:
         done = (self.step - warmup) / max(1, s.steps - warmup)
         return s.learning_rate * (0.1 + 0.45 * (1 + math.cos(math.pi * done)))
 
-    def train_step(self) -> Tensor:
-        """One optimiser step -> its loss; whatever it draws at random depends on the seed and the step alone."""
-        s = self.settings
-        self.model.train()
-        torch.manual_seed(s.seed * 1_000_003 + self.step)  # dropout
-        generator = torch.Generator().manual_seed(s.seed * 1_000_003 + self.step)
-        with self.autocast():
-            _, loss = self.model(**self.moved(self.task.batch(generator)))
-        loss.backward()
-        if s.clip_grad:
-            torch.nn.utils.clip_grad_norm_(self.model.parameters(), s.clip_grad)
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.learning_rate()
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        self.step += 1
-        return loss.detach()
+    def per_step(self) -> int:
+        return super().per_step() * self.settings.context
 
-    def moved(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        return {name: value.to(self.device, non_blocking=True) for name, value in batch.items()}
+    def batches(self, start: int) -> Iterator[tuple[dict[str, Tensor], int]]:
+        """This rank's part of every batch, and how many tokens the whole of it asks for."""
+        for number in range(start, self.steps * self.settings.accumulate):
+            batch = self.task.batch(torch.Generator().manual_seed(self.seed(number)))
+            yield self.part(batch), int((batch["targets"] != IGNORED_TARGET).sum())
+
+    def seed(self, number: int) -> int:
+        """Of batch ``number``."""
+        return self.settings.seed * 1_000_003 + number
+
+    def part(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """This rank's texts of a batch, on its device."""
+        mine = launch.share(len(batch["idx"]))
+        return {name: value[mine].to(self.device, non_blocking=True) for name, value in batch.items()}
+
+    def loss(self, batch: tuple[dict[str, Tensor], int], number: int) -> Tensor:
+        batch, asked = batch
+        self.seed_dropout(self.seed(number))
+        with self.autocast():
+            _, loss = self.network(**batch)
+        # The mean is over the tokens asked for, of which ranks have different numbers.
+        mine = (batch["targets"] != IGNORED_TARGET).sum()
+        loss = loss * (mine * launch.size() / asked)
+        self.meter.add(1, loss)
+        return loss
+
+    def look(self, report: Report) -> bool:
+        if self.step % self.settings.evaluate_steps or self.step == self.steps:
+            return False
+        figures = self.evaluate()
+        self.log.write(step=self.step, **{f"validation_{name}": value for name, value in figures.items()})
+        report.line(f"step {self.step}: {self.judgement(figures)}")
+        return False
+
+    def probe_inputs(self, count: int) -> tuple[Tensor, dict[str, Any]]:
+        if not hasattr(self, "_probed"):
+            self._probed = next(iter(self.task.validation()))["idx"][:count].to(self.device)
+        return self._probed, {}
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
         """Mean loss in nats per token asked for, and the share named right, on the validation text."""
         self.model.eval()
-        loss = right = count = 0.0
+        meter = Meter(self.device, ("loss", "accuracy"))
         for batch in self.task.validation():
-            batch = self.moved(batch)
+            batch = self.part(batch)
             targets = batch["targets"]
             with self.autocast():
                 logits, mean = self.model(**batch)
             asked = targets != IGNORED_TARGET
-            loss += mean.item() * int(asked.sum())
-            right += int((logits.argmax(-1) == targets)[asked].sum())
-            count += int(asked.sum())
-        return {"loss": loss / count, "accuracy": right / count}
+            if count := int(asked.sum()):  # the mean of nothing is no number
+                meter.add(count, mean.double() * count, (logits.argmax(-1) == targets)[asked].sum())
+        return meter.read()
 
     def baseline(self) -> dict[str, float]:
         """The same figures for a model that knows only how frequent each token is in the training text."""
@@ -337,107 +370,62 @@ class TextTrainer:
         }
 
     def state(self) -> dict[str, Any]:
-        return {
-            "version": __version__,
-            "config": dataclasses.asdict(self.settings),
-            "tokens": len(self.corpus.train),
-            "step": self.step,
-            "seconds": self.seconds,
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-        }
+        return super().state() | {"tokens": len(self.corpus.train)}
 
-    def load_state(self, state: dict[str, Any]) -> None:
-        """Go on from a state that :meth:`state` made; ValueError if the text is another."""
+    def check_state(self, state: dict[str, Any]) -> None:
         if state["tokens"] != len(self.corpus.train):
             raise ValueError(f"the run to resume read {state['tokens']} tokens, this text has {len(self.corpus.train)}")
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.step, self.seconds = state["step"], state["seconds"]
 
-    def save_state(self) -> None:
-        checkpoints.save(self.output / checkpoints.LAST, self.state())
+    def describe(self) -> str:
+        corpus, parameters = self.corpus, sum(p.numel() for p in self.model.parameters())
+        return (
+            f"{self.settings.text or 'the Python manual'}: {len(corpus.train):,} training and "
+            f"{len(corpus.validation):,} validation tokens ({self.settings.tokenizer}); {parameters:,} parameters, "
+            f"{self.precision} on {self.device}"
+        )
 
-    def fit(self, report: Report) -> None:
-        """Train to the last step, writing the log and the state."""
-        s = self.settings
-        log = checkpoints.MetricsLog(self.output / "metrics.jsonl", self.step)
-        before, started, first = self.seconds, time.monotonic(), self.step
-        saved, total, counted = started, 0.0, 0
-        while self.step < s.steps:
-            total, counted = total + self.train_step(), counted + 1
-            now = time.monotonic()
-            self.seconds = before + now - started
-            if self.step % s.log_steps == 0 or self.step == s.steps:
-                loss, total, counted = float(total) / counted, 0.0, 0
-                rate = (self.step - first) * s.batch_size * s.context / (now - started)
-                left = (s.steps - self.step) * (now - started) / (self.step - first)
-                log.write(step=self.step, loss=loss, learning_rate=self.learning_rate(), tokens_per_second=rate)
-                report.show(self.step, f"step {self.step}  loss {loss:.4f}  {rate:.0f} tokens/s  {clock(left)} left")
-            if self.step % s.evaluate_steps == 0 and self.step < s.steps:
-                figures = self.evaluate()
-                log.write(step=self.step, **{f"validation_{name}": value for name, value in figures.items()})
-                report.line(f"step {self.step}: {self.describe(figures)}")
-            if now - saved >= s.checkpoint_seconds:
-                self.save_state()
-                saved = time.monotonic()
-        self.save_state()
-
-    def describe(self, figures: dict[str, float]) -> str:
+    def judgement(self, figures: dict[str, float]) -> str:
         bits = figures["loss"] / math.log(2) / self.corpus.bytes_per_token
         return (
             f"validation loss {figures['loss']:.4f} nats per token ({bits:.3f} bits per byte), "
             f"{100 * figures['accuracy']:.2f} % of tokens right"
         )
 
-
-# -- command -----------------------------------------------------------------------------------------------------------
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """All options of :class:`TextConfig`, and ``--resume``."""
-    parser.epilog = "Without options: the Python manual that comes with Python, in a few minutes on two cores."
-    config.add_arguments(parser, TextConfig)
-    parser.add_argument("--resume", metavar="FOLDER", help="continue the run in this folder to the same result")
-
-
-def run(args: argparse.Namespace) -> int:
-    """Train as the command line says; every file lands in the output folder."""
-    began = time.monotonic()
-    options = config.given(args, TextConfig)
-    state = None
-    if args.resume is None:
-        settings = TextConfig(**RECIPES.get(options.get("model"), {}) | options)
-    else:
-        state = checkpoints.load(Path(args.resume) / checkpoints.LAST)
-        settings = checkpoints.resumed_config(state, {"output": args.resume, **options}, TextConfig)
-    settings.check()
-    output = Path(settings.output.format(model=settings.model))
-    if state is None and (output / checkpoints.LAST).exists() and not (output / "summary.json").exists():
-        raise ValueError(f"{output} holds an unfinished run: continue it with --resume {output}, or choose another")
-    name = settings.device
-    device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
-    text = python_manual() if settings.text is None else read_text(Path(settings.text))
-    corpus = Corpus(text, create_tokenizer(settings.tokenizer), settings.context)
-
-    with use_backend(settings.backend or requested_backend()):
-        trainer = TextTrainer(settings, corpus, output, device)
-        if state is not None:
-            trainer.load_state(state)
-        output.mkdir(parents=True, exist_ok=True)
-        checkpoints.remove_leftovers(output)
-        (output / "summary.json").unlink(missing_ok=True)
-        with Report(settings.steps) as report:
-            parameters = sum(p.numel() for p in trainer.model.parameters())
-            report.line(
-                f"{settings.text or 'the Python manual'}: {len(corpus.train):,} training and "
-                f"{len(corpus.validation):,} validation tokens ({settings.tokenizer}); {parameters:,} parameters, "
-                f"{trainer.precision} on {device}"
-                + (f", going on from step {trainer.step} of {settings.steps}" if trainer.step else "")
-            )
-            trainer.fit(report)
-        finish(trainer, report, began)
-    return 0
+    def finish(self, report: Report, began: float) -> None:
+        """Judge the model, by figures beside those of token frequencies and by a sample; save it."""
+        settings, output, figures = self.settings, self.output, self.evaluate()
+        model = self.plain(self.model)
+        if model is None:
+            return
+        path = output / "model.safetensors"
+        model.save(path, tokenizer=settings.tokenizer, mask_token=self.corpus.mask_token)
+        baseline = self.baseline()
+        report.line(self.judgement(figures))
+        report.line(
+            f"token frequencies alone: {baseline['loss']:.4f} nats per token, {100 * baseline['accuracy']:.2f} % right"
+        )
+        sample = "".join(self.task.sample(model.eval()))
+        report.line(f"\n{sample}\n")
+        write_atomically(output / "sample.txt", (sample + "\n").encode())
+        pictures = self.plot_probe()
+        summary = {
+            "validation": figures,
+            "token_frequencies": baseline,
+            "bytes_per_token": self.corpus.bytes_per_token,
+            "training_seconds": self.seconds,
+            "precision": self.precision,
+            "device": str(self.device),
+            "ranks": launch.size(),
+            "threads": torch.get_num_threads(),
+            "parameters": sum(p.numel() for p in model.parameters()),
+            "config": dataclasses.asdict(settings),
+            "versions": {"crate_kernels": __version__, "torch": torch.__version__},
+            "total_seconds": time.monotonic() - began,
+        }
+        self.write_summary(summary)
+        report.line(
+            f"{clock(summary['total_seconds'])} in all; {', '.join(map(str, ['model ' + str(path), *pictures]))}"
+        )
 
 
 def read_text(path: Path) -> str:
@@ -448,31 +436,12 @@ def read_text(path: Path) -> str:
         raise ValueError(f"{path} is no UTF-8 text: {error}") from error
 
 
-def finish(trainer: TextTrainer, report: Report, began: float) -> None:
-    """Save the model, then judge it: figures beside those of token frequencies, and a sample."""
-    settings, output = trainer.settings, trainer.output
-    path = output / "model.safetensors"
-    trainer.model.save(path, tokenizer=settings.tokenizer, mask_token=trainer.corpus.mask_token)
-    figures, baseline = trainer.evaluate(), trainer.baseline()
-    report.line(trainer.describe(figures))
-    report.line(
-        f"token frequencies alone: {baseline['loss']:.4f} nats per token, {100 * baseline['accuracy']:.2f} % right"
-    )
-    sample = "".join(trainer.task.sample(trainer.model.eval()))
-    report.line(f"\n{sample}\n")
-    write_atomically(output / "sample.txt", (sample + "\n").encode())
-    summary = {
-        "validation": figures,
-        "token_frequencies": baseline,
-        "bytes_per_token": trainer.corpus.bytes_per_token,
-        "training_seconds": trainer.seconds,
-        "precision": trainer.precision,
-        "device": str(trainer.device),
-        "threads": torch.get_num_threads(),
-        "parameters": sum(p.numel() for p in trainer.model.parameters()),
-        "config": dataclasses.asdict(settings),
-        "versions": {"crate_kernels": __version__, "torch": torch.__version__},
-        "total_seconds": time.monotonic() - began,
-    }
-    write_atomically(output / "summary.json", (json.dumps(summary, indent=2) + "\n").encode())
-    report.line(f"{clock(summary['total_seconds'])} in all; model {path}")
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """All options of :class:`TextConfig`, and ``--resume``."""
+    parser.epilog = "Without options: the Python manual that comes with Python, in a few minutes on two cores."
+    engine.add_arguments(parser, TextTrainer)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Train as the command line says; ends with the figures on the validation text and a sample."""
+    return engine.run(args, TextTrainer)

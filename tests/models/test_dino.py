@@ -13,7 +13,7 @@ from .parity import assert_backends_agree
 pytest.importorskip("timm")
 pytest.importorskip("rich")
 
-from crate_kernels.training import dino, mae, pretrain
+from crate_kernels.training import data, dino, mae, pretrain
 from crate_kernels.training.data import DataError, ImageData, Split
 
 SMALL = dict(image_size=8, patch_size=4, dim=16, depth=2, heads=2, dim_head=8, hidden=12, bottleneck=6)
@@ -217,15 +217,15 @@ def test_wrong_options_are_named(module, options, message, digits, tmp_path):
 
 def test_photos():
     pytest.importorskip("skimage")
-    data = pretrain.photos(16, seed=0, train=3, test=2)
-    assert data.train.images.shape == (3 * len(data.classes), 16, 16, 3)
-    assert len(data.test) == 2 * len(data.classes)
-    assert {"chelsea", "coffee"} <= set(data.classes)
-    assert data.train.images.std() > 20
-    assert (pretrain.photos(16, seed=0, train=3, test=2).train.images == data.train.images).all()
+    images = data.photos(16, seed=0, train=3, test=2)
+    assert images.train.images.shape == (3 * len(images.classes), 16, 16, 3)
+    assert len(images.test) == 2 * len(images.classes)
+    assert {"chelsea", "coffee"} <= set(images.classes)
+    assert images.train.images.std() > 20
+    assert (data.photos(16, seed=0, train=3, test=2).train.images == images.train.images).all()
 
 
 def test_missing_photos_say_what_to_install(monkeypatch):
-    monkeypatch.setattr(pretrain.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(data.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(DataError, match="pip install scikit-image"):
-        pretrain.photos(16, seed=0)
+        data.photos(16, seed=0)

@@ -111,7 +111,7 @@ def test_masked_batches():
 
 def test_baseline_is_the_entropy_of_frequencies(tmp_path):
     settings, data = corpus()
-    trainer = TextTrainer(settings, data, tmp_path, torch.device("cpu"))
+    trainer = TextTrainer(settings, tmp_path, torch.device("cpu"), data)
     baseline = trainer.baseline()
     # Two of ten characters are spaces, the other eight are different: log(10)·0.8 + log(5)·0.2.
     assert baseline["loss"] == pytest.approx(0.8 * math.log(10) + 0.2 * math.log(5), abs=0.15)

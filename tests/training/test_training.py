@@ -211,6 +211,6 @@ def test_an_interrupt_says_how_to_go_on(tmp_path, capsys, monkeypatch):
     def interrupt(*arguments):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("crate_kernels.training.loop.Trainer.train_step", interrupt)
+    monkeypatch.setattr("crate_kernels.training.classifier.Trainer.train_step", interrupt)
     assert main([*SMALL, "--output", str(tmp_path / "run")]) == 130
     assert "continue with --resume" in capsys.readouterr().out

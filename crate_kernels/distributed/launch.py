@@ -1,0 +1,205 @@
+"""The ranks of a run: torchrun's environment, and what ranks ask of each other. One process is rank 0 of 1.
+
+Every function here works without a process group, as the only rank. Control messages (decisions, errors) go over gloo
+from CPU to CPU, also where gradients go over NCCL: they do not wait for the GPU.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+class RankLost(RuntimeError):
+    """Another rank has ended, so this one cannot go on."""
+
+
+def launched() -> bool:
+    """Whether torchrun (or a launcher with its variables) started this process."""
+    return {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys()
+
+
+def restarted() -> bool:
+    """Whether torchrun started this process again after a failure (``--max-restarts``)."""
+    return launched() and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def is_main() -> bool:
+    """Whether this is the rank that prints and writes."""
+    return rank() == 0
+
+
+@contextlib.contextmanager
+def process_group() -> Iterator[None]:
+    """Join the ranks that torchrun started; alone, do nothing.
+
+    Raises:
+        RankLost: a rank ended in the middle of an exchange.
+    """
+    if not launched() or dist.is_initialized():
+        yield
+        return
+    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+    try:
+        yield
+    except RuntimeError as error:
+        if not _is_lost_connection(error):
+            raise
+        raise RankLost(f"rank {rank()} lost the other ranks: one of them has ended (its own message says why)") from (
+            error
+        )
+    # After an error the others may be gone: taking leave of them in order could wait forever.
+    dist.destroy_process_group()
+
+
+def _is_lost_connection(error: RuntimeError) -> bool:
+    text = str(error)
+    return isinstance(error, dist.DistError) or any(
+        sign in text for sign in ("Connection closed by peer", "Connection reset by peer", "gloo", "Broken pipe")
+    )
+
+
+def device(name: str) -> torch.device:
+    """The device that ``--device name`` means on this rank: of several, each takes the GPU of its local number.
+
+    Raises:
+        ValueError: there are fewer GPUs than ranks, or one GPU is named for several ranks.
+    """
+    kind = ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
+    if size() == 1 or not kind.startswith("cuda"):
+        return torch.device(kind)
+    local, here = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    if kind != "cuda":
+        raise ValueError(f"--device {name} names one GPU for {size()} ranks: give --device cuda")
+    if local >= here:
+        raise ValueError(
+            f"there are {here} GPUs for at least {local + 1} ranks: lower --nproc-per-node, or --device cpu"
+        )
+    torch.cuda.set_device(local)
+    return torch.device("cuda", local)
+
+
+# -- what the ranks tell each other ------------------------------------------------------------------------------------
+
+
+def agree(decide: Callable[[], Any]) -> Any:
+    """What ``decide()`` returns on rank 0, on every rank; it runs there alone."""
+    if size() == 1:
+        return decide()
+    box = [decide() if is_main() else None]
+    dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
+    return box[0]
+
+
+@contextlib.contextmanager
+def together() -> Iterator[None]:
+    """All ranks pass the end of the block, or none: an error on any of them ends all, with one message on rank 0.
+
+    Raises:
+        SystemExit: on the other ranks, with code 2, since rank 0 speaks for them.
+    """
+    try:
+        yield
+    except Exception as raised:
+        if size() == 1:
+            raise
+        error = raised
+    else:
+        error = None
+    if size() == 1:
+        return
+    errors = [None] * size()
+    dist.all_gather_object(errors, None if error is None else (type(error).__name__, str(error)))
+    if not any(errors):
+        return
+    if not is_main():
+        raise SystemExit(2) from error
+    if error is not None:
+        raise error
+    number, (kind, text) = next((i, e) for i, e in enumerate(errors) if e)
+    raise RuntimeError(f"rank {number}: {text or kind}")
+
+
+def fail(error: Exception) -> None:
+    """Raise an error that every rank has found: rank 0 speaks for all."""
+    if is_main():
+        raise error
+    raise SystemExit(2)
+
+
+def total(tensor: Tensor) -> Tensor:
+    """The sum of ``tensor`` over the ranks, without gradient; ``tensor`` stays what it was."""
+    if size() == 1:
+        return tensor
+    tensor = tensor.detach().clone()
+    dist.all_reduce(tensor)
+    return tensor
+
+
+def gather(rows: Tensor) -> Tensor:
+    """The rows ``(n, ...)`` of all ranks in their order; n may differ. Without gradient."""
+    if size() == 1:
+        return rows
+    counts = [torch.zeros(1, dtype=torch.int64, device=rows.device) for _ in range(size())]
+    dist.all_gather(counts, torch.tensor([len(rows)], device=rows.device))
+    counts = [int(count) for count in counts]
+    padded = rows.new_zeros((max(counts), *rows.shape[1:]))
+    padded[: len(rows)] = rows
+    parts = [torch.empty_like(padded) for _ in counts]
+    dist.all_gather(parts, padded)
+    return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
+
+
+class _Concatenate(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, dim):
+        ctx.dim = dim
+        parts = [torch.empty_like(x) for _ in range(size())]
+        dist.all_gather(parts, x.contiguous())
+        return torch.cat(parts, dim)
+
+    @staticmethod
+    def backward(ctx, grad):
+        grad = grad.contiguous()
+        dist.all_reduce(grad)
+        return grad.chunk(size(), ctx.dim)[rank()], None
+
+
+def concatenate(x: Tensor, dim: int) -> Tensor:
+    """``x`` of all ranks, of equal shapes, joined along ``dim``.
+
+    Differentiable: the gradient is the sum over the ranks of what each asks of this one's part. A term that every rank
+    computes alike from the result thus gets, averaged over the ranks, the gradient that one process would give it.
+    """
+    return x if size() == 1 else _Concatenate.apply(x, dim)
+
+
+# -- a batch, shared out -----------------------------------------------------------------------------------------------
+
+
+def share(count: int) -> slice:
+    """The part of ``count`` samples that is this rank's: consecutive, in the order of the ranks."""
+    return slice(count * rank() // size(), count * (rank() + 1) // size())
+
+
+def rand(*shape: int, dim: int, generator: torch.Generator) -> Tensor:
+    """Uniform numbers for this rank's samples along ``dim``: its part of those that one process draws for all ranks.
+
+    ``generator`` must be in the same state on every rank, and stays so.
+    """
+    whole = [n * size() if i == dim else n for i, n in enumerate(shape)]
+    return torch.rand(whole, generator=generator).narrow(dim, rank() * shape[dim], shape[dim])

@@ -1,0 +1,81 @@
+"""Sharded tensors in a folder, by torch.distributed.checkpoint: every rank writes its part, any number of ranks reads.
+
+Reading executes no pickled code. torch's reader unpickles the folder's table of contents freely; here only the classes
+such a table consists of are let through.
+"""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
+
+_PLAIN = {("torch.serialization", "_get_layout"), ("torch", "Size"), ("torch", "device"), ("pathlib", "PosixPath"),
+          ("pathlib", "PurePosixPath"), ("collections", "OrderedDict"), ("builtins", "set")}  # fmt: skip
+_MODULES = ("torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.filesystem")
+
+
+class _Contents(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        value = None
+        if module in _MODULES or (module, name) in _PLAIN or module == "torch":
+            value = super().find_class(module, name)
+        # Of the two modules only data classes and enumerations, of torch only its dtypes and the like.
+        is_data = isinstance(value, type) and (hasattr(value, "__dataclass_fields__") or hasattr(value, "__members__"))
+        if (module, name) in _PLAIN or isinstance(value, torch.dtype) or (module in _MODULES and is_data):
+            return value
+        raise pickle.UnpicklingError(f"{module}.{name} does not belong in a table of contents")
+
+
+class _Reader(dcp.FileSystemReader):
+    def read_metadata(self, *arguments, **keywords) -> Metadata:
+        with open(Path(self.path, ".metadata"), "rb") as file:
+            metadata = _Contents(file).load()
+        metadata.storage_meta = metadata.storage_meta or StorageMeta()
+        metadata.storage_meta.load_id = self.load_id
+        return metadata
+
+
+def write(folder: Path, tensors: dict[str, Tensor]) -> None:
+    """Write ``tensors`` into ``folder``; every rank takes part.
+
+    Raises:
+        OSError: a rank could not write.
+    """
+    try:
+        dcp.save(tensors, storage_writer=dcp.FileSystemWriter(folder))
+    except CheckpointException as error:  # no subclass of Exception
+        cause = next(iter(error.failures.values()))[0]
+        raise (cause if isinstance(cause, OSError) else OSError(f"{type(cause).__name__}: {cause}")) from error
+
+
+def read(folder: Path, names: Iterable[str], like: Callable[[str], Tensor | None]) -> dict[str, Tensor]:
+    """Read the tensors ``names``, each sharded as ``like(name)`` is, or whole on the CPU where that is None.
+
+    Raises:
+        ValueError: they are not all there, damaged, or of other shapes.
+    """
+    try:
+        reader = _Reader(folder)
+        table = reader.read_metadata().state_dict_metadata
+        tensors = {}
+        for name in names:
+            entry, template = table[name], like(name)
+            if not isinstance(entry, TensorStorageMetadata):
+                raise ValueError(f"{name} is no tensor")
+            if template is None or template.shape != entry.size:
+                tensors[name] = torch.empty(entry.size, dtype=entry.properties.dtype)
+            else:
+                tensors[name] = torch.empty_like(template, dtype=entry.properties.dtype)
+        dcp.load(tensors, storage_reader=reader, no_dist=not dist.is_initialized())
+    except (CheckpointException, OSError, EOFError, pickle.UnpicklingError, KeyError, RuntimeError) as error:
+        raise ValueError(f"{folder} is damaged or incomplete: {str(error).splitlines()[0] or error!r}") from error
+    return tensors

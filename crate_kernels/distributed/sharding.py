@@ -1,0 +1,89 @@
+"""A model on several ranks: copied (DDP) or split (FSDP2), and what training asks of either."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import warnings
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
+
+from ..nn import CrateBlock, CrateDecoderBlock
+from . import launch
+
+LAYERS = (CrateBlock, CrateDecoderBlock)
+"""The modules that are gathered, and computed again, one at a time."""
+
+
+def shard(networks: list[nn.Module], device: torch.device) -> None:
+    """Split the parameters of ``networks`` over all ranks, in place: FSDP2 on every layer and on the rest.
+
+    Each network must be called as a whole (it is a root). Its parameters are whole only while it, or the layer they
+    belong to, runs. Optimisers are made afterwards, of the sharded parameters.
+    """
+    # A warning for models that write into a layer's output in place; none here does.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
+    mesh = init_device_mesh(device.type, (launch.size(),))
+    for network in networks:
+        for layer in layers(network):
+            fully_shard(layer, mesh=mesh, reshard_after_forward=True)
+        # The root, too, so that parameters are DTensors whenever they are looked at outside of a forward.
+        fully_shard(network, mesh=mesh, reshard_after_forward=True)
+
+
+def copy_to_ranks(network: nn.Module, device: torch.device, unused: bool = False) -> DistributedDataParallel:
+    """DDP: gradients of ``network`` become their mean over the ranks during the backward pass.
+
+    Args:
+        unused: whether there are parameters that the loss does not depend on.
+    """
+    return DistributedDataParallel(
+        network, device_ids=[device.index] if device.type == "cuda" else None, find_unused_parameters=unused
+    )
+
+
+def layers(model: nn.Module) -> list[nn.Module]:
+    """The CRATE layers of ``model``."""
+    return [module for module in model.modules() if isinstance(module, LAYERS)]
+
+
+def checkpoint_activations(model: nn.Module) -> None:
+    """Keep only every layer's input for the backward pass and compute the rest again, in place. Names stay."""
+    for layer in layers(model):
+        layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False)
+
+
+@contextlib.contextmanager
+def gathered(model: nn.Module) -> Iterator[None]:
+    """Layers that ran in the block keep their whole parameters until its end, for hooks that look at them."""
+    parts = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    for part in parts:
+        part.set_reshard_after_forward(False, recurse=False)
+    try:
+        yield
+    finally:
+        for part in parts:
+            part.set_reshard_after_forward(True, recurse=False)
+            part.reshard()
+
+
+def whole_state(model: nn.Module) -> dict[str, Tensor]:
+    """The state dict of ``model`` with full values, on the CPU where they were sharded. Every rank must ask."""
+    return {
+        name: value.full_tensor().cpu() if isinstance(value, DTensor) else value
+        for name, value in model.state_dict().items()
+    }
+
+
+def place(value: Tensor, like: Tensor | None) -> Tensor:
+    """A full ``value``, sharded as ``like`` is; each rank holds all of it and keeps its own part."""
+    if not isinstance(like, DTensor) or isinstance(value, DTensor) or value.shape != like.shape:
+        return value
+    return distribute_tensor(value.to(like.device), like.device_mesh, like.placements, src_data_rank=None)

@@ -1,0 +1,337 @@
+"""``crate-kernels train``: a classifier, then its accuracy, its speed against the reference backend, and pictures."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import platform
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from timm.data import Mixup
+from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
+from timm.optim import create_optimizer_v2
+from timm.scheduler import create_scheduler_v2
+from timm.utils import ModelEmaV3
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from ..analysis import layerwise, plot_layerwise
+from ..distributed import launch
+from ..models import CrateModel
+from ..ops import requested_backend
+from ..version import __version__
+from . import config, engine
+from .build import build_model, image_size, load_initial
+from .config import Config
+from .data import TrainingOrder, load, seed_everything, seed_for, test_batches, training_batches
+from .engine import Engine, Meter
+from .progress import Report, clock
+from .speed import against_reference, faster_precision
+
+
+class Trainer(Engine):
+    """A classifier in training: its data, moving average, schedule, and the tests after every epoch."""
+
+    command, options = "train", Config
+    settings: Config
+
+    def __init__(self, settings: Config, output: Path, device: torch.device):
+        super().__init__(settings, output, device)
+        self.data = data = load(settings)
+        self.steps_per_epoch = TrainingOrder(len(data.train), settings).per_epoch // settings.accumulate
+        self.steps = settings.epochs * self.steps_per_epoch
+        seed_everything(settings.seed)
+        self.model = build_model(settings, data).to(device)
+        self.ema: ModelEmaV3 | None = None
+        self.mixup = None
+        if settings.mixup or settings.cutmix:
+            self.mixup = Mixup(
+                settings.mixup, settings.cutmix, label_smoothing=settings.label_smoothing, num_classes=len(data.classes)
+            )
+            self.criterion = SoftTargetCrossEntropy()
+        else:
+            self.criterion = LabelSmoothingCrossEntropy(settings.label_smoothing)
+        shape = (1, data.channels, 1, 1)
+        # Pixels come as bytes: (x / 255 - mean) / std.
+        self.mean = torch.tensor(data.mean, device=device).view(shape) * 255
+        self.std = torch.tensor(data.std, device=device).view(shape) * 255
+        self.best: dict[str, float] = {}
+        self.test: dict[str, float] = {}
+        self.meter = Meter(device, ("loss", "accuracy"))
+
+    @classmethod
+    def resolve(cls, options: dict[str, Any]) -> Config:
+        return config.resolve(options)
+
+    def initialise(self) -> None:
+        if self.settings.init is not None:
+            load_initial(self.model, self.settings.init, self.settings.new_head)
+
+    def prepare(self, state: dict[str, Any] | None = None) -> None:
+        if self.settings.ema:  # before the model is laid out over ranks: a sharded one cannot be copied
+            self.ema = ModelEmaV3(self.model, decay=self.settings.ema, use_warmup=True)
+        super().prepare(state)
+
+    def roots(self) -> list[nn.Module]:
+        return [self.model] if self.ema is None else [self.model, self.ema.module]
+
+    def check_ranks(self) -> None:
+        super().check_ranks()
+        if self.mixup is not None and self.settings.batch_size % (2 * launch.size()):
+            raise ValueError(
+                f"mixup and cutmix pair the images of a batch, so --batch-size {self.settings.batch_size} must be a "
+                f"multiple of {2 * launch.size()}, twice the ranks"
+            )
+
+    def make_optimizer(self) -> torch.optim.Optimizer:
+        s = self.settings
+        betas = {} if s.beta2 is None else {"betas": (0.9, s.beta2)}
+        optimizer = create_optimizer_v2(
+            self.model, opt=s.optimizer, lr=s.learning_rate, weight_decay=s.weight_decay, **betas
+        )
+        self.scheduler, _ = create_scheduler_v2(
+            optimizer,
+            sched=s.schedule,
+            num_epochs=s.epochs,
+            warmup_epochs=min(s.warmup_epochs, s.epochs / 5),  # a short run must reach its learning rate
+            warmup_lr=s.learning_rate / 100,
+            step_on_epochs=False,
+            updates_per_epoch=self.steps_per_epoch,
+        )
+        return optimizer
+
+    def choose_precision(self) -> str:
+        if self.settings.precision != "auto" or self.device.type == "cuda":
+            return self.precision
+        return launch.agree(lambda: faster_precision(self.model, *self.example()))
+
+    @property
+    def evaluated(self) -> CrateModel:
+        """The model that is tested and saved: the moving average where one is kept."""
+        return self.model if self.ema is None else self.ema.module
+
+    def normalize(self, images: Tensor) -> Tensor:
+        """Bytes as they come from the loader -> the model's input, on its device."""
+        return (images.to(self.device, non_blocking=True).float() - self.mean) / self.std
+
+    def example(self) -> tuple[Tensor, Tensor]:
+        """The first batch of test images, normalised, and its labels: what is measured and drawn."""
+        images, labels = next(iter(test_batches(self.data, self.settings, image_size(self.model), self.device)))
+        count = min(self.settings.batch_size, len(labels))
+        return self.normalize(images[:count]), labels[:count].to(self.device)
+
+    def probe_inputs(self, count: int) -> tuple[Tensor, dict[str, Any]]:
+        if not hasattr(self, "_probed"):
+            self._probed = self.example()[0][:count]
+        return self._probed, {}
+
+    # -- state -----------------------------------------------------------------------------------------------------
+
+    def state(self) -> dict[str, Any]:
+        return super().state() | {
+            "classes": self.data.classes,
+            "epoch": self.step / self.steps_per_epoch,
+            "best": self.best,
+            "test": self.test,
+            "scheduler": self.scheduler.state_dict(),
+            "ema": self.ema and self.ema.module.state_dict(),
+        }
+
+    def check_state(self, state: dict[str, Any]) -> None:
+        if state["classes"] != self.data.classes:
+            raise ValueError(f"the run to resume has the classes {state['classes']}, the data has {self.data.classes}")
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        super().load_state(state)
+        self.scheduler.load_state_dict(state["scheduler"])
+        if self.ema is not None:
+            self.ema.module.load_state_dict(state["ema"])
+        self.best, self.test = state["best"], state["test"]
+
+    def like(self, keys: tuple) -> Tensor | None:
+        match keys:
+            case ("ema", name):
+                return self.ema.module.state_dict().get(name)
+        return super().like(keys)
+
+    # -- training --------------------------------------------------------------------------------------------------
+
+    def batches(self, start: int) -> Iterator[tuple[Tensor, Tensor]]:
+        return training_batches(self.data, self.settings, image_size(self.model), start, self.device, shared=True)
+
+    def loss(self, batch: tuple[Tensor, Tensor], number: int) -> Tensor:
+        images, labels = batch
+        # After the batch is there: augmentation without loader processes seeds the same generators. Mixup draws from
+        # NumPy's, alike on all ranks.
+        seed = (self.settings.seed, *divmod(number, self.settings.accumulate))
+        seed_everything(*seed)
+        self.seed_dropout(seed_for(*seed))
+        images, labels = self.normalize(images), labels.to(self.device, non_blocking=True)
+        target = labels
+        if self.mixup is not None:
+            images, target = self.mixup(images, labels)
+        with self.autocast():
+            logits = self.network(images)
+        loss = self.criterion(logits.float(), target)
+        self.count(self.meter, loss, logits, labels)
+        return loss
+
+    @staticmethod
+    def count(meter: Meter, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
+        meter.add(len(labels), loss.detach().double() * len(labels), (logits.argmax(-1) == labels).sum())
+
+    def learning_rate(self) -> float:
+        return self.optimizer.param_groups[0]["lr"]
+
+    def set_learning_rate(self) -> None:
+        """The schedule has set it after the step before."""
+
+    def after_step(self) -> None:
+        self.scheduler.step_update(self.step)
+        if self.ema is not None:
+            self.ema.update(self.model, step=self.step)
+
+    def figures(self) -> dict[str, float]:
+        """Means over the epoch so far."""
+        return self.meter.read()
+
+    def position(self) -> dict[str, float]:
+        return {"epoch": self.step / self.steps_per_epoch}
+
+    def epoch_ends(self) -> bool:
+        return self.step % self.steps_per_epoch == 0
+
+    def status(self, figures: dict[str, float], rate: float, left: float) -> str:
+        epoch = (self.step - 1) // self.steps_per_epoch + 1
+        return (
+            f"epoch {epoch}  loss {figures['loss']:.4f}  accuracy {100 * figures['accuracy']:.1f} %  "
+            f"{rate:.0f} images/s  {clock(left)} left"
+        )
+
+    def look(self, report: Report) -> bool:
+        """Test after every epoch, and keep the best weights."""
+        if not self.epoch_ends():
+            return False
+        epoch, train = self.step // self.steps_per_epoch, self.meter.read()
+        self.test = self.evaluate()
+        self.meter.reset()
+        self.log.write(step=self.step, epoch=epoch, **{f"test_{name}": value for name, value in self.test.items()})
+        report.line(
+            f"epoch {epoch}/{self.settings.epochs}: loss {train['loss']:.4f}, "
+            f"accuracy {100 * train['accuracy']:.2f} %, "
+            f"test loss {self.test['loss']:.4f}, test accuracy {100 * self.test['accuracy']:.2f} %"
+        )
+        if self.test["accuracy"] > self.best.get("accuracy", -1.0):
+            self.best = {"accuracy": self.test["accuracy"], "epoch": epoch}
+            self.save_model(self.plain(self.evaluated), "best.safetensors")
+        return True
+
+    @torch.no_grad()
+    def evaluate(self) -> dict[str, float]:
+        """Loss (without label smoothing) and accuracy on all test images."""
+        model = self.evaluated
+        training = model.training
+        model.eval()
+        meter = Meter(self.device, ("loss", "accuracy"))
+        for images, labels in test_batches(self.data, self.settings, image_size(model), self.device, shared=True):
+            labels = labels.to(self.device)
+            with self.autocast():
+                logits = model(self.normalize(images))
+            if len(labels):  # the mean of nothing is no number
+                self.count(meter, cross_entropy(logits.float(), labels), logits, labels)
+        model.train(training)
+        return meter.read()
+
+    def save_model(self, model: CrateModel | None, name: str) -> Path:
+        """Write a plain model's weights on rank 0, with what is needed to use them on other images."""
+        path = self.output / name
+        with launch.together():
+            if model is not None:
+                model.save(
+                    path,
+                    data=self.data.name,
+                    classes=self.data.classes,
+                    mean=self.data.mean,
+                    std=self.data.std,
+                    test_accuracy=self.test.get("accuracy"),
+                )
+        return path
+
+    # -- what a run says and leaves --------------------------------------------------------------------------------
+
+    def describe(self) -> str:
+        data, size = self.data, image_size(self.model)
+        parameters = sum(p.numel() for p in self.model.parameters())
+        return (
+            f"{data.name}: {len(data.train)} training and {len(data.test)} test images of {len(data.classes)} classes, "
+            f"{size[0]} x {size[1]}; {parameters:,} parameters, {self.precision} on {self.device}"
+        )
+
+    def finish(self, report: Report, began: float) -> None:
+        """Save the model, then measure and record: test accuracy, speed, the layer-wise picture."""
+        model, settings = self.plain(self.evaluated), self.settings
+        path = self.save_model(model, "model.safetensors")
+        if model is None:
+            return
+        summary = {
+            "test_accuracy": self.test["accuracy"],
+            "test_loss": self.test["loss"],
+            "best": self.best,
+            "training_seconds": self.seconds,
+            "precision": self.precision,
+            "backend": requested_backend() or "automatic",
+            "device": str(self.device),
+            "ranks": launch.size(),
+            "threads": torch.get_num_threads(),
+            "parameters": sum(p.numel() for p in model.parameters()),
+            "seed": settings.seed,
+            "config": dataclasses.asdict(settings),
+            "versions": versions(),
+        }
+        images, labels = self.example()
+        measurement = layerwise(model, images)
+        picture = plot_layerwise(measurement, self.output / "layerwise.png", title=f"{self.data.name}, layer by layer")
+        pictures = ", ".join(map(str, [picture, *self.plot_probe()]))
+        summary["layerwise"] = measurement.summary()
+        report.line(
+            f"test accuracy {100 * summary['test_accuracy']:.2f} % (best {100 * self.best['accuracy']:.2f} % "
+            f"after epoch {self.best['epoch']})"
+        )
+        # On the CPU a run in bf16 is compared in float32, too: there the reference may well be faster in float32.
+        for precision in dict.fromkeys([self.precision, "fp32"]):
+            speed = against_reference(model, images, labels, precision)
+            summary.setdefault("speed", {})[precision] = speed
+            for what, rate in speed.items():
+                report.line(
+                    f"{what}, {precision}, batch {len(images)}: {rate['images_per_second']:.0f} images/s, "
+                    f"reference {rate['reference_images_per_second']:.0f} images/s: {rate['ratio']:.2f} times as fast"
+                )
+        summary["total_seconds"] = time.monotonic() - began
+        self.write_summary(summary)
+        report.line(f"{clock(summary['total_seconds'])} in all; model {path}, pictures {pictures}")
+
+
+def versions() -> dict[str, str]:
+    """Versions of everything that shapes a result."""
+    import timm
+    import torchvision
+
+    return {
+        "crate_kernels": __version__, "python": platform.python_version(), "torch": torch.__version__,
+        "timm": timm.__version__, "torchvision": torchvision.__version__,
+    }  # fmt: skip
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """All options of :class:`~crate_kernels.training.config.Config`, and ``--resume``."""
+    parser.epilog = "Without options: 5,000 digits that come with the package's dependencies, in about a minute."
+    engine.add_arguments(parser, Trainer)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Train as the command line says; every file lands in the output folder."""
+    return engine.run(args, Trainer)

@@ -1,0 +1,463 @@
+"""What every training command shares: ranks, steps, state, logs. A trainer says what a batch is and what its loss is.
+
+Step ``i`` of a run is a function of the seed and ``i``, whatever the number of ranks: ``--batch-size`` is the batch of
+all ranks together, each takes its part of that batch and of the random numbers drawn for it, and gradients are means
+over the ranks. Dropout alone draws on each rank by itself.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import math
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+import torch.distributed as dist
+from rich.console import Console
+from torch import Tensor, nn
+
+from ..analysis import LayerwiseProbe
+from ..distributed import launch, sharding
+from ..models import CrateModel
+from ..models.checkpoint import write_atomically
+from ..ops import requested_backend, use_backend
+from ..version import __version__
+from . import checkpoints, config
+from .data import seed_for
+from .progress import Report, clock
+
+
+class Engine:
+    """A model in training, on one rank or several.
+
+    A subclass sets ``model``, ``steps`` and ``meter`` in its constructor, which must not communicate.
+
+    Args:
+        settings: how; a dataclass on :class:`~crate_kernels.training.config.EngineOptions`.
+        output: folder of everything the run writes.
+        device: where.
+    """
+
+    command: ClassVar[str]
+    """The command that trains so; a state is resumed by the one that wrote it."""
+    options: ClassVar[type]
+    """The dataclass of the settings."""
+    unit = "images"
+    """What the speed counts."""
+    has_unused_parameters = False
+    """Whether the loss leaves out some of the parameters."""
+
+    model: CrateModel
+    steps: int
+    meter: Meter
+
+    def __init__(self, settings: Any, output: Path, device: torch.device):
+        self.settings, self.output, self.device = settings, output, device
+        self.step, self.seconds = 0, 0.0
+        bf16 = settings.precision == "bf16" or (settings.precision == "auto" and device.type == "cuda")
+        self.precision = "bf16" if bf16 else "fp32"
+        self.sharded = False
+
+    # -- what a subclass says ------------------------------------------------------------------------------------------
+
+    @classmethod
+    def resolve(cls, options: dict[str, Any]) -> Any:
+        """The checked settings of a new run with the given ``options``."""
+        raise NotImplementedError
+
+    def initialise(self) -> None:
+        """Take over what a new run starts from, and a resumed one does not need."""
+
+    @property
+    def trained(self) -> nn.Module:
+        """The module that :meth:`loss` calls, by the name of ``network``."""
+        return self.model
+
+    def roots(self) -> list[nn.Module]:
+        """The modules that are called as a whole, and among them hold all that is sharded."""
+        return [self.model]
+
+    def make_optimizer(self) -> torch.optim.Optimizer:
+        raise NotImplementedError
+
+    def batches(self, start: int) -> Iterator[Any]:
+        """This rank's part of every batch of the run, from batch number ``start`` on."""
+        raise NotImplementedError
+
+    def loss(self, batch: Any, number: int) -> Tensor:
+        """The loss of batch ``number`` of the run: a mean whose mean over the ranks is the loss of the whole batch.
+
+        It also adds to ``meter``. Whatever it draws at random depends on the seed and ``number`` alone.
+        """
+        raise NotImplementedError
+
+    def learning_rate(self) -> float:
+        """Of the next step."""
+        raise NotImplementedError
+
+    def set_learning_rate(self) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.learning_rate()
+
+    def after_step(self) -> None:
+        """What follows the optimiser's step."""
+
+    def look(self, report: Report) -> bool:
+        """Judge the model if it is time to; whether a state should be kept now."""
+        return False
+
+    def probe_inputs(self, count: int) -> tuple[Tensor, dict[str, Any]]:
+        """``count`` samples as the model takes them, the same ones all the time, and further arguments."""
+        raise NotImplementedError
+
+    def per_step(self) -> int:
+        """So many ``unit`` in a step."""
+        return self.settings.batch_size * self.settings.accumulate
+
+    def figures(self) -> dict[str, float]:
+        """What the log says of the steps since it was last asked: the loss, at least."""
+        figures = self.meter.read()
+        self.meter.reset()
+        return figures
+
+    def position(self) -> dict[str, float]:
+        """What the log says of the place in the run, besides the step."""
+        return {}
+
+    def describe(self) -> str:
+        """One line on what is about to run."""
+        raise NotImplementedError
+
+    def finish(self, report: Report, began: float) -> None:
+        """Judge the trained model and write it; every rank takes part. Only rank 0 needs to come to the end."""
+        raise NotImplementedError
+
+    # -- ranks ---------------------------------------------------------------------------------------------------------
+
+    def check_ranks(self) -> None:
+        """Raise ValueError for settings that these ranks cannot run."""
+        s, ranks = self.settings, launch.size()
+        if s.batch_size % ranks:
+            raise ValueError(
+                f"--batch-size {s.batch_size} is the batch of all ranks together: {ranks} ranks do not divide it"
+            )
+        if s.parallel == "fsdp" and getattr(s, "compile", False) and dist.is_initialized():
+            raise ValueError("--compile cannot trace the gathering of --parallel fsdp: leave one of them out")
+        if s.tensorboard and launch.is_main():
+            _summary_writer()
+
+    def prepare(self, state: dict[str, Any] | None = None) -> None:
+        """Lay the model out over the ranks, make its optimiser, and go on from ``state`` if there is one."""
+        s = self.settings
+        self.precision = self.choose_precision() if state is None else state.get("precision", self.precision)
+        self.plain_type = type(self.model)
+        if s.activation_checkpointing:
+            sharding.checkpoint_activations(self.trained)
+        network = torch.compile(self.trained) if getattr(s, "compile", False) else self.trained
+        if dist.is_initialized() and s.parallel == "fsdp":
+            sharding.shard(self.roots(), self.device)
+            self.sharded = True
+        elif launch.size() > 1:
+            network = sharding.copy_to_ranks(network, self.device, self.has_unused_parameters)
+        self.network = network
+        self.optimizer = self.make_optimizer()
+        if state is not None:
+            self.load_state(checkpoints.restore(state, self.like))
+
+    def choose_precision(self) -> str:
+        """``"fp32"`` or ``"bf16"``, alike on all ranks."""
+        return self.precision
+
+    def autocast(self) -> contextlib.AbstractContextManager:
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
+
+    @staticmethod
+    def seed_dropout(seed: int) -> None:
+        """Seed torch's generators: rank 0 as one process, the others apart from it."""
+        torch.manual_seed(seed if launch.is_main() else seed_for(seed, launch.rank()))
+
+    def plain(self, model: CrateModel) -> CrateModel | None:
+        """``model`` as one process has it, neither sharded nor computed again, on rank 0; every rank takes part."""
+        if not self.sharded and not self.settings.activation_checkpointing:
+            return model if launch.is_main() else None
+        state = sharding.whole_state(model)
+        if not launch.is_main():
+            return None
+        plain = self.plain_type(**model.config).to(self.device)
+        plain.load_state_dict(state)
+        return plain.train(model.training)
+
+    # -- state ---------------------------------------------------------------------------------------------------------
+
+    def state(self) -> dict[str, Any]:
+        """Everything the next step depends on; every rank takes part."""
+        return {
+            "version": __version__,
+            "command": self.command,
+            "config": dataclasses.asdict(self.settings),
+            "precision": self.precision,
+            "step": self.step,
+            "seconds": self.seconds,
+            "meter": launch.total(self.meter.totals).cpu(),
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+        }
+
+    def check_state(self, state: dict[str, Any]) -> None:
+        """Raise ValueError if ``state`` does not belong to this run's data."""
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Go on from a state that :meth:`state` made, here or on another number of ranks."""
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.step, self.seconds = state["step"], state["seconds"]
+        if launch.is_main() and "meter" in state:
+            self.meter.totals = state["meter"].to(self.device)
+
+    def like(self, keys: tuple) -> Tensor | None:
+        """The tensor of the model whose sharding the state's tensor at ``keys`` shares."""
+        match keys:
+            case ("model", name):
+                return self.model.state_dict().get(name)
+            case ("optimizer", "state", number, _):
+                return [p for group in self.optimizer.param_groups for p in group["params"]][number]
+        return None
+
+    def save_state(self) -> None:
+        checkpoints.save_run(self.output, self.state())
+
+    # -- training ------------------------------------------------------------------------------------------------------
+
+    def fit(self, report: Report) -> None:
+        """Train from the present step to the last, writing log, measurements and state."""
+        s = self.settings
+        self.log = checkpoints.MetricsLog(self.output / "metrics.jsonl", self.step)
+        self.start_probe()
+        batches = self.batches(self.step * s.accumulate)
+        before, first, started = self.seconds, self.step, time.monotonic()
+        logged = kept = self.step
+        marked = saved = started
+        if not self.step:
+            self.measure()
+        while self.step < self.steps:
+            self.train_step(batches)
+            now = time.monotonic()
+            self.seconds = before + now - started
+            if self.step % s.log_steps == 0 or self.epoch_ends() or self.step == self.steps:
+                figures = self.figures()
+                if not math.isfinite(figures["loss"]):
+                    launch.fail(
+                        ValueError(
+                            f"the loss is {figures['loss']} at step {self.step}; a lower --learning-rate may help"
+                        )
+                    )
+                rate = (self.step - logged) * self.per_step() / (now - marked)
+                left = (now - started) / (self.step - first) * (self.steps - self.step)
+                logged, marked = self.step, now
+                self.log.write(
+                    step=self.step, **self.position(), **figures, learning_rate=self.learning_rate(),
+                    **{f"{self.unit}_per_second": rate},
+                )  # fmt: skip
+                report.show(self.step, self.status(figures, rate, left))
+            self.measure()
+            keep = self.look(report)
+            if keep:
+                marked = time.monotonic()
+                self.seconds = before + marked - started
+            if keep or launch.agree(lambda since=saved: time.monotonic() - since >= s.checkpoint_seconds):
+                self.save_state()
+                saved, kept = time.monotonic(), self.step
+        if kept != self.step:
+            self.save_state()
+
+    def epoch_ends(self) -> bool:
+        """Whether the step just done was the last of an epoch that the log should show."""
+        return False
+
+    def status(self, figures: dict[str, float], rate: float, left: float) -> str:
+        return f"step {self.step}  loss {figures['loss']:.4f}  {rate:.0f} {self.unit}/s  {clock(left)} left"
+
+    def train_step(self, batches: Iterator[Any]) -> None:
+        """One optimiser step."""
+        s = self.settings
+        self.model.train()
+        for i in range(s.accumulate):
+            # DDP need not exchange gradients that more will be added to. FSDP always does: it holds only its shard.
+            wait = isinstance(self.network, nn.parallel.DistributedDataParallel) and i < s.accumulate - 1
+            with self.network.no_sync() if wait else contextlib.nullcontext():
+                (self.loss(next(batches), self.step * s.accumulate + i) / s.accumulate).backward()
+        if s.clip_grad:
+            nn.utils.clip_grad_norm_([p for p in self.model.parameters() if p.grad is not None], s.clip_grad)
+        self.set_learning_rate()
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+        self.after_step()
+
+    # -- measurement, layer by layer -----------------------------------------------------------------------------------
+
+    def start_probe(self) -> None:
+        """Open the probe's file anew, or where a resumed run finds it. Only rank 0 has files."""
+        every, self.probe = self.settings.layerwise_steps, None
+        if not every or not (launch.is_main() or self.sharded):
+            return
+        path = writer = None
+        if launch.is_main():
+            path = self.output / "layerwise.jsonl"
+            if not self.step:
+                path.unlink(missing_ok=True)
+            if self.settings.tensorboard:
+                writer = _summary_writer()(self.output, purge_step=self.step)
+        self.probe = LayerwiseProbe(path, every=every, writer=writer)
+
+    def measure(self) -> None:
+        """Let the probe measure if it is time to. Where the model is sharded, all ranks run it, on the same samples."""
+        if self.probe is None or self.step % self.probe.every:
+            return
+        inputs, keywords = self.probe_inputs(self.probe.samples)
+        with sharding.gathered(self.model):
+            self.probe.step(self.step, self.model, inputs, **keywords)
+
+    def plot_probe(self) -> list[Path]:
+        """Draw what the probe saw during the run; on rank 0, at the end."""
+        if self.probe is None or not self.probe.records:
+            return []
+        return [self.probe.plot(self.output / "layerwise_training.png", title=f"{self.command}: layer by layer")]
+
+    def write_summary(self, summary: dict[str, Any]) -> None:
+        write_atomically(self.output / "summary.json", (json.dumps(summary, indent=2) + "\n").encode())
+
+
+def _summary_writer() -> type:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise ValueError("--tensorboard needs the package tensorboard: pip install tensorboard") from error
+    return SummaryWriter
+
+
+class Meter:
+    """Means over samples, those of all ranks; stays on the device until it is read.
+
+    Args:
+        device: where the values come from.
+        names: of the values.
+    """
+
+    def __init__(self, device: torch.device, names: Sequence[str] = ("loss",)):
+        self.names = tuple(names)
+        self.totals = torch.zeros(len(names) + 1, dtype=torch.float64, device=device)
+
+    def reset(self) -> None:
+        self.totals.zero_()
+
+    @torch.no_grad()
+    def add(self, count: int, *sums: Tensor) -> None:
+        """Add ``count`` samples, of which each value sums up to one of ``sums``."""
+        self.totals += torch.stack([*(value.detach().double() for value in sums), self.totals.new_tensor(count)])
+
+    def read(self) -> dict[str, float]:
+        """The means over what all ranks added; every rank must ask."""
+        *sums, count = launch.total(self.totals).tolist()
+        return {name: value / max(count, 1) for name, value in zip(self.names, sums, strict=True)}
+
+
+# -- command -----------------------------------------------------------------------------------------------------------
+
+
+def add_arguments(parser: argparse.ArgumentParser, trainer: type[Engine]) -> None:
+    """All options of the trainer's settings, and ``--resume``."""
+    config.add_arguments(parser, trainer.options)
+    parser.add_argument(
+        "--resume",
+        nargs="?",
+        const="",
+        metavar="PATH",
+        help="continue the run in --output, or the given folder or state, to the same result",
+    )
+
+
+def run(args: argparse.Namespace, kind: type[Engine]) -> int:
+    """Train as the command line says, on as many ranks as torchrun started; every file lands in the output folder."""
+    began = time.monotonic()
+    with launch.process_group():
+        with launch.together():
+            settings, output, state = plan(args, kind)
+        with use_backend(settings.backend or requested_backend()):
+            with launch.together():
+                trainer = kind(settings, output, launch.device(settings.device))
+                trainer.check_ranks()
+                if state is None:
+                    trainer.initialise()
+                else:
+                    trainer.check_state(state)
+            trainer.prepare(state)
+            with launch.together():
+                if launch.is_main():
+                    output.mkdir(parents=True, exist_ok=True)
+                    checkpoints.remove_leftovers(output)
+                    (output / "summary.json").unlink(missing_ok=True)
+                    if state is None:
+                        # Started again before its first state, the run must not take an older one's for its own.
+                        checkpoints.discard(output)
+            with Report(trainer.steps, None if launch.is_main() else Console(quiet=True)) as report:
+                report.line(trainer.describe() + going_on(trainer))
+                try:
+                    trainer.fit(report)
+                except KeyboardInterrupt:
+                    report.line(
+                        f"continue with --resume {output}; it holds the state of at most "
+                        f"{settings.checkpoint_seconds:g} s ago"
+                    )
+                    raise
+            trainer.finish(report, began)
+    return 0
+
+
+def plan(args: argparse.Namespace, kind: type[Engine]) -> tuple[Any, Path, dict[str, Any] | None]:
+    """The settings of the run that the arguments mean, its folder, and the state it goes on from, if any."""
+    options = config.given(args, kind.options)
+    if options.get("parallel", "auto") != "auto" and not dist.is_initialized():
+        raise ValueError(
+            f"--parallel {options['parallel']} shares a run out over ranks: start it with torchrun --nproc-per-node 2 "
+            f"-m crate_kernels {kind.command} ..."
+        )
+    if args.resume is None:
+        settings = kind.resolve(options)
+        output = folder(settings)
+        unfinished = checkpoints.find(output) is not None and not (output / "summary.json").exists()
+        if not unfinished:
+            return settings, output, None
+        if not launch.restarted():
+            raise ValueError(f"{output} holds an unfinished run: continue it with --resume {output}, or choose another")
+        # torchrun repeats the command as it was. Only a run of the very same settings may be gone on with so.
+        options, path = dataclasses.asdict(settings), output
+    else:
+        path = Path(args.resume) if args.resume else folder(kind.resolve(options))
+    path = checkpoints.locate(path)
+    state = checkpoints.load(path)
+    if (command := state.get("command", kind.command)) != kind.command:
+        raise ValueError(f"{path} belongs to a run of crate-kernels {command}: {kind.command} cannot go on with it")
+    options.setdefault("output", str(path.parent))
+    settings = checkpoints.resumed_config(state, options, kind.options)
+    return settings, folder(settings), state
+
+
+def folder(settings: Any) -> Path:
+    """The output folder, with the names of data set or model in it."""
+    values = dataclasses.asdict(settings)
+    if "data" in values:
+        values["data"] = Path(values["data"]).name
+    return Path(values.pop("output").format(**values))
+
+
+def going_on(trainer: Engine) -> str:
+    """The end of the line that describes a run: how it is laid out, and where it goes on."""
+    ranks = f", {'fsdp' if trainer.sharded else 'ddp'} over {launch.size()} ranks" if dist.is_initialized() else ""
+    return ranks + (f", going on from step {trainer.step} of {trainer.steps}" if trainer.step else "")

@@ -95,6 +95,23 @@ def test_gate_counts_tensors_and_looks_at_shapes():
     assert not gate.judge([one[0][:1]], [t.double() for t in one], one, torch.float32, kinks=False).passed
 
 
+def test_gradients_of_a_model_are_judged_together():
+    generator = torch.Generator().manual_seed(0)
+    exact = [torch.randn(50, generator=generator, dtype=torch.float64) for _ in range(40)]
+
+    def off(by, of=exact):
+        return [t * (1 + by * torch.randn(50, generator=generator)) for t in of]
+
+    literal, good = off(1e-7), off(1e-7)
+    literal[7] = exact[7].clone()  # a lucky one: nothing is left of its budget but a rounding
+    good[7] = off(1e-6, exact[7:8])[0]
+    judged = dict(dtype=torch.float32, kinks=False)
+    assert not gate.judge(good, exact, literal, **judged).passed
+    assert gate.judge(good, exact, literal, together=True, **judged).passed
+    for wrong in (exact[7] * 1.01, -exact[7], exact[7] * float("nan")):
+        assert not gate.judge([*good[:7], wrong, *good[8:]], exact, literal, together=True, **judged).passed
+
+
 def test_a_wrong_model_is_refused():
     master = models.build("tiny", quick=True)
     images, targets = torch.randn(2, 3, 32, 32), torch.tensor([1, 2])

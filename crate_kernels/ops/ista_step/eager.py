@@ -14,9 +14,25 @@ def why_not(x: Tensor, *_) -> None:
     return None
 
 
+FOLD_STRIPS = 4
+"""On the CPU ``WᵀW`` is made in so many strips of rows up to the diagonal and then mirrored: 5/8 of the product, and
+strips still wide enough for the vendor's GEMM."""
+
+
 def fold(weight: Tensor) -> Tensor:
     """``M = W − Wᵀ W``, so that ``x W − x Wᵀ W = x M``."""
-    return torch.addmm(weight, weight.T, weight, alpha=-1)
+    width = weight.shape[0]
+    half = weight.dtype in (torch.float16, torch.bfloat16)  # mirroring would round once more
+    if weight.device.type != "cpu" or half or width % FOLD_STRIPS or width < 64 * FOLD_STRIPS:
+        return torch.addmm(weight, weight.T, weight, alpha=-1)
+    m = torch.empty_like(weight)
+    ends = range(width // FOLD_STRIPS, width + 1, width // FOLD_STRIPS)
+    for end in ends:
+        strip = slice(end - ends.step, end)
+        torch.mm(weight[:, strip].T, weight[:, :end], out=m[strip, :end])
+    for end in ends[:-1]:
+        m[:end, end : end + ends.step] = m[end : end + ends.step, :end].T
+    return torch.sub(weight, m, out=m)
 
 
 def forward(x: Tensor, weight: Tensor, folded: Tensor | None, step_size: float, lambd: float) -> Tensor:

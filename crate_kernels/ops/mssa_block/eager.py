@@ -39,8 +39,9 @@ def forward(
     if out_weight is None:
         out = torch.add(z, o.flatten(2), alpha=step_size)
     else:
-        out = linear(o.flatten(2), out_weight, out_bias)
-        out = out.add_(z) if step_size == 1 else out.mul_(step_size).add_(z)
+        # The residual and the bias are where the product starts: one pass over the tokens instead of two.
+        out = z.clone() if out_bias is None else torch.add(z, out_bias, alpha=step_size)
+        out.flatten(0, 1).addmm_(o.flatten(2).flatten(0, 1), out_weight.T, alpha=step_size)
     return out, w, o, lse, mean, rstd
 
 

@@ -7,6 +7,7 @@ such a table consists of are let through.
 from __future__ import annotations
 
 import pickle
+import warnings
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,22 @@ class _Reader(dcp.FileSystemReader):
         return metadata
 
 
+def disk_error(error: BaseException | None) -> OSError | None:
+    """The error of the disk behind one of torch's writer, which reports only that it stands where it should not."""
+    while error is not None and not (isinstance(error, OSError) and error.strerror):
+        error = error.__context__
+    return error
+
+
+class _Writer(dcp.FileSystemWriter):
+    def write_data(self, *arguments, **keywords):
+        try:
+            return super().write_data(*arguments, **keywords)
+        except Exception as error:
+            # What stands behind an error does not travel to the other ranks with it.
+            raise disk_error(error) or error from None
+
+
 def write(folder: Path, tensors: dict[str, Tensor]) -> None:
     """Write ``tensors`` into ``folder``; every rank takes part.
 
@@ -51,7 +68,7 @@ def write(folder: Path, tensors: dict[str, Tensor]) -> None:
         OSError: a rank could not write.
     """
     try:
-        dcp.save(tensors, storage_writer=dcp.FileSystemWriter(folder))
+        dcp.save(tensors, storage_writer=_Writer(folder))
     except CheckpointException as error:  # no subclass of Exception
         cause = next(iter(error.failures.values()))[0]
         raise (cause if isinstance(cause, OSError) else OSError(f"{type(cause).__name__}: {cause}")) from error
@@ -75,7 +92,9 @@ def read(folder: Path, names: Iterable[str], like: Callable[[str], Tensor | None
                 tensors[name] = torch.empty(entry.size, dtype=entry.properties.dtype)
             else:
                 tensors[name] = torch.empty_like(template, dtype=entry.properties.dtype)
-        dcp.load(tensors, storage_reader=reader, no_dist=not dist.is_initialized())
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process may read, too
+            dcp.load(tensors, storage_reader=reader, no_dist=not dist.is_initialized())
     except (CheckpointException, OSError, EOFError, pickle.UnpicklingError, KeyError, RuntimeError) as error:
         raise ValueError(f"{folder} is damaged or incomplete: {str(error).splitlines()[0] or error!r}") from error
     return tensors

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
@@ -22,11 +22,14 @@ LAYERS = (CrateBlock, CrateDecoderBlock)
 """The modules that are gathered, and computed again, one at a time."""
 
 
-def shard(networks: list[nn.Module], device: torch.device) -> None:
+def shard(networks: list[nn.Module], device: torch.device, entries: tuple[str, ...] = ()) -> None:
     """Split the parameters of ``networks`` over all ranks, in place: FSDP2 on every layer and on the rest.
 
     Each network must be called as a whole (it is a root). Its parameters are whole only while it, or the layer they
     belong to, runs. Optimisers are made afterwards, of the sharded parameters.
+
+    Args:
+        entries: methods of the networks that are called in place of ``forward``, and not by it.
     """
     # A warning for models that write into a layer's output in place; none here does.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
@@ -36,6 +39,8 @@ def shard(networks: list[nn.Module], device: torch.device) -> None:
             fully_shard(layer, mesh=mesh, reshard_after_forward=True)
         # The root, too, so that parameters are DTensors whenever they are looked at outside of a forward.
         fully_shard(network, mesh=mesh, reshard_after_forward=True)
+        for name in entries:
+            register_fsdp_forward_method(network, name)
 
 
 def copy_to_ranks(network: nn.Module, device: torch.device, unused: bool = False) -> DistributedDataParallel:

@@ -71,8 +71,9 @@ def save_run(folder: Path, state: dict[str, Any]) -> Path:
                 if launch.is_main():
                     save(path, rest)
     except (OSError, RuntimeError) as error:
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else " ".join(str(error).split())
-        kept = f"; {before[-1]} is the state before it" if before else ""
+        cause, kept = sharded_files.disk_error(error), find(folder)
+        reason = " ".join(str(error).split()) if cause is None else cause.strerror
+        kept = f"; {kept} is whole, the state before it" if kept else ""
         raise OSError(f"the state of step {state['step']} could not be written to {folder}: {reason}{kept}") from error
     if launch.is_main():
         for other in before:

@@ -52,6 +52,8 @@ class Engine:
     """What the speed counts."""
     has_unused_parameters = False
     """Whether the loss leaves out some of the parameters."""
+    entries: ClassVar[tuple[str, ...]] = ()
+    """Methods of the model, besides ``forward``, that the trainer calls and ``forward`` does not."""
 
     model: CrateModel
     steps: int
@@ -161,7 +163,7 @@ class Engine:
             sharding.checkpoint_activations(self.trained)
         network = torch.compile(self.trained) if getattr(s, "compile", False) else self.trained
         if dist.is_initialized() and s.parallel == "fsdp":
-            sharding.shard(self.roots(), self.device)
+            sharding.shard(self.roots(), self.device, self.entries)
             self.sharded = True
         elif launch.size() > 1:
             network = sharding.copy_to_ranks(network, self.device, self.has_unused_parameters)

@@ -49,6 +49,7 @@ class MAETrainer(Pretrainer):
     """A masked autoencoder in training."""
 
     command, options = "train-mae", MAEConfig
+    entries = ("forward_features",)
     has_unused_parameters = True  # those that public checkpoints hold and nothing computes with
     model: CrateMAE
     settings: MAEConfig

@@ -130,7 +130,8 @@ def probe_accuracy(
     """The share of ``test (n, d)`` named right by logistic regression on ``train (m, d)``, standardised."""
     mean, deviation = train.mean(dim=0), train.std(dim=0) + 1e-6
     train, test = (train - mean) / deviation, (test - mean) / deviation
-    weight = torch.zeros(int(train_labels.max()) + 1, train.shape[1] + 1, device=train.device, requires_grad=True)
+    classes = int(train_labels.max()) + 1
+    weight = train.new_zeros(classes, train.shape[1] + 1).requires_grad_()
     optimizer = torch.optim.LBFGS([weight], max_iter=iterations, line_search_fn="strong_wolfe")
 
     def logits(x: Tensor) -> Tensor:

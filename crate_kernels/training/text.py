@@ -304,11 +304,16 @@ class TextTrainer(Engine):
     def per_step(self) -> int:
         return super().per_step() * self.settings.context
 
-    def batches(self, start: int) -> Iterator[tuple[dict[str, Tensor], int]]:
-        """This rank's part of every batch, and how many tokens the whole of it asks for."""
+    def batches(self, start: int) -> Iterator[tuple[dict[str, Tensor], float]]:
+        """This rank's part of every batch, and the weight of its mean among those of the ranks, 1 on average.
+
+        A mean is over the tokens asked for, of which ranks may have different numbers.
+        """
         for number in range(start, self.steps * self.settings.accumulate):
             batch = self.task.batch(torch.Generator().manual_seed(self.seed(number)))
-            yield self.part(batch), int((batch["targets"] != IGNORED_TARGET).sum())
+            asked = (batch["targets"] != IGNORED_TARGET).sum(dim=1)
+            weight = int(asked[launch.share(len(asked))].sum()) * launch.size() / int(asked.sum())
+            yield self.part(batch), weight
 
     def seed(self, number: int) -> int:
         """Of batch ``number``."""
@@ -319,14 +324,12 @@ class TextTrainer(Engine):
         mine = launch.share(len(batch["idx"]))
         return {name: value[mine].to(self.device, non_blocking=True) for name, value in batch.items()}
 
-    def loss(self, batch: tuple[dict[str, Tensor], int], number: int) -> Tensor:
-        batch, asked = batch
+    def loss(self, batch: tuple[dict[str, Tensor], float], number: int) -> Tensor:
+        batch, weight = batch
         self.seed_dropout(self.seed(number))
         with self.autocast():
             _, loss = self.network(**batch)
-        # The mean is over the tokens asked for, of which ranks have different numbers.
-        mine = (batch["targets"] != IGNORED_TARGET).sum()
-        loss = loss * (mine * launch.size() / asked)
+        loss = loss * weight
         self.meter.add(1, loss)
         return loss
 

@@ -141,7 +141,7 @@ def add_arguments(parser: argparse.ArgumentParser, kind: type = Config) -> None:
         group = groups.setdefault(title, parser.add_argument_group(title))
         kind = str(field.type).removesuffix(" | None")
         if kind == "bool":
-            metadata["action"] = "store_true"
+            metadata["action"] = argparse.BooleanOptionalAction if field.default else "store_true"
         else:
             metadata["type"] = {"int": int, "float": float, "str": str}[kind]
             metadata["metavar"] = None if "choices" in metadata else field.name.upper()

@@ -27,9 +27,10 @@ class MAEConfig(PretrainConfig):
     """What a masked-autoencoder run does."""
 
     decoder_depth: int = option(4, "number of decoder layers", "model")
-    lambd: float = option(0.5, "sparsity weight of the ISTA steps", "model")
-    norm_pix_loss: bool = option(False, "predict each patch standardised by itself", "model")
-    mask_ratio: float = option(0.75, "share of the patches that is hidden", "optimisation")
+    lambd: float = option(0.1, "sparsity weight of the ISTA steps", "model")
+    norm_pix_loss: bool = option(True, "predict each patch standardised by itself", "model")
+    learning_rate: float = option(2e-3, "after the warm-up; falls to zero along a cosine", "optimisation")
+    mask_ratio: float = option(0.6, "share of the patches that is hidden", "optimisation")
     crop: float = option(0.4, "smallest share of an image's area that a random crop keeps", "data")
     flip: float = option(0.5, "probability of mirroring an image", "data")
     output: str = option("runs/mae-{data}", "folder of everything the run writes", "output")
@@ -49,7 +50,7 @@ class MAETrainer(Pretrainer):
     """A masked autoencoder in training."""
 
     command, options = "train-mae", MAEConfig
-    entries = ("forward_features",)
+    entries = ("forward_intermediates",)
     has_unused_parameters = True  # those that public checkpoints hold and nothing computes with
     model: CrateMAE
     settings: MAEConfig
@@ -78,8 +79,15 @@ class MAETrainer(Pretrainer):
         return super().probe_inputs(count)[0], {"mask_ratio": 0.0}
 
     def encode(self, images: Tensor) -> Tensor:
-        """What the probe sees: the mean of the encoder's patch tokens ``(B, d)``."""
-        return self.model.forward_features(images)[:, 1:].mean(dim=1)
+        """What the probe sees: the mean of the patch tokens ``(B, d)`` halfway through the encoder.
+
+        The last layers turn from the image to the pixels that are to be predicted.
+        """
+        middle = (len(self.model.blocks) - 1) // 2
+        (tokens,) = self.model.forward_intermediates(
+            images, [middle], output_fmt="NLC", intermediates_only=True, stop_early=True
+        )
+        return tokens.mean(dim=1)
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
@@ -109,7 +117,7 @@ class MAETrainer(Pretrainer):
         return (images * self.std + self.mean).round().clamp(0, 255).byte().cpu()
 
 
-def save_picture(rows: list[Tensor], path: Path, width: int = 128) -> Path:
+def save_picture(rows: list[Tensor], path: Path, width: int = 192) -> Path:
     """Write rows of ``uint8`` images ``(n, 1 or 3, H, W)`` as one PNG, each image about ``width`` pixels wide."""
     from PIL import Image
 

@@ -132,8 +132,6 @@ class MSSAParallel(CrateStyle):
             return f"{ranks} ranks do not divide the {heads} heads"
         if module.dropout:
             return f"dropout = {module.dropout} would differ between the ranks; build the model with dropout=0"
-        if module.qk_norm is not None:
-            return "the gain of qk_norm is shared by all heads and cannot be split; build the model with qk_norm=False"
         return None
 
     def split(self, module: MSSA, mesh: DeviceMesh) -> None:
@@ -152,6 +150,9 @@ class MSSAParallel(CrateStyle):
         parallelize_module(module, mesh, plan, src_data_rank=self.src_data_rank)
         module.heads //= mesh.size()
         module.__class__ = _SplitMSSA
+        if module.qk_norm is not None:
+            module.qk_norm.mesh = mesh
+            module.qk_norm.__class__ = _SharedRMSNorm
 
 
 class ISTAParallel(CrateStyle):
@@ -247,6 +248,12 @@ class _SplitOvercompleteISTA(OvercompleteISTA):
         if isinstance(value, DTensor):
             return value.to_local()
         return _shared(value, mesh) if isinstance(value, Tensor) else value
+
+
+class _SharedRMSNorm(nn.RMSNorm):
+    def forward(self, w: Tensor) -> Tensor:
+        # One gain for the heads of all ranks.
+        return nn.functional.rms_norm(w, self.normalized_shape, _shared(self.weight, self.mesh), self.eps)
 
 
 class _SharedDropout(nn.Dropout):

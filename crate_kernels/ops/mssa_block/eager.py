@@ -39,8 +39,9 @@ def forward(
     if out_weight is None:
         out = torch.add(z, o.flatten(2), alpha=step_size)
     else:
-        # The residual and the bias are where the product starts: one pass over the tokens instead of two.
-        out = z.clone() if out_bias is None else torch.add(z, out_bias, alpha=step_size)
+        # The residual and the bias are where the product starts: one pass over the tokens instead of two, and into
+        # the memory of x, which nobody reads any more.
+        out = x.copy_(z) if out_bias is None else torch.add(z, out_bias, alpha=step_size, out=x)
         out.flatten(0, 1).addmm_(o.flatten(2).flatten(0, 1), out_weight.T, alpha=step_size)
     return out, w, o, lse, mean, rstd
 

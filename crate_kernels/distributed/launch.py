@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import os
+import time
+import uuid
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -53,17 +55,44 @@ def process_group() -> Iterator[None]:
     if not launched() or dist.is_initialized():
         yield
         return
-    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+    store, number, ranks = next(dist.rendezvous("env://"))
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo",
+        store=dist.PrefixStore(_name_of_start(store, number, ranks), store),
+        rank=number,
+        world_size=ranks,
+    )
     try:
         yield
     except RuntimeError as error:
         if not _is_lost_connection(error):
             raise
-        raise RankLost(f"rank {rank()} lost the other ranks: one of them has ended (its own message says why)") from (
-            error
-        )
+        raise RankLost(
+            f"rank {number} lost the other ranks: one of them has ended; --resume goes on from the last state"
+        ) from error
     # After an error the others may be gone: taking leave of them in order could wait forever.
     dist.destroy_process_group()
+
+
+def _name_of_start(store: dist.Store, number: int, ranks: int) -> str:
+    """A name that the ranks of this start share, and none of an earlier one.
+
+    torchrun keeps its store when it starts ranks again, with the addresses of those that are dead. Its count of
+    restarts is not the same on every machine, so rank 0 makes a name up; the others know it for new by their own mark.
+    """
+    mark = uuid.uuid4().hex
+    if number == 0:
+        store.set("offer", mark)
+        store.set(f"{mark}/taken", b" ".join(store.get(f"{mark}/{other}") for other in range(1, ranks)))
+        return mark
+    deadline = time.monotonic() + dist.default_pg_timeout.total_seconds()
+    while time.monotonic() < deadline:
+        offer = store.get("offer").decode()
+        store.set(f"{offer}/{number}", mark)
+        if store.check([f"{offer}/taken"]) and mark.encode() in store.get(f"{offer}/taken"):
+            return offer
+        time.sleep(0.02)
+    raise RankLost(f"rank {number} waited in vain for rank 0 to start")
 
 
 def _is_lost_connection(error: RuntimeError) -> bool:

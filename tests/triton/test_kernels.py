@@ -20,8 +20,8 @@ from crate_kernels.ops.triton_kernels.layer_norm import layer_norm_backward
 from crate_kernels.ops.triton_kernels.product import fold_norm, product
 
 from ..ops.cases import CASES
+from ..ops.oracle import DEVICE
 from ..ops.test_registration import OPERATORS, schema_arguments
-from .oracle import DEVICE
 
 
 def normal(*shape, seed=0, dtype=torch.float32):

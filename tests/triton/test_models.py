@@ -9,7 +9,7 @@ from torch.utils.checkpoint import checkpoint
 from crate_kernels import ops
 from crate_kernels.models import CRATE
 
-from .oracle import DEVICE
+from ..ops.oracle import DEVICE
 
 
 @pytest.fixture

@@ -9,28 +9,15 @@ from crate_kernels import ops
 from crate_kernels.ops.subspace_attention import triton as kernels
 from crate_kernels.ops.triton_kernels import configurations, launch
 
+from ..ops import oracle
+from ..ops.builders import attention, mssa, normal
 from ..ops.cases import CASES, Case
-from .oracle import DEVICE, check, run
+from ..ops.oracle import DEVICE, run
 
 HALF, SINGLE, BRAIN = torch.float16, torch.float32, torch.bfloat16
 
 
-def normal(*shape, spread=1.0, seed=0):
-    return spread * torch.randn(*shape, generator=torch.Generator().manual_seed(seed + sum(shape)), dtype=torch.float64)
-
-
-def attention(batch, tokens, heads, width, *, value=False, spread=1.0, **options):
-    w = normal(batch, tokens, heads, width, spread=spread)
-    v = normal(batch, tokens, heads, width, seed=1) if value else None
-    return Case("", ops.subspace_attention, (w, v), options)
-
-
-def mssa(batch, tokens, width, heads, p, *, output=True, bias=True, **options):
-    norm = 1 + normal(width, spread=0.2), normal(width, spread=0.2, seed=1)
-    out_weight = normal(width, heads * p, spread=(heads * p) ** -0.5) if output else None
-    out_bias = normal(width, seed=2) if output and bias else None
-    tensors = normal(batch, tokens, width), *norm, normal(heads * p, width, spread=width**-0.5), out_weight, out_bias
-    return Case("", ops.mssa_block, tensors, dict(heads=heads, **options))
+check = partial(oracle.check, backend="triton")
 
 
 # What Triton accepts of the cases that all backends share: heads at least 8 wide.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..ops.cases import Case
+from .cases import Case
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -24,7 +24,7 @@ def run(case: Case, backend: str, dtype: torch.dtype, device: str = DEVICE) -> l
     return [t.detach().cpu() for t in (out, *gradients)]
 
 
-def check(case: Case, dtype: torch.dtype, backend: str = "triton") -> None:
+def check(case: Case, dtype: torch.dtype, backend: str) -> None:
     """Output and all gradients are within twice the error of the literal arithmetic in ``dtype`` and one rounding."""
     rounded = case.to(dtype)
     exact, literal, got = (

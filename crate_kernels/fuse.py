@@ -25,7 +25,7 @@ from torch.nn.modules.dropout import _DropoutNd
 from torch.nn.modules.module import _has_any_global_hook
 
 from . import ops
-from .nn import ISTA, MSSA, OvercompleteISTA
+from .nn import ISTA, MSSA, KeepsFolded, OvercompleteISTA
 
 HEADS = ("heads", "n_head", "num_heads")
 PROJECTION = ("qkv", "c_attn", "to_qkv")
@@ -95,7 +95,8 @@ def unfuse(model: nn.Module) -> None:
     """Undo :func:`fuse`, in place and exactly: every module has its own class again."""
     for module in model.modules():
         if isinstance(module, _Fused):
-            del module.__dict__["_fused"]
+            for name in ("_fused", "keep_folded", "_folded"):
+                module.__dict__.pop(name, None)
             module.__class__ = type(module)._original
 
 
@@ -201,7 +202,7 @@ class _FusedAttention(_Fused):
         )
 
 
-class _FusedISTA(_Fused):
+class _FusedISTA(KeepsFolded, _Fused):
     """One ISTA step, or two against an overcomplete dictionary."""
 
     @dataclass(frozen=True)
@@ -232,7 +233,7 @@ class _FusedISTA(_Fused):
     def _compute(self, x: Tensor) -> Tensor:
         form = self._fused.form
         if form == "complete":
-            return ops.ista_step(x, self.weight, **self._step())
+            return ops.ista_step(x, self.weight, folded=self.folded(), **self._step())
         if form == "rows":
             return ops.overcomplete_ista(x, self.weight.T, **self._step())
         return ops.overcomplete_ista(x, self.D, getattr(self, "D1", None), **self._step())
@@ -241,7 +242,8 @@ class _FusedISTA(_Fused):
         """``self(norm(z))`` as one operator; None where only the modules themselves may do it."""
         if self._fused.form != "complete" or not (self._ready(z) and _plain(norm) and _plain(self)):
             return None
-        return ops.ista_block(z, *_affine(norm), self.weight, eps=norm.eps if eps is None else eps, **self._step())
+        eps = norm.eps if eps is None else eps
+        return ops.ista_block(z, *_affine(norm), self.weight, eps=eps, folded=self.folded(), **self._step())
 
 
 class _FusedPreNorm(_Fused):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Self
+
 import torch
 from torch import Tensor, nn
 
@@ -175,39 +177,21 @@ def rotate(w: Tensor, positions: Tensor | None = None, base: float = 10000.0) ->
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(w.dtype)
 
 
-class ISTA(nn.Module):
-    """One ISTA step against a complete dictionary: ``relu(x + step_size·(x W − x Wᵀ W) − step_size·lambd)``.
+class KeepsFolded:
+    """Mixed into a module with a dictionary ``weight (d, d)``: keeps ``W − WᵀW`` between calls, once asked to.
 
-    In evaluation, after :func:`prepare_for_inference`, the folded matrix ``W − WᵀW`` is computed once and kept. It is
-    computed again whenever the weight is another tensor, has moved, or has been written to since.
-
-    Args:
-        dim: d; ``weight`` is ``(d, d)``, kaiming-uniform.
-        step_size, lambd: see :func:`crate_kernels.ops.ista_step`.
-        learnable: ``"scalar"`` or ``"channel"`` makes parameters of both, ``()`` or ``(d,)``, that start at the given
-            values. The operators take numbers, so the step then runs in stock torch: the same products, with a few
-            more elementwise passes.
+    The matrix is computed again whenever the weight is another tensor, has moved, or has been written to since.
     """
 
-    def __init__(self, dim: int, *, step_size: float = 0.1, lambd: float = 0.1, learnable: str | None = None):
-        super().__init__()
-        self.step_size, self.lambd = _step_parameters(step_size, lambd, learnable, dim)
-        self.weight = nn.Parameter(torch.empty(dim, dim))
-        self.keep_folded = False
-        self._folded: tuple[tuple, Tensor, Tensor] | None = None
-        self.reset_parameters()
-
-    def reset_parameters(self):
-        nn.init.kaiming_uniform_(self.weight)
-
-    def extra_repr(self) -> str:
-        return f"dim={self.weight.shape[0]}, {_step_repr(self)}"
+    keep_folded = False
+    _folded: tuple[tuple, Tensor, Tensor] | None = None
 
     def __getstate__(self):
         # A copy's weight lies elsewhere: the kept matrix would not be its own.
-        return self.__dict__ | {"_folded": None}
+        state = super().__getstate__()
+        return {name: value for name, value in state.items() if name != "_folded"} if isinstance(state, dict) else state
 
-    def train(self, mode: bool = True) -> ISTA:
+    def train(self, mode: bool = True) -> Self:
         if mode:
             self._folded = None
         return super().train(mode)
@@ -225,6 +209,32 @@ class ISTA(nn.Module):
             with torch.inference_mode(False):
                 self._folded = (state, ops.fold(weight), weight.detach())
         return self._folded[1]
+
+
+class ISTA(KeepsFolded, nn.Module):
+    """One ISTA step against a complete dictionary: ``relu(x + step_size·(x W − x Wᵀ W) − step_size·lambd)``.
+
+    In evaluation, after :func:`prepare_for_inference`, the folded matrix ``W − WᵀW`` is computed once and kept.
+
+    Args:
+        dim: d; ``weight`` is ``(d, d)``, kaiming-uniform.
+        step_size, lambd: see :func:`crate_kernels.ops.ista_step`.
+        learnable: ``"scalar"`` or ``"channel"`` makes parameters of both, ``()`` or ``(d,)``, that start at the given
+            values. The operators take numbers, so the step then runs in stock torch: the same products, with a few
+            more elementwise passes.
+    """
+
+    def __init__(self, dim: int, *, step_size: float = 0.1, lambd: float = 0.1, learnable: str | None = None):
+        super().__init__()
+        self.step_size, self.lambd = _step_parameters(step_size, lambd, learnable, dim)
+        self.weight = nn.Parameter(torch.empty(dim, dim))
+        self.reset_parameters()
+
+    def reset_parameters(self):
+        nn.init.kaiming_uniform_(self.weight)
+
+    def extra_repr(self) -> str:
+        return f"dim={self.weight.shape[0]}, {_step_repr(self)}"
 
     @property
     def learns_step(self) -> bool:
@@ -485,12 +495,13 @@ def _as_map(tokens: Tensor, like: Tensor) -> Tensor:
 def prepare_for_inference(model: nn.Module) -> nn.Module:
     """Put ``model`` in evaluation mode and let its ISTA modules keep their folded matrix between calls.
 
+    ``model`` is one of this package, or any on which :func:`crate_kernels.fuse` found ISTA modules.
+
     The cache notices changed weights (in-place writes, ``load_state_dict``, ``.to``) and is dropped by ``train()``.
     Writes that torch itself cannot see (through ``weight.data`` in place, or a NumPy view) need another call.
     """
     model.eval()
     for module in model.modules():
-        if isinstance(module, ISTA):
-            module.keep_folded = True
-            module._folded = None
+        if isinstance(module, KeepsFolded):
+            module.keep_folded, module._folded = True, None
     return model

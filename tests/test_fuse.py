@@ -13,7 +13,7 @@ from torch import nn
 
 from crate_kernels import ops
 from crate_kernels.fuse import fuse, unfuse
-from crate_kernels.nn import CrateBlock
+from crate_kernels.nn import CrateBlock, prepare_for_inference
 
 F = nn.functional
 
@@ -361,6 +361,34 @@ def test_same_results_through_fused_operators(build, width, expected, calls):
         torch.equal(a, b) for a, b in zip(outcome(model, x).values(), want.values(), strict=True) if b is not None
     )
     unfuse(model)
+
+
+@pytest.mark.parametrize(
+    ("build", "width"), [(Vision, 12), (MAE, 16), (lambda: FeedForward(8), 8)], ids=["vision", "mae", "module"]
+)
+def test_prepared_for_inference_it_keeps_folded_matrices(build, width, monkeypatch):
+    model = double(build()).eval()
+    x = torch.randn(2, 5, width, dtype=torch.float64)
+    fuse(model)
+    folds, fold = [], ops.fold
+    monkeypatch.setattr(ops, "fold", lambda weight: folds.append(weight) or fold(weight))
+    expected = model(x)
+    assert not folds
+    prepare_for_inference(model)
+    with torch.inference_mode():
+        torch.testing.assert_close(model(x), expected, rtol=0, atol=1e-10)
+        count = len(folds)
+        model(x)
+    dictionaries = [m for m in model.modules() if isinstance(m, FeedForward)]
+    assert count == len(folds) == len(dictionaries)
+    with torch.no_grad():
+        dictionaries[0].weight.mul_(1.5)
+    changed = model(x)
+    assert len(folds) == count + 1
+    assert "_folded" not in copy.deepcopy(dictionaries[0]).__dict__
+    unfuse(model)
+    torch.testing.assert_close(changed, model(x), rtol=0, atol=1e-10)
+    assert not {"_folded", "keep_folded"} & dictionaries[0].__dict__.keys()
 
 
 def test_report():

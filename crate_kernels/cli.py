@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import sys
 
 from .version import __version__
@@ -42,7 +43,8 @@ def main(arguments: list[str] | None = None) -> int:
     except Exception as error:
         if "--debug" in arguments or not expected(error):
             raise
-        print(f"crate-kernels: {sentence(error)}", file=sys.stderr)
+        rank = os.environ.get("RANK", "0")  # torchrun's; what all ranks find wrong, the first says alone
+        print(f"crate-kernels{'' if rank == '0' else f' (rank {rank})'}: {sentence(error)}", file=sys.stderr)
         return 2
 
 

@@ -38,18 +38,18 @@ class DINOConfig(PretrainConfig):
 
     local_crops: int = option(2, "small crops of every image, besides two global ones", "data")
     local_size: int | None = option(None, "pixels along a local crop; half an image without it", "data")
-    global_scale: float = option(0.5, "smallest share of an image's area in a global crop", "data")
-    local_scale: float = option(0.15, "smallest share of an image's area in a local crop", "data")
+    global_scale: float = option(0.6, "smallest share of an image's area in a global crop", "data")
+    local_scale: float = option(0.3, "smallest share of an image's area in a local crop", "data")
     flip: float = option(0.0, "probability of mirroring a crop", "data")
     jitter: float = option(0.4, "strength of random contrast and brightness", "data")
 
-    epochs: int = option(10, "passes over the training images", "optimisation")
-    learning_rate: float = option(5e-4, "after the warm-up; falls to zero along a cosine", "optimisation")
+    epochs: int = option(20, "passes over the training images", "optimisation")
+    learning_rate: float = option(1e-3, "after the warm-up; falls to zero along a cosine", "optimisation")
     student_temperature: float = option(0.1, "of the student's scores", "optimisation")
     teacher_temperature: float = option(0.04, "of the teacher's scores: sharpening", "optimisation")
     center_momentum: float = option(0.9, "of the running mean of the teacher's scores: centring", "optimisation")
     momentum: float = option(0.99, "of the teacher's weights; rises to 1 along a cosine", "optimisation")
-    gamma: float = option(1.0, "simdino: weight of the coding rate per dimension", "optimisation")
+    gamma: float = option(0.3, "simdino: weight of the coding rate per dimension", "optimisation")
     eps: float = option(0.5, "simdino: distortion of the coding rate", "optimisation")
     output: str = option("runs/dino-{data}", "folder of everything the run writes", "output")
 

@@ -28,6 +28,9 @@ def shard(networks: list[nn.Module], device: torch.device, entries: tuple[str, .
     Each network must be called as a whole (it is a root). Its parameters are whole only while it, or the layer they
     belong to, runs. Optimisers are made afterwards, of the sharded parameters.
 
+    Mixed precision is autocast's, as on one rank: its LayerNorms take float32 parameters beside bfloat16 products, and
+    FSDP gathers all of a layer in one dtype.
+
     Args:
         entries: methods of the networks that are called in place of ``forward``, and not by it.
     """
@@ -80,11 +83,17 @@ def gathered(model: nn.Module) -> Iterator[None]:
 
 
 def whole_state(model: nn.Module) -> dict[str, Tensor]:
-    """The state dict of ``model`` with full values, on the CPU where they were sharded. Every rank must ask."""
-    return {
-        name: value.full_tensor().cpu() if isinstance(value, DTensor) else value
-        for name, value in model.state_dict().items()
-    }
+    """The state dict of ``model`` with full values, on the CPU where they were sharded; every rank takes part.
+
+    Returns:
+        Rank 0 alone holds it, the others get an empty dictionary.
+    """
+    state = {}
+    for name, value in model.state_dict().items():
+        value = value.full_tensor().cpu() if isinstance(value, DTensor) else value
+        if launch.is_main():  # the others need not hold it
+            state[name] = value
+    return state
 
 
 def place(value: Tensor, like: Tensor | None) -> Tensor:

@@ -21,6 +21,7 @@ from .trainers import RUNS, follow
 
 # Rounding in float64, grown by an optimiser that divides by the gradient's own size.
 CLOSE = dict(rtol=1e-11, atol=1e-12)
+BF16 = dict(precision="bf16", double=False)
 
 
 @pytest.fixture(scope="module")
@@ -46,6 +47,9 @@ def alone(source, tmp_path_factory):
     results = {name: follow(name, source, folder / "whole" / name) for name in RUNS}
     for name in ("classifier", "dino"):
         follow(name, source, folder / name, stop=3)
+    results["bf16"] = follow("classifier", source, folder / "bf16", **BF16)["losses"]
+    full = follow("classifier", source, folder / "fp32", **BF16 | dict(precision="fp32"))["losses"]
+    assert results["bf16"] != pytest.approx(full, rel=1e-6)
     return folder, results
 
 
@@ -60,7 +64,8 @@ def assert_same(got, expected):
         assert ours["step"] == theirs["step"]
         for name in ("coding_rate_mean", "sparsity_mean"):
             assert ours[name] == pytest.approx(theirs[name], rel=1e-6)
-    assert got["weights"].keys() == expected["weights"].keys()
+    # Rank 0 alone holds them all.
+    assert got["weights"].keys() == (expected["weights"].keys() if launch.is_main() else set())
     for name, value in got["weights"].items():
         torch.testing.assert_close(value, expected["weights"][name], **CLOSE, msg=lambda text, n=name: f"{n}: {text}")
 
@@ -73,6 +78,9 @@ def on_two_ranks(source, folder, expected, output):
         assert_same(got, expected[name])
     got = follow("gpt2", source, output / "again", "fsdp", activation_checkpointing=True)
     assert_same(got, expected["gpt2"])
+    for parallel in ("ddp", "fsdp"):
+        losses = follow("classifier", source, output / "bf16" / parallel, parallel, **BF16)["losses"]
+        assert losses == pytest.approx(expected["bf16"], rel=2**-8)  # a rounding of bfloat16
     for parallel, name in itertools.product(("ddp", "fsdp"), ("classifier", "dino")):  # from 1 to 2
         assert_same(follow(name, source, output / "from1" / parallel, parallel, resume=folder / name), expected[name])
     for name in ("classifier", "dino"):

@@ -42,7 +42,7 @@ def in_float64(trainer) -> None:
 
 
 def follow(name: str, data: tuple[str, str], output: Path, parallel: str = "auto", *, stop: int = 6,
-           resume: Path | None = None, **options) -> dict:  # fmt: skip
+           resume: Path | None = None, double: bool = True, **options) -> dict:  # fmt: skip
     """Train up to step ``stop``, from the start or from the state in ``resume``, and keep the state in ``output``.
 
     Args:
@@ -58,7 +58,8 @@ def follow(name: str, data: tuple[str, str], output: Path, parallel: str = "auto
     trainer.check_ranks()
     cast = torch.Tensor.float
     try:
-        in_float64(trainer)
+        if double:
+            in_float64(trainer)
         trainer.prepare(None if resume is None else checkpoints.load(checkpoints.locate(resume)))
         trainer.start_probe()
         batches, losses = trainer.batches(trainer.step * settings.accumulate), []

@@ -68,10 +68,8 @@ class CrateAlpha(CRATE):
         self._clipa = clipa
         super().__init__(**options)
         self.config["clipa"] = clipa
-        # As the public training code has it: both halves are residual, so positions of size one, as CRATE's are,
-        # would drown the patches in every layer.
-        nn.init.normal_(self.position_embedding, std=0.02)
-        nn.init.zeros_(self.cls_token)
+        # As the public training code has it. No norm follows, and torch's default is small beside the positions.
+        nn.init.kaiming_uniform_(self.patch_embedding.projection.weight)
         if clipa:
             self.layout = CLIPA_LAYOUT
             self.norm.eps = BLOCK_EPS

@@ -195,7 +195,8 @@ def test_mae_command_learns_and_draws(digits, tmp_path):
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert summary["trained"]["test_loss"] < 0.5 * summary["untrained"]["test_loss"]
     with Image.open(tmp_path / "reconstruction.png") as picture:
-        assert picture.size == (8 * 12 * (128 // 10) * 10 // 12, 3 * (128 // 10) * 10)
+        zoom = 192 // 10  # images of 8 pixels and their frames, each about 192 wide
+        assert picture.size == (8 * 10 * zoom, 3 * 10 * zoom)
     assert load_model(tmp_path / "model.safetensors").config["lambd"] == 0.1
 
 

@@ -30,9 +30,6 @@ FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
-PHOTOS_MEAN, PHOTOS_STD = (0.41, 0.41, 0.41), (0.24, 0.24, 0.24)
-"""Of the built-in photographs, the same in every channel: what is grey stays grey, as a third of them is."""
-
 
 class DataError(ValueError):
     """Images that cannot be used; the message names the file or folder and what is expected there."""
@@ -207,7 +204,7 @@ def photos(size: int, seed: int, train: int = 256, test: int = 32) -> ImageData:
         return Split(np.stack(parts[part]), np.repeat(np.arange(len(files)), count))
 
     names = [file.stem for file in files]
-    return ImageData("photos", names, split("train", train), split("test", test), PHOTOS_MEAN, PHOTOS_STD,
+    return ImageData("photos", names, split("train", train), split("test", test), IMAGENET_MEAN, IMAGENET_STD,
                      (size, size))  # fmt: skip
 
 

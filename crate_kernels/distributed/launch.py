@@ -134,6 +134,15 @@ def agree(decide: Callable[[], Any]) -> Any:
     return box[0]
 
 
+def decide(yes: bool) -> bool:
+    """What rank 0 says, on every rank; cheap enough for every step."""
+    if size() == 1:
+        return yes
+    answer = torch.tensor(yes)
+    dist.broadcast(answer, src=0)
+    return bool(answer)
+
+
 @contextlib.contextmanager
 def together() -> Iterator[None]:
     """All ranks pass the end of the block, or none: an error on any of them ends all, with one message on rank 0.

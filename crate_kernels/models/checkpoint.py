@@ -6,10 +6,11 @@ never unpickled beyond tensors and plain containers.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import BinaryIO
 
@@ -168,6 +169,17 @@ def write(path: str | os.PathLike, state: Mapping[str, Tensor], metadata: Mappin
     write_atomically(path, payload)
 
 
+@contextlib.contextmanager
+def naming(path: str | os.PathLike) -> Iterator[None]:
+    """Let an error of the disk in the block, such as a full one, say which file it was about."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None or error.filename is not None:
+            raise
+        raise OSError(error.errno, error.strerror, os.fspath(path)) from error
+
+
 def write_atomically(path: str | os.PathLike, payload: bytes | Callable[[BinaryIO], object]) -> None:
     """Replace a file's content in one step: written beside it, flushed to disk, renamed.
 
@@ -177,7 +189,7 @@ def write_atomically(path: str | os.PathLike, payload: bytes | Callable[[BinaryI
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with open(temporary, "wb") as file:
+        with naming(path), open(temporary, "wb") as file:
             payload(file) if callable(payload) else file.write(payload)
             file.flush()
             os.fsync(file.fileno())

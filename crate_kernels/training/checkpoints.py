@@ -23,7 +23,7 @@ from torch.distributed.tensor import DTensor
 
 from ..distributed import launch, sharded_files
 from ..distributed.sharding import place
-from ..models.checkpoint import CheckpointError, write_atomically
+from ..models.checkpoint import CheckpointError, naming, write_atomically
 from .config import Config
 
 FORMAT = 1
@@ -248,5 +248,5 @@ class MetricsLog:
 
     def write(self, **values) -> None:
         if launch.is_main():
-            with open(self.path, "a") as file:
+            with naming(self.path), open(self.path, "a") as file:
                 file.write(json.dumps(values) + "\n")

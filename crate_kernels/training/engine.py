@@ -272,7 +272,7 @@ class Engine:
             if keep:
                 marked = time.monotonic()
                 self.seconds = before + marked - started
-            if keep or launch.agree(lambda since=saved: time.monotonic() - since >= s.checkpoint_seconds):
+            if keep or launch.decide(time.monotonic() - saved >= s.checkpoint_seconds):
                 self.save_state()
                 saved, kept = time.monotonic(), self.step
         if kept != self.step:

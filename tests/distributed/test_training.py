@@ -154,6 +154,8 @@ def pieces():
         only_on_rank_one()
     assert str(error.value) == ("rank 1: no such file here" if rank == 0 else "2")
     assert launch.agree(lambda: 17 if rank == 0 else None) == 17
+    assert launch.decide(rank == 0)
+    assert not launch.decide(rank == 1)
 
 
 def on_four_ranks(source, halves, expected, output):

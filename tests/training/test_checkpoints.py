@@ -1,6 +1,7 @@
 import dataclasses
 import json
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -90,3 +91,11 @@ def test_the_log_never_runs_ahead_of_the_state(tmp_path):
     ]
     checkpoints.MetricsLog(path, 0)
     assert path.read_text() == ""
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="this system has no /dev/full")
+def test_a_full_disk_is_named_with_the_file(tmp_path):
+    log = checkpoints.MetricsLog(tmp_path / "metrics.jsonl", 0)
+    log.path = Path("/dev/full")
+    with pytest.raises(OSError, match="No space left on device: '/dev/full'"):
+        log.write(step=1)

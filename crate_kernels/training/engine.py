@@ -150,7 +150,7 @@ class Engine:
                 f"--batch-size {s.batch_size} is the batch of all ranks together: {ranks} ranks do not divide it"
             )
         if s.parallel == "fsdp" and getattr(s, "compile", False) and dist.is_initialized():
-            raise ValueError("--compile cannot trace the gathering of --parallel fsdp: leave one of them out")
+            raise ValueError("--compile is not supported with --parallel fsdp: leave one of them out")
         if s.tensorboard and launch.is_main():
             _summary_writer()
 

@@ -27,11 +27,6 @@ def launched() -> bool:
     return {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys()
 
 
-def restarted() -> bool:
-    """Whether torchrun started this process again after a failure (``--max-restarts``)."""
-    return launched() and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
-
-
 def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
@@ -46,14 +41,17 @@ def is_main() -> bool:
 
 
 @contextlib.contextmanager
-def process_group() -> Iterator[None]:
+def process_group() -> Iterator[bool]:
     """Join the ranks that torchrun started; alone, do nothing.
+
+    Yields:
+        Whether torchrun has started them before, and now again, because one failed or machines came and went.
 
     Raises:
         RankLost: a rank ended in the middle of an exchange.
     """
     if not launched() or dist.is_initialized():
-        yield
+        yield False
         return
     store, number, ranks = next(dist.rendezvous("env://"))
     dist.init_process_group(
@@ -63,7 +61,8 @@ def process_group() -> Iterator[None]:
         world_size=ranks,
     )
     try:
-        yield
+        # Kept by torchrun, as its store is: the environment's count knows only failures on the same machine.
+        yield agree(lambda: store.add("starts", 1) > 1)
     except RuntimeError as error:
         if not _is_lost_connection(error):
             raise

@@ -388,9 +388,9 @@ def add_arguments(parser: argparse.ArgumentParser, trainer: type[Engine]) -> Non
 def run(args: argparse.Namespace, kind: type[Engine]) -> int:
     """Train as the command line says, on as many ranks as torchrun started; every file lands in the output folder."""
     began = time.monotonic()
-    with launch.process_group():
+    with launch.process_group() as again:
         with launch.together():
-            settings, output, state = plan(args, kind)
+            settings, output, state = plan(args, kind, again)
         with use_backend(settings.backend or requested_backend()):
             with launch.together():
                 trainer = kind(settings, output, launch.device(settings.device))
@@ -422,8 +422,12 @@ def run(args: argparse.Namespace, kind: type[Engine]) -> int:
     return 0
 
 
-def plan(args: argparse.Namespace, kind: type[Engine]) -> tuple[Any, Path, dict[str, Any] | None]:
-    """The settings of the run that the arguments mean, its folder, and the state it goes on from, if any."""
+def plan(args: argparse.Namespace, kind: type[Engine], again: bool) -> tuple[Any, Path, dict[str, Any] | None]:
+    """The settings of the run that the arguments mean, its folder, and the state it goes on from, if any.
+
+    Args:
+        again: whether torchrun repeats a command that it has started before.
+    """
     options = config.given(args, kind.options)
     if options.get("parallel", "auto") != "auto" and not dist.is_initialized():
         raise ValueError(
@@ -436,9 +440,9 @@ def plan(args: argparse.Namespace, kind: type[Engine]) -> tuple[Any, Path, dict[
         unfinished = checkpoints.find(output) is not None and not (output / "summary.json").exists()
         if not unfinished:
             return settings, output, None
-        if not launch.restarted():
+        if not again:
             raise ValueError(f"{output} holds an unfinished run: continue it with --resume {output}, or choose another")
-        # torchrun repeats the command as it was. Only a run of the very same settings may be gone on with so.
+        # Nobody said --resume: only a run of the very same settings may be gone on with.
         options, path = dataclasses.asdict(settings), output
     else:
         path = Path(args.resume) if args.resume else folder(kind.resolve(options))

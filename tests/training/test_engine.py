@@ -1,5 +1,6 @@
 """What all training commands have in common, on one rank; tests/distributed has several."""
 
+import contextlib
 import json
 import os
 import resource
@@ -177,7 +178,7 @@ def test_a_restart_goes_on_with_the_same_run_only(text, tmp_path, monkeypatch, c
     with monkeypatch.context() as patch:
         patch.setattr(Engine, "train_step", stop)
         assert main([*text, "--checkpoint-seconds=0", "--output", str(output)]) == 130
-    monkeypatch.setattr(launch, "restarted", lambda: True)
+    monkeypatch.setattr(launch, "process_group", lambda: contextlib.nullcontext(True))
     assert main([*text, "--seed=4", "--output", str(output)]) == 2
     assert "--seed 4 contradicts the run to resume, which has 0" in capsys.readouterr().err
     assert main([*text, "--checkpoint-seconds=0", "--output", str(output)]) == 0

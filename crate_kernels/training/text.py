@@ -38,7 +38,7 @@ EVALUATION_TOKENS = 1 << 16
 
 RECIPES: dict[str, dict[str, Any]] = {
     # Filling in asks one token in seven, so more texts of a smaller model.
-    "bert": dict(dim=128, batch_size=16, steps=5000),
+    "bert": dict(dim=128, batch_size=16, steps=3000),
 }
 """Model -> what differs from the defaults of :class:`TextConfig`."""
 

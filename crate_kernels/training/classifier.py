@@ -125,9 +125,7 @@ class Trainer(Engine):
         return self.normalize(images[:count]), labels[:count].to(self.device)
 
     def probe_inputs(self, count: int) -> tuple[Tensor, dict[str, Any]]:
-        if not hasattr(self, "_probed"):
-            self._probed = self.example()[0][:count]
-        return self._probed, {}
+        return self.example()[0][:count], {}
 
     # -- state -----------------------------------------------------------------------------------------------------
 

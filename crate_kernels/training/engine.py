@@ -115,7 +115,7 @@ class Engine:
         return False
 
     def probe_inputs(self, count: int) -> tuple[Tensor, dict[str, Any]]:
-        """``count`` samples as the model takes them, the same ones all the time, and further arguments."""
+        """``count`` samples as the model takes them, and further arguments; asked for once, measured on ever after."""
         raise NotImplementedError
 
     def per_step(self) -> int:
@@ -306,7 +306,7 @@ class Engine:
 
     def start_probe(self) -> None:
         """Open the probe's file anew, or where a resumed run finds it. Only rank 0 has files."""
-        every, self.probe = self.settings.layerwise_steps, None
+        every, self.probe, self.probed = self.settings.layerwise_steps, None, None
         if not every or not (launch.is_main() or self.sharded):
             return
         path = writer = None
@@ -322,7 +322,10 @@ class Engine:
         """Let the probe measure if it is time to. Where the model is sharded, all ranks run it, on the same samples."""
         if self.probe is None or self.step % self.probe.every:
             return
-        inputs, keywords = self.probe_inputs(self.probe.samples)
+        if self.probed is None:
+            inputs, keywords = self.probe_inputs(self.probe.samples)
+            self.probed = inputs.clone(), keywords  # a part of a batch would keep all of it in memory
+        inputs, keywords = self.probed
         with sharding.gathered(self.model):
             self.probe.step(self.step, self.model, inputs, **keywords)
 
@@ -330,6 +333,8 @@ class Engine:
         """Draw what the probe saw during the run; on rank 0, at the end."""
         if self.probe is None or not self.probe.records:
             return []
+        if self.probe.writer is not None:
+            self.probe.writer.close()
         return [self.probe.plot(self.output / "layerwise_training.png", title=f"{self.command}: layer by layer")]
 
     def write_summary(self, summary: dict[str, Any]) -> None:

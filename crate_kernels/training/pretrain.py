@@ -265,9 +265,7 @@ class Pretrainer(Engine):
         return loss
 
     def probe_inputs(self, count: int) -> tuple[Tensor, dict[str, Any]]:
-        if not hasattr(self, "_probed"):
-            self._probed = next(iter(self.test_images()))[0][:count]
-        return self._probed, {}
+        return next(iter(self.test_images()))[0][:count], {}
 
     def state(self) -> dict[str, Any]:
         return super().state() | {"classes": self.data.classes}

@@ -344,9 +344,7 @@ class TextTrainer(Engine):
         return False
 
     def probe_inputs(self, count: int) -> tuple[Tensor, dict[str, Any]]:
-        if not hasattr(self, "_probed"):
-            self._probed = next(iter(self.task.validation()))["idx"][:count].to(self.device)
-        return self._probed, {}
+        return next(iter(self.task.validation()))["idx"][:count].to(self.device), {}
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:

@@ -107,6 +107,9 @@ class Writer:
     def add_scalar(self, tag, value, step):
         self.scalars[tag, step] = value
 
+    def close(self):
+        self.closed = True
+
 
 def test_a_run_leaves_measurements_and_a_resumed_one_continues_them(text, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", types.SimpleNamespace(SummaryWriter=Writer))
@@ -117,6 +120,7 @@ def test_a_run_leaves_measurements_and_a_resumed_one_continues_them(text, tmp_pa
     measured = (tmp_path / "whole" / "layerwise.jsonl").read_text()
     records = list(map(json.loads, measured.splitlines()))
     assert [record["step"] for record in records] == [0, 4, 8, 12]
+    assert Writer.last.closed
     assert Writer.last.scalars["coding_rate/layer_02", 8] == records[2]["coding_rate_mean"][1]
 
     interrupted = Engine.train_step

@@ -1,8 +1,6 @@
 """``python -m crate_kernels``: the command line, as torchrun starts it."""
 
-import sys
-
-from .cli import main
+from .cli import command
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command()

@@ -6,6 +6,7 @@ import argparse
 import importlib
 import os
 import sys
+from typing import NoReturn
 
 from .version import __version__
 
@@ -26,6 +27,7 @@ COMMANDS = {
 def main(arguments: list[str] | None = None) -> int:
     """Run one subcommand and return its exit code: 0, 2 after an expected error, 130 after an interrupt."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
+    rank = os.environ.get("RANK", "0")  # torchrun's
     parser = argparse.ArgumentParser("crate-kernels", description="White-box transformers with kernels of their own.")
     parser.add_argument("--version", action="version", version=__version__)
     subparsers = parser.add_subparsers(dest="command", metavar="command", required=True)
@@ -38,14 +40,36 @@ def main(arguments: list[str] | None = None) -> int:
         args = parser.parse_args(arguments)
         return importlib.import_module(COMMANDS[args.command][0]).run(args) or 0
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        if rank == "0":
+            print("interrupted", file=sys.stderr)
         return 130
     except Exception as error:
         if "--debug" in arguments or not expected(error):
             raise
-        rank = os.environ.get("RANK", "0")  # torchrun's; what all ranks find wrong, the first says alone
         print(f"crate-kernels{'' if rank == '0' else f' (rank {rank})'}: {sentence(error)}", file=sys.stderr)
         return 2
+
+
+def leave(code: int | None) -> NoReturn:
+    """End this process with ``code``.
+
+    A rank of torchrun's leaves without the interpreter's own end, during which a thread of gloo that is late to let go
+    of a tensor aborts the process (github.com/pytorch/pytorch/pull/179291).
+    """
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code or 0)
+    sys.exit(code)
+
+
+def command() -> NoReturn:
+    """:func:`main` as the whole of a process."""
+    try:
+        code = main()
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int | None) else 1
+    leave(code)
 
 
 def expected(error: Exception) -> bool:
@@ -70,4 +94,4 @@ def sentence(error: Exception) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command()

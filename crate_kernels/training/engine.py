@@ -470,5 +470,7 @@ def folder(settings: Any) -> Path:
 
 def going_on(trainer: Engine) -> str:
     """The end of the line that describes a run: how it is laid out, and where it goes on."""
-    ranks = f", {'fsdp' if trainer.sharded else 'ddp'} over {launch.size()} ranks" if dist.is_initialized() else ""
+    ranks = ""
+    if trainer.sharded or launch.size() > 1:
+        ranks = f", {'fsdp' if trainer.sharded else 'ddp'} over {launch.size()} ranks"
     return ranks + (f", going on from step {trainer.step} of {trainer.steps}" if trainer.step else "")

@@ -2,9 +2,8 @@
 
 import os
 import signal
-import sys
 
-from crate_kernels.cli import main
+from crate_kernels.cli import command
 from crate_kernels.training.engine import Engine
 
 train_step = Engine.train_step
@@ -18,4 +17,4 @@ def step(self, batches):
 
 
 Engine.train_step = step
-sys.exit(main())
+command()

@@ -6,6 +6,7 @@ import argparse
 import importlib
 import os
 import sys
+import time
 from typing import NoReturn
 
 from .version import __version__
@@ -46,7 +47,10 @@ def main(arguments: list[str] | None = None) -> int:
     except Exception as error:
         if "--debug" in arguments or not expected(error):
             raise
-        print(f"crate-kernels{'' if rank == '0' else f' (rank {rank})'}: {sentence(error)}", file=sys.stderr)
+        print(
+            f"crate-kernels{'' if rank == '0' else f' (rank {rank})'}: {sentence(error)}", file=sys.stderr, flush=True
+        )
+        time.sleep(getattr(error, "linger", 0.0))  # see crate_kernels.distributed.launch.RankLost
         return 2
 
 

@@ -21,6 +21,9 @@ from torch import Tensor
 class RankLost(RuntimeError):
     """Another rank has ended, so this one cannot go on."""
 
+    linger = 5.0
+    """Seconds to stay after saying so: torchrun ends this rank meanwhile, and names the one that failed first."""
+
 
 def launched() -> bool:
     """Whether torchrun (or a launcher with its variables) started this process."""

@@ -70,7 +70,7 @@ def process_group() -> Iterator[bool]:
         if not _is_lost_connection(error):
             raise
         raise RankLost(
-            f"rank {number} lost the other ranks: one of them has ended; --resume goes on from the last state"
+            f"rank {number} lost the other ranks: one of them has ended; --resume goes on from the last state, if any"
         ) from error
     # After an error the others may be gone: taking leave of them in order could wait forever.
     dist.destroy_process_group()
@@ -100,7 +100,8 @@ def _name_of_start(store: dist.Store, number: int, ranks: int) -> str:
 def _is_lost_connection(error: RuntimeError) -> bool:
     text = str(error)
     return isinstance(error, dist.DistError) or any(
-        sign in text for sign in ("Connection closed by peer", "Connection reset by peer", "gloo", "Broken pipe")
+        sign in text
+        for sign in ("Connection closed by peer", "Connection reset by peer", "gloo/transport", "Broken pipe")
     )
 
 
@@ -143,6 +144,14 @@ def decide(yes: bool) -> bool:
     answer = torch.tensor(yes)
     dist.broadcast(answer, src=0)
     return bool(answer)
+
+
+def differs(value: Any) -> bool:
+    """Whether ``value`` is not the same on all ranks."""
+    values = [value] * size()
+    if size() > 1:
+        dist.all_gather_object(values, value)
+    return any(other != values[0] for other in values)
 
 
 @contextlib.contextmanager

@@ -96,5 +96,6 @@ def read(folder: Path, names: Iterable[str], like: Callable[[str], Tensor | None
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process may read, too
             dcp.load(tensors, storage_reader=reader, no_dist=not dist.is_initialized())
     except (CheckpointException, OSError, EOFError, pickle.UnpicklingError, KeyError, RuntimeError) as error:
-        raise ValueError(f"{folder} is damaged or incomplete: {str(error).splitlines()[0] or error!r}") from error
+        cause = next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
+        raise ValueError(f"{folder} is damaged or incomplete: {(str(cause) or repr(cause)).splitlines()[0]}") from error
     return tensors

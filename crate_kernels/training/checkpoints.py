@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -62,7 +63,7 @@ def save_run(folder: Path, state: dict[str, Any]) -> Path:
 
     rest = _walk(state, keep_apart)
     path = folder / (f"last-{state['step']:08}" if tensors else LAST)
-    before = [other for other in _states(folder) if other != path]
+    before = [other for other in _states(folder) if other != path] if launch.is_main() else []
     try:
         if tensors:
             _save_sharded(path, rest, tensors)
@@ -75,14 +76,13 @@ def save_run(folder: Path, state: dict[str, Any]) -> Path:
         reason = " ".join(str(error).split()) if cause is None else cause.strerror
         kept = f"; {kept} is whole, the state before it" if kept else ""
         raise OSError(f"the state of step {state['step']} could not be written to {folder}: {reason}{kept}") from error
-    if launch.is_main():
-        for other in before:
-            _remove(other)
+    for other in before:
+        _remove(other)
     return path
 
 
 def _save_sharded(path: Path, rest: dict[str, Any], tensors: dict[str, Tensor]) -> None:
-    if path.is_dir():
+    if (path / PART).is_file():
         return  # a step has one state
     temporary = path.with_name(f".{path.name}.tmp")
     try:
@@ -97,6 +97,7 @@ def _save_sharded(path: Path, rest: dict[str, Any], tensors: dict[str, Tensor]) 
                 save(temporary / PART, rest)
                 for folder in (temporary, path.parent):
                     _flush(folder)
+                _remove(path)  # what is left of another run's, without its state.pt
                 os.replace(temporary, path)
                 _flush(path.parent)
     finally:
@@ -114,14 +115,20 @@ def _flush(folder: Path) -> None:
 
 def _remove(path: Path) -> None:
     if path.is_dir():
-        shutil.rmtree(path)
+        # Under another name first: killed in between, what is left of a folder must not pass for one.
+        hidden = path if path.name.startswith(".") else path.with_name(f".{path.name}.old.tmp")
+        if hidden != path:
+            shutil.rmtree(hidden, ignore_errors=True)
+            os.replace(path, hidden)
+        shutil.rmtree(hidden)
     else:
         path.unlink(missing_ok=True)
 
 
 def _states(folder: Path) -> list[Path]:
     """All states in the folder of a run, the newest last."""
-    found = [(int(path.name.removeprefix("last-")), path) for path in folder.glob("last-*") if (path / PART).is_file()]
+    folders = [path for path in folder.glob("last-*") if re.fullmatch(r"last-\d{8,}", path.name)]
+    found = [(int(path.name.removeprefix("last-")), path) for path in folders if (path / PART).is_file()]
     path = folder / LAST
     if path.is_file():
         # Beside a sharded one only if the process was killed between writing the new and dropping the old.

@@ -396,6 +396,8 @@ def run(args: argparse.Namespace, kind: type[Engine]) -> int:
     with launch.process_group() as again:
         with launch.together():
             settings, output, state = plan(args, kind, again)
+        if launch.differs(None if state is None else state["step"]):
+            launch.fail(ValueError(f"the ranks see different states in {output}: they must share the folder"))
         with use_backend(settings.backend or requested_backend()):
             with launch.together():
                 trainer = kind(settings, output, launch.device(settings.device))
@@ -409,19 +411,21 @@ def run(args: argparse.Namespace, kind: type[Engine]) -> int:
                 if launch.is_main():
                     output.mkdir(parents=True, exist_ok=True)
                     checkpoints.remove_leftovers(output)
-                    (output / "summary.json").unlink(missing_ok=True)
                     if state is None:
-                        # Started again before its first state, the run must not take an older one's for its own.
+                        # Started again before its first state, the run must not take an older one's for its own. The
+                        # summary goes last: without it the older one would pass for unfinished.
                         checkpoints.discard(output)
+                    (output / "summary.json").unlink(missing_ok=True)
             with Report(trainer.steps, None if launch.is_main() else Console(quiet=True)) as report:
                 report.line(trainer.describe() + going_on(trainer))
                 try:
                     trainer.fit(report)
                 except KeyboardInterrupt:
-                    report.line(
-                        f"continue with --resume {output}; it holds the state of at most "
-                        f"{settings.checkpoint_seconds:g} s ago"
-                    )
+                    if checkpoints.find(output) is not None:
+                        report.line(
+                            f"continue with --resume {output}; it holds the state of at most "
+                            f"{settings.checkpoint_seconds:g} s ago"
+                        )
                     raise
             trainer.finish(report, began)
     return 0
@@ -442,13 +446,15 @@ def plan(args: argparse.Namespace, kind: type[Engine], again: bool) -> tuple[Any
     if args.resume is None:
         settings = kind.resolve(options)
         output = folder(settings)
-        unfinished = checkpoints.find(output) is not None and not (output / "summary.json").exists()
-        if not unfinished:
+        found, finished = checkpoints.find(output), (output / "summary.json").exists()
+        options = dataclasses.asdict(settings)
+        if found is None or (finished and not (again and checkpoints.load(found)["config"] == options)):
             return settings, output, None
+        # What is finished and started again lost a rank after its end: it only writes its results once more.
         if not again:
             raise ValueError(f"{output} holds an unfinished run: continue it with --resume {output}, or choose another")
         # Nobody said --resume: only a run of the very same settings may be gone on with.
-        options, path = dataclasses.asdict(settings), output
+        path = output
     else:
         path = Path(args.resume) if args.resume else folder(kind.resolve(options))
     path = checkpoints.locate(path)
@@ -457,7 +463,10 @@ def plan(args: argparse.Namespace, kind: type[Engine], again: bool) -> tuple[Any
         raise ValueError(f"{path} belongs to a run of crate-kernels {command}: {kind.command} cannot go on with it")
     options.setdefault("output", str(path.parent))
     settings = checkpoints.resumed_config(state, options, kind.options)
-    return settings, folder(settings), state
+    output = folder(settings)
+    if output.resolve() != path.parent.resolve() and checkpoints.find(output) is not None:
+        raise ValueError(f"{output} holds another run than {path}: choose another --output")
+    return settings, output, state
 
 
 def folder(settings: Any) -> Path:
@@ -465,7 +474,11 @@ def folder(settings: Any) -> Path:
     values = dataclasses.asdict(settings)
     if "data" in values:
         values["data"] = Path(values["data"]).name
-    return Path(values.pop("output").format(**values))
+    template = values.pop("output")
+    try:
+        return Path(template.format(**values))
+    except (KeyError, IndexError, ValueError) as error:
+        raise ValueError(f"--output {template}: {error} in braces is no option of this command") from error
 
 
 def going_on(trainer: Engine) -> str:

@@ -1,10 +1,13 @@
 import dataclasses
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 
 from crate_kernels.models import CheckpointError
 from crate_kernels.training import checkpoints
@@ -99,3 +102,38 @@ def test_a_full_disk_is_named_with_the_file(tmp_path):
     log.path = Path("/dev/full")
     with pytest.raises(OSError, match="No space left on device: '/dev/full'"):
         log.write(step=1)
+
+
+@pytest.fixture
+def sharded():
+    """A state with one sharded tensor, on the one rank there is."""
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+        yield {"step": 12, "model": {"weight": distribute_tensor(torch.arange(6.0), mesh, [Shard(0)])}}
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_a_folder_that_is_half_removed_or_of_another_name_is_no_state(sharded, tmp_path):
+    (tmp_path / "last-00000012").mkdir()
+    (tmp_path / "last-00000012" / "__0_0.distcp").write_bytes(b"half removed")
+    (tmp_path / "last-backup").mkdir()
+    (tmp_path / "last-backup" / "state.pt").write_bytes(b"somebody's copy")
+    assert checkpoints.find(tmp_path) is None
+    for step in (12, 13):
+        path = checkpoints.save_run(tmp_path, sharded | {"step": step})
+        assert checkpoints.find(tmp_path) == path == tmp_path / f"last-{step:08}"
+    state = checkpoints.restore(checkpoints.load(path), lambda keys: None)
+    assert state["model"]["weight"].tolist() == [0, 1, 2, 3, 4, 5]
+    assert sorted(os.listdir(tmp_path)) == ["last-00000013", "last-backup"]
+
+
+def test_a_folder_is_no_state_from_the_moment_its_removal_begins(sharded, tmp_path, monkeypatch):
+    checkpoints.save_run(tmp_path, sharded)
+    monkeypatch.setattr(shutil, "rmtree", lambda path, **options: None)  # killed before the first file is gone
+    checkpoints.discard(tmp_path)
+    assert checkpoints.find(tmp_path) is None
+    monkeypatch.undo()
+    checkpoints.remove_leftovers(tmp_path)
+    assert os.listdir(tmp_path) == []

@@ -187,11 +187,28 @@ def test_a_restart_goes_on_with_the_same_run_only(text, tmp_path, monkeypatch, c
     assert "--seed 4 contradicts the run to resume, which has 0" in capsys.readouterr().err
     assert main([*text, "--checkpoint-seconds=0", "--output", str(output)]) == 0
     assert "going on from step 3 of 12" in capsys.readouterr().out
+    # Started again after its end, it writes its results once more; with other settings it is another run.
+    (output / "sample.txt").unlink()
+    assert main([*text, "--checkpoint-seconds=0", "--output", str(output)]) == 0
+    assert "going on from step 12 of 12" in capsys.readouterr().out
+    assert (output / "sample.txt").exists()
     # A new run in the same folder, started again before it has a state, must not take the old one's.
     with monkeypatch.context() as patch:
         patch.setattr(Engine, "train_step", lambda self, batches: (_ for _ in ()).throw(KeyboardInterrupt))
         assert main([*text, "--seed=4", "--output", str(output)]) == 130
     assert checkpoints.find(output) is None
+
+
+def test_a_resumed_run_does_not_write_over_another(text, tmp_path, capsys):
+    for name in ("one", "two"):
+        assert main([*text, "--output", str(tmp_path / name)]) == 0
+    assert main(["train-text", "--resume", str(tmp_path / "one"), "--output", str(tmp_path / "two")]) == 2
+    assert "holds another run than" in capsys.readouterr().err
+
+
+def test_an_output_folder_with_an_unknown_name_in_braces_is_refused(text, capsys):
+    assert main([*text, "--output", "runs/{foo}"]) == 2
+    assert "--output runs/{foo}: 'foo' in braces is no option" in capsys.readouterr().err
 
 
 def test_photographs_are_a_data_set_like_others():

@@ -25,6 +25,9 @@ RECIPES: dict[str, dict[str, Any]] = {
 }
 """Data set -> what differs from the defaults of :class:`Config`. Folders of images take ``FOLDER``."""
 
+ALPHA: dict[str, Any] = dict(step_size=0.5, learning_rate=4e-3, batch_size=64, warmup_epochs=3.0)
+"""What CRATE-alpha learns the data sets of ``RECIPES`` with: it is slower than CRATE, so more and larger steps."""
+
 FOLDER: dict[str, Any] = dict(model="crate_tiny_patch16_224", epochs=100, learning_rate=3e-4, flip=0.5, crop=0.3)
 
 ARCHITECTURE = ("dim", "depth", "heads")
@@ -186,6 +189,8 @@ def resolve(options: dict[str, Any]) -> Config:
     """
     data = options.get("data", _FIELDS["data"].default)
     recipe = dict(RECIPES.get(data, FOLDER))
+    if data in RECIPES and options.get("architecture") == "alpha":
+        recipe |= ALPHA
     if options.get("model") is not None:
         if named := [name for name in ARCHITECTURE if options.get(name) is not None]:
             raise ValueError(f"--model fixes the architecture; leave out {', '.join('--' + name for name in named)}")

@@ -16,6 +16,7 @@ from crate_kernels.cli import main
 from crate_kernels.models import load_model
 from crate_kernels.models.checkpoint import read
 from crate_kernels.training import checkpoints, data, speed
+from crate_kernels.training.classifier import Trainer
 from crate_kernels.training.config import RECIPES, resolve
 
 pytest.importorskip("mlxtend")
@@ -207,10 +208,15 @@ def test_a_model_that_is_no_classifier_is_refused(tmp_path, capsys):
     assert "crate_bert_base cannot be trained as an image classifier" in capsys.readouterr().err
 
 
-def test_an_interrupt_says_how_to_go_on(tmp_path, capsys, monkeypatch):
-    def interrupt(*arguments):
-        raise KeyboardInterrupt
+@pytest.mark.parametrize("steps", [0, 1])
+def test_an_interrupt_says_how_to_go_on_if_there_is_a_state(steps, tmp_path, capsys, monkeypatch):
+    train_step = Trainer.train_step
 
-    monkeypatch.setattr("crate_kernels.training.classifier.Trainer.train_step", interrupt)
-    assert main([*SMALL, "--output", str(tmp_path / "run")]) == 130
-    assert "continue with --resume" in capsys.readouterr().out
+    def interrupt(self, batches):
+        if self.step == steps:
+            raise KeyboardInterrupt
+        train_step(self, batches)
+
+    monkeypatch.setattr(Trainer, "train_step", interrupt)
+    assert main([*SMALL, "--checkpoint-seconds=0", "--output", str(tmp_path / "run")]) == 130
+    assert ("continue with --resume" in capsys.readouterr().out) is bool(steps)

@@ -27,7 +27,7 @@ from ..version import __version__
 from . import config, engine
 from .build import build_model, image_size, load_initial
 from .config import Config
-from .data import TrainingOrder, load, seed_everything, seed_for, test_batches, training_batches
+from .data import Normalization, TrainingOrder, load, seed_everything, seed_for, test_batches, training_batches
 from .engine import Engine, Meter
 from .progress import Report, clock
 from .speed import against_reference, faster_precision
@@ -55,10 +55,7 @@ class Trainer(Engine):
             self.criterion = SoftTargetCrossEntropy()
         else:
             self.criterion = LabelSmoothingCrossEntropy(settings.label_smoothing)
-        shape = (1, data.channels, 1, 1)
-        # Pixels come as bytes: (x / 255 - mean) / std.
-        self.mean = torch.tensor(data.mean, device=device).view(shape) * 255
-        self.std = torch.tensor(data.std, device=device).view(shape) * 255
+        self.normalize = Normalization(data, device)
         self.best: dict[str, float] = {}
         self.test: dict[str, float] = {}
         self.meter = Meter(device, ("loss", "accuracy"))
@@ -113,10 +110,6 @@ class Trainer(Engine):
     def evaluated(self) -> CrateModel:
         """The model that is tested and saved: the moving average where one is kept."""
         return self.model if self.ema is None else self.ema.module
-
-    def normalize(self, images: Tensor) -> Tensor:
-        """Bytes as they come from the loader -> the model's input, on its device."""
-        return (images.to(self.device, non_blocking=True).float() - self.mean) / self.std
 
     def example(self) -> tuple[Tensor, Tensor]:
         """The first batch of test images, normalised, and its labels: what is measured and drawn."""

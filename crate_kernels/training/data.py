@@ -63,6 +63,23 @@ class ImageData:
         return len(self.mean)
 
 
+class Normalization:
+    """Images in bytes, as loaders give them, to a model's input on ``device``: ``(x / 255 − mean) / std``."""
+
+    def __init__(self, data: ImageData, device: torch.device):
+        shape = (1, data.channels, 1, 1)
+        self.device = device
+        self.mean = torch.tensor(data.mean, device=device).view(shape) * 255
+        self.std = torch.tensor(data.std, device=device).view(shape) * 255
+
+    def __call__(self, images: Tensor) -> Tensor:
+        return (images.to(self.device, non_blocking=True).float() - self.mean) / self.std
+
+    def inverse(self, images: Tensor) -> Tensor:
+        """-> ``uint8`` on the CPU."""
+        return (images * self.std + self.mean).round().clamp(0, 255).byte().cpu()
+
+
 def load(config: Config) -> ImageData:
     """Read the data set that ``config.data`` names, or the folder it points to.
 

@@ -110,12 +110,8 @@ class MAETrainer(Pretrainer):
         noise = torch.rand(len(images), self.patches, generator=torch.Generator().manual_seed(0)).to(self.device)
         self.model.eval()
         seen, reconstruction = self.model.reconstruct(images, self.settings.mask_ratio, noise)
-        return [save_picture([self.pixels(part) for part in (images, seen, reconstruction)],
+        return [save_picture([self.normalize.inverse(part) for part in (images, seen, reconstruction)],
                              self.output / "reconstruction.png")]  # fmt: skip
-
-    def pixels(self, images: Tensor) -> Tensor:
-        """Normalised images as ``uint8``, the inverse of ``normalize``."""
-        return (images * self.std + self.mean).round().clamp(0, 255).byte().cpu()
 
 
 def save_picture(rows: list[Tensor], path: Path, width: int = 192) -> Path:

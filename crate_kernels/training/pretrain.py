@@ -19,7 +19,7 @@ from ..models import CrateModel
 from ..ops.backends import FILES
 from ..version import __version__
 from .config import FREE, Config, EngineOptions, option
-from .data import TrainingOrder, load, seed_for, test_batches, training_batches
+from .data import Normalization, TrainingOrder, load, seed_for, test_batches, training_batches
 from .engine import Engine, Meter
 from .progress import Report, clock
 
@@ -168,9 +168,7 @@ class Pretrainer(Engine):
             raise ValueError(
                 f"--patch-size {settings.patch_size} does not divide images of {self.size[0]} x {self.size[1]} pixels"
             )
-        shape = (1, self.data.channels, 1, 1)
-        self.mean = torch.tensor(self.data.mean, device=device).view(shape) * 255
-        self.std = torch.tensor(self.data.std, device=device).view(shape) * 255
+        self.normalize = Normalization(self.data, device)
         self.steps_per_epoch = TrainingOrder(len(self.data.train), self.images).per_epoch // settings.accumulate
         self.steps = settings.epochs * self.steps_per_epoch
         self.meter = Meter(device)
@@ -215,9 +213,6 @@ class Pretrainer(Engine):
     def progress(self) -> float:
         """The share of the run that is done, 0..1."""
         return self.step / self.steps
-
-    def normalize(self, images: Tensor) -> Tensor:
-        return (images.to(self.device, non_blocking=True).float() - self.mean) / self.std
 
     def test_images(self, shared: bool = False) -> Iterator[tuple[Tensor, Tensor]]:
         """Normalised test images and their labels, batch by batch; of each this rank's part if ``shared``."""

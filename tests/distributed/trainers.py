@@ -32,9 +32,8 @@ RUNS = {
 
 def in_float64(trainer) -> None:
     trainer.model.double()
-    for name in ("mean", "std"):
-        if hasattr(trainer, name):
-            setattr(trainer, name, getattr(trainer, name).double())
+    if not isinstance(trainer, TextTrainer):
+        trainer.normalize.mean, trainer.normalize.std = trainer.normalize.mean.double(), trainer.normalize.std.double()
     if isinstance(trainer, DINOTrainer):
         trainer.criterion.double()
     cast = torch.Tensor.float

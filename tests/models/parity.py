@@ -1,4 +1,4 @@
-"""A model under two backends, and against equations written out: outputs and every gradient, in float64."""
+"""A model under two backends, and against equations written out: outputs and every gradient."""
 
 import torch
 
@@ -35,6 +35,29 @@ def assert_backends_agree(model, function, unused=()):
     assert_same(
         outputs_and_gradients(model, function, "eager"), outputs_and_gradients(model, function, "reference"), unused
     )
+
+
+def logits_and_gradients(model, images, backend):
+    """Of a classifier, with image i in class i."""
+    with ops.use_backend(backend):
+        logits = model(images)
+        loss = torch.nn.functional.cross_entropy(logits.float(), torch.arange(len(images), device=images.device))
+        gradients = torch.autograd.grad(loss, list(model.parameters()))
+    return [logits.detach(), *gradients]
+
+
+def assert_within_budget(got, literal, exact, eps):
+    """The budget of the operators, for the logits and all gradients together, each relative to its own norm.
+
+    Tensor by tensor the literal errors, which set the budget, are a few roundings of luck: of thirty some are tiny.
+    A gradient that is wrong, however small, is wrong by about its norm and breaks the sum.
+    """
+
+    def distance(results):
+        relative = [(r - e).norm() / e.norm() for r, e in zip(results, exact, strict=True)]
+        return torch.stack(relative).norm().item()
+
+    assert distance(got) <= 2 * distance(literal) + eps
 
 
 def attention(x, mssa):

@@ -13,6 +13,7 @@ from crate_kernels import native, ops
 from crate_kernels.bench import gate
 from crate_kernels.models import CRATE
 
+from ..models.parity import assert_within_budget, logits_and_gradients
 from ..ops.builders import attention, mssa, normal
 from ..ops.cases import CASES, Case
 from ..ops.oracle import check, run
@@ -161,23 +162,12 @@ def model():
 IMAGES = torch.randn(4, 3, 64, 64, generator=torch.Generator().manual_seed(1))
 
 
-def logits_and_gradients(model, images, backend):
-    with ops.use_backend(backend):
-        logits = model(images)
-        loss = torch.nn.functional.cross_entropy(logits.float(), torch.arange(len(images), device=images.device))
-        return [logits.detach(), *torch.autograd.grad(loss, list(model.parameters()))]
-
-
 def test_a_model_under_autocast(model):
     images = IMAGES.cuda()
     exact = logits_and_gradients(copy.deepcopy(model).double(), images.double(), "reference")
     with torch.autocast("cuda", BRAIN):
         literal, got = (logits_and_gradients(model, images, backend) for backend in ("reference", "cuda"))
-
-    def distance(results):
-        return torch.stack([(r - e).norm() / e.norm() for r, e in zip(results, exact, strict=True)]).norm().item()
-
-    assert distance(got) <= 2 * distance(literal) + torch.finfo(BRAIN).eps
+    assert_within_budget(got, literal, exact, torch.finfo(BRAIN).eps)
 
 
 def test_compiled_without_a_graph_break(model):
@@ -185,11 +175,7 @@ def test_compiled_without_a_graph_break(model):
     with torch.autocast("cuda", BRAIN):
         expected = logits_and_gradients(model, images, "cuda")
         torch.compiler.reset()
-        compiled = torch.compile(model, fullgraph=True)
-        with ops.use_backend("cuda"):
-            logits = compiled(images)
-            loss = torch.nn.functional.cross_entropy(logits.float(), torch.arange(4, device="cuda"))
-            got = [logits.detach(), *torch.autograd.grad(loss, list(model.parameters()))]
+        got = logits_and_gradients(torch.compile(model, fullgraph=True), images, "cuda")
     for a, b in zip(got, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=2**-5, atol=2**-6 * b.abs().max().item())
 

@@ -9,6 +9,7 @@ from torch.utils.checkpoint import checkpoint
 from crate_kernels import ops
 from crate_kernels.models import CRATE
 
+from ..models.parity import assert_within_budget, logits_and_gradients
 from ..ops.oracle import DEVICE
 
 
@@ -26,33 +27,11 @@ def model():
 IMAGES = torch.randn(3, 3, 8, 8, generator=torch.Generator().manual_seed(1)).to(DEVICE)
 
 
-def logits_and_gradients(model, images, backend):
-    with ops.use_backend(backend):
-        logits = model(images)
-        loss = torch.nn.functional.cross_entropy(logits.float(), torch.arange(len(images), device=images.device))
-        gradients = torch.autograd.grad(loss, list(model.parameters()))
-    return [logits.detach(), *gradients]
-
-
-def assert_parity(got, literal, exact, eps):
-    """The budget of the operators, for the logits and all gradients together, each relative to its own norm.
-
-    Tensor by tensor the literal errors, which set the budget, are a few roundings of luck: of thirty some are tiny.
-    A gradient that is wrong, however small, is wrong by about its norm and breaks the sum.
-    """
-
-    def distance(results):
-        relative = [(r - e).norm() / e.norm() for r, e in zip(results, exact, strict=True)]
-        return torch.stack(relative).norm().item()
-
-    assert distance(got) <= 2 * distance(literal) + eps
-
-
 def test_logits_and_all_gradients_in_float32(model):
     exact = logits_and_gradients(copy.deepcopy(model).double(), IMAGES.double(), "reference")
     literal = logits_and_gradients(model, IMAGES, "reference")
     got = logits_and_gradients(model, IMAGES, "triton")
-    assert_parity(got, literal, exact, torch.finfo(torch.float32).eps)
+    assert_within_budget(got, literal, exact, torch.finfo(torch.float32).eps)
 
 
 def test_logits_and_all_gradients_under_bfloat16_autocast(model):
@@ -60,7 +39,7 @@ def test_logits_and_all_gradients_under_bfloat16_autocast(model):
     with torch.autocast(DEVICE, torch.bfloat16):
         literal = logits_and_gradients(model, IMAGES, "reference")
         got = logits_and_gradients(model, IMAGES, "triton")
-    assert_parity(got, literal, exact, torch.finfo(torch.bfloat16).eps)
+    assert_within_budget(got, literal, exact, torch.finfo(torch.bfloat16).eps)
 
 
 def assert_same(got, expected):

@@ -13,6 +13,7 @@ import torch
 
 from . import ops
 from .ops import backends
+from .ops.products import FASTER_WITH_ONEDNN
 from .version import __version__
 
 OPERATORS = ("subspace_attention", "ista_step", "overcomplete_ista", "mssa_block", "ista_block")
@@ -59,6 +60,8 @@ def report() -> str:
             versions[package] = "not installed"
     lines = [f"{name:14} {version}" for name, version in versions.items()]
     lines.append(f"{'platform':14} {platform.platform()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads")
+    library = "oneDNN" if FASTER_WITH_ONEDNN else "torch's own choice"
+    lines.append(f"{'CPU products':14} float32 from {library} ({torch.backends.cpu.get_cpu_capability()})")
     lines.append(f"{'CUDA':14} torch built for {torch.version.cuda or 'none'}; " + _devices())
     lines.append(f"{'requested':14} {backends.requested_backend() or 'automatic choice'}")
     for operator, reasons in backend_report().items():

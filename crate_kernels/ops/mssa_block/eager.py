@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear
 
 from ..layer_norm import layer_norm, layer_norm_backward
+from ..products import multiply
 from ..subspace_attention import eager as attention
 
 
@@ -34,15 +34,15 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """-> ``out (B, N, d)``, ``w, o (B, N, H, p)``, ``lse (B, H, N)``, ``mean, rstd (B, N)``."""
     x, mean, rstd = layer_norm(z, norm_weight, norm_bias, eps)
-    w = linear(x, u_weight).unflatten(-1, (heads, -1))
+    w = multiply(x.flatten(0, 1), u_weight.T).view(*z.shape[:2], heads, u_weight.shape[0] // heads)
     o, lse = attention.forward(w, None, lengths, scale, causal)
     if out_weight is None:
         out = torch.add(z, o.flatten(2), alpha=step_size)
     else:
-        # The residual and the bias are where the product starts: one pass over the tokens instead of two, and into
-        # the memory of x, which nobody reads any more.
-        out = x.copy_(z) if out_bias is None else torch.add(z, out_bias, alpha=step_size, out=x)
-        out.flatten(0, 1).addmm_(o.flatten(2).flatten(0, 1), out_weight.T, alpha=step_size)
+        # The residual and the bias are where the product starts: one pass over the tokens less, and in the memory of
+        # x, which nobody reads any more.
+        start = z if out_bias is None else torch.add(z, out_bias, alpha=step_size, out=x)
+        out = multiply(o.flatten(2).flatten(0, 1), out_weight.T, start.flatten(0, 1), alpha=step_size).view(z.shape)
     return out, w, o, lse, mean, rstd
 
 
@@ -67,14 +67,14 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
     """-> ``(dz, dnorm_weight, dnorm_bias, du_weight, dout_weight, dout_bias)``, the last two None where absent."""
     step = (grad if step_size == 1 else step_size * grad).flatten(0, 1)
-    dout_weight = None if out_weight is None else step.T @ o.flatten(2).flatten(0, 1)
+    dout_weight = None if out_weight is None else multiply(step.T, o.flatten(2).flatten(0, 1))
     dout_bias = None if out_bias is None else step.sum(0)
-    do = (step if out_weight is None else step @ out_weight).view(o.shape)
+    do = (step if out_weight is None else multiply(step, out_weight)).view(o.shape)
     dw, _ = attention.backward(do, w, None, lengths, o, lse, scale, causal)
     dw = dw.flatten(2).flatten(0, 1)
     x, _, _ = layer_norm(z, norm_weight, norm_bias, eps)
-    du_weight = dw.T @ x.flatten(0, 1)
+    du_weight = multiply(dw.T, x.flatten(0, 1))
     dz, dnorm_weight, dnorm_bias = layer_norm_backward(
-        (dw @ u_weight).view(z.shape), z, norm_weight, norm_bias, mean, rstd
+        multiply(dw, u_weight).view(z.shape), z, norm_weight, norm_bias, mean, rstd
     )
     return dz.add_(grad), dnorm_weight, dnorm_bias, du_weight, dout_weight, dout_bias

@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..products import multiply
+
 
 def why_not(x: Tensor, *_) -> None:
     return None
@@ -16,9 +18,9 @@ def why_not(x: Tensor, *_) -> None:
 
 def forward(x: Tensor, D: Tensor, D1: Tensor | None, step_size: float, lambd: float) -> tuple[Tensor, Tensor, Tensor]:
     """-> ``out (n, d)`` and the codes ``z1, z2 (n, m)``."""
-    z1 = (x @ D).sub_(lambd).mul_(step_size).relu_()
-    z2 = (z1 - step_size * lambd).addmm_(_residual(x, z1, D), D, alpha=-step_size).relu_()
-    return z2 @ (D if D1 is None else D1).T, z1, z2
+    z1 = multiply(x, D).sub_(lambd).mul_(step_size).relu_()
+    z2 = multiply(_residual(x, z1, D), D, z1 - step_size * lambd, alpha=-step_size).relu_()
+    return multiply(z2, (D if D1 is None else D1).T), z1, z2
 
 
 def backward(
@@ -26,15 +28,15 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """-> ``(dx, dD, dD1)``; ``dD1`` is None where the dictionaries are tied, its part is then in ``dD``."""
     r = _residual(x, z1, D)
-    g2 = torch.ops.aten.threshold_backward(grad @ (D if D1 is None else D1), z2, 0)
-    dr = (g2 @ D.T).mul_(-step_size)
-    g1 = torch.ops.aten.threshold_backward(torch.addmm(g2, dr, D), z1, 0).mul_(step_size)
-    dD = (r.T @ g2).mul_(-step_size).addmm_(dr.T, z1).addmm_(x.T, g1)
-    dx = dr.neg_().addmm_(g1, D.T)
+    g2 = torch.ops.aten.threshold_backward(multiply(grad, D if D1 is None else D1), z2, 0)
+    dr = multiply(g2, D.T, alpha=-step_size)
+    g1 = torch.ops.aten.threshold_backward(multiply(dr, D, g2), z1, 0).mul_(step_size)
+    dD = multiply(x.T, g1, multiply(dr.T, z1, multiply(r.T, g2, alpha=-step_size)))
+    dx = multiply(g1, D.T, dr.neg_())
     if D1 is None:
-        return dx, dD.addmm_(grad.T, z2), None
-    return dx, dD, grad.T @ z2
+        return dx, multiply(grad.T, z2, dD), None
+    return dx, dD, multiply(grad.T, z2)
 
 
 def _residual(x: Tensor, z1: Tensor, D: Tensor) -> Tensor:
-    return torch.addmm(x, z1, D.T, beta=-1)
+    return multiply(z1, D.T, -x)

@@ -1,0 +1,73 @@
+"""The eager backend's products against float64, from either library and for operands of any layout."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from crate_kernels.ops import products
+
+ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+SHAPES = [(0, 8, 8), (3, 5, 7), (64, 64, 64), (197, 384, 384), (1576, 192, 100), (255, 127, 333), (1, 2100, 2100)]
+LAYOUTS = {
+    "rows": lambda t: t,
+    "columns": lambda t: t.T.contiguous().T,
+    "strided": lambda t: torch.cat([t, t], dim=1)[:, : t.shape[1]],
+}
+
+
+@pytest.fixture(params=["torch", "onednn"], autouse=True)
+def library(request, monkeypatch):
+    if request.param == "onednn" and not ONEDNN:
+        pytest.skip("this torch was built without oneDNN")
+    monkeypatch.setattr(products, "FASTER_WITH_ONEDNN", request.param == "onednn")
+    return request.param
+
+
+def operands(m, k, n, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(m + k + n)
+    return [torch.randn(shape, generator=generator, dtype=dtype) for shape in ((m, k), (k, n), (m, n))]
+
+
+@pytest.mark.parametrize("second", LAYOUTS)
+@pytest.mark.parametrize("first", LAYOUTS)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_values(shape, first, second):
+    a, b, start = operands(*shape)
+    a, b = LAYOUTS[first](a), LAYOUTS[second](b)
+    # Rounding k products and sums of k of them, in one chain.
+    bound = shape[1] * torch.finfo(torch.float32).eps * (a.abs().double() @ b.abs().double())
+    kept = start.clone()
+    for alpha in (1.0, -0.3):
+        exact = alpha * (a.double() @ b.double())
+        assert ((products.multiply(a, b, alpha=alpha) - exact).abs() <= bound).all()
+        got = products.multiply(a, b, start, alpha)
+        rounding = 2 * torch.finfo(torch.float32).eps * (start + exact).abs()
+        assert ((got - (start + exact)).abs() <= bound + rounding).all()
+        assert got.is_contiguous()
+        assert got.dtype == torch.float32
+    assert torch.equal(start, kept)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_other_dtypes_are_torchs_own(dtype):
+    a, b, start = operands(256, 192, 128, dtype)
+    assert torch.equal(products.multiply(a, b, start, -0.5), torch.addmm(start, a, b, alpha=-0.5))
+
+
+def test_start_may_be_an_operand():
+    a, _, _ = operands(197, 197, 197)
+    exact = a.double() - a.double() @ a.double().T
+    torch.testing.assert_close(products.multiply(a, a.T, a, -1).double(), exact, rtol=1e-5, atol=1e-4)
+
+
+def test_the_users_switch_is_obeyed():
+    a, b, start = operands(197, 384, 384)
+    with torch.backends.mkldnn.flags(enabled=False):
+        assert torch.equal(products.multiply(a, b, start, 0.5), torch.addmm(start, a, b, alpha=0.5))
+
+
+def test_onednn_runs_where_it_is_the_faster_one(library):
+    # 384 terms summed in another order: equal to the last bit everywhere only if the same library ran.
+    a, b, start = operands(512, 384, 384)
+    assert torch.equal(products.multiply(a, b, start), torch.addmm(start, a, b)) == (library == "torch")

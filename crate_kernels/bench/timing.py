@@ -14,6 +14,8 @@ from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
+from ..ops.products import multiply
+
 SHORTEST_SAMPLE = 1e-3
 """Seconds; on the CPU faster calls are repeated within a sample, far above the clock's resolution."""
 
@@ -158,8 +160,7 @@ def ceilings(device: torch.device, dtypes: Sequence[torch.dtype], quick: bool = 
     found: dict = {"copy": 2 * elements / best(functools.partial(target.copy_, source)), "product": {}}
     for dtype in dtypes:
         a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
-        out = torch.empty_like(a)
-        product = best(functools.partial(torch.mm, a, b, out=out))
+        product = best(functools.partial(multiply, a, b))
         found["product"][str(dtype).removeprefix("torch.")] = 2 * side**3 / product
     if on_gpu:
         properties = torch.cuda.get_device_properties(device)

@@ -17,9 +17,11 @@ from ..models import CRATE
 from ..models.crate import SIZES
 from ..nn import prepare_for_inference
 from ..ops import use_backend
+from ..ops.products import FASTER_WITH_ONEDNN
 from . import gate, timing
 
 REFERENCE, COMPILED, OURS, PREPARED = "reference", "reference compiled", "crate_kernels", "crate_kernels prepared"
+OURS_WITH_MKL = "crate_kernels on MKL"
 VIT, VIT_COMPILED = "timm ViT", "timm ViT compiled"
 TASKS = ("forward", "training step")
 JUDGED_IMAGES = 2
@@ -35,12 +37,25 @@ TINY = dict(dim=32, depth=2, heads=2)
 
 @dataclass
 class Contender:
-    """One model under one backend; ``backend`` None is the automatic choice."""
+    """One model under one backend; ``backend`` None is the automatic choice. Without ``onednn`` products of matrices on
+    the CPU are MKL's, as in the literal equations."""
 
     model: nn.Module
     backend: str | None
     is_crate: bool = True
+    onednn: bool = True
     optimizer: torch.optim.Optimizer | None = None
+
+    @contextlib.contextmanager
+    def running(self) -> Iterator[None]:
+        """Its backend and library, inside the ``with`` block."""
+        before = torch.backends.mkldnn.enabled
+        torch.backends.mkldnn.enabled = before and self.onednn
+        try:
+            with use_backend(self.backend):
+                yield
+        finally:
+            torch.backends.mkldnn.enabled = before
 
 
 def build(size: str, quick: bool = False) -> CRATE:
@@ -83,6 +98,8 @@ def contenders(
         COMPILED: lambda: Contender(torch.compile(fresh(master), dynamic=False), "reference"),
         OURS: lambda: Contender(fresh(master), None),
     }
+    if device.type == "cpu" and dtype == torch.float32 and FASTER_WITH_ONEDNN:
+        found[OURS_WITH_MKL] = lambda: Contender(fresh(master), None, onednn=False)
     if not training:
         found[PREPARED] = lambda: Contender(prepare_for_inference(fresh(master)), None)
     if device.type == "cuda":
@@ -107,12 +124,12 @@ def runner(
     """The call that is timed: logits without gradients, or a whole step (loss, backward, AdamW)."""
 
     def forward():
-        with torch.inference_mode(), use_backend(contender.backend):
+        with torch.inference_mode(), contender.running():
             return contender.model(images)
 
     def step():
         loss, _ = training_loss(contender, images, targets, dtype)
-        with use_backend(contender.backend):
+        with contender.running():
             loss.backward()
         if contender.optimizer is not None:
             contender.optimizer.step()
@@ -126,7 +143,7 @@ def training_loss(contender: Contender, images: Tensor, targets: Tensor, dtype: 
     """-> the loss and the logits it was made of."""
     low = dtype if dtype in (torch.bfloat16, torch.float16) else None
     autocast = torch.autocast(images.device.type, low) if low else contextlib.nullcontext()
-    with use_backend(contender.backend), autocast:
+    with contender.running(), autocast:
         logits = contender.model(images)
         return nn.functional.cross_entropy(logits.float(), targets), logits
 
@@ -137,7 +154,7 @@ def outputs(contender: Contender, task: str, images: Tensor, targets: Tensor, dt
     Logits and not the loss: of one number the literal error, which sets the budget, may be zero by luck.
     """
     if task == "forward":
-        with torch.inference_mode(), use_backend(contender.backend):
+        with torch.inference_mode(), contender.running():
             return [contender.model(images)[:JUDGED_IMAGES]]
     loss, logits = training_loss(contender, images, targets, dtype)
     parameters = list(contender.model.parameters())

@@ -10,11 +10,11 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from . import results
-from .models import COMPILED, OURS, PREPARED, REFERENCE, VIT, VIT_COMPILED
+from .models import COMPILED, OURS, OURS_WITH_MKL, PREPARED, REFERENCE, VIT, VIT_COMPILED
 
 README_MARKERS = "<!-- bench:begin -->", "<!-- bench:end -->"
 DOCS_MARKERS = "<!-- results:begin -->", "<!-- results:end -->"
-OWN = ("cuda", "triton", "eager", OURS, PREPARED)
+OWN = ("cuda", "triton", "eager", OURS, OURS_WITH_MKL, PREPARED)
 """Contenders that are this package; all others are baselines."""
 NO_GPU = "No GPU has been measured yet."
 
@@ -309,7 +309,7 @@ def plots(parts: dict[str, dict], folder: Path) -> list[Path]:
 def _plot_models(figure, records: list[dict]) -> None:
     """Speed over the literal model, every contender, at the batch of the README's table."""
     present = {r["contender"] for r in records}
-    shown = [c for c in (COMPILED, OURS, PREPARED, "triton", "cuda", VIT, VIT_COMPILED) if c in present]
+    shown = [c for c in (COMPILED, OURS_WITH_MKL, OURS, PREPARED, "triton", "cuda", VIT, VIT_COMPILED) if c in present]
     for axes, task in zip(figure.subplots(1, 2, sharey=True), ("forward", "training step"), strict=True):
         models = unique(r["model"] for r in records)
         for place, contender in enumerate(shown):

@@ -146,6 +146,11 @@ def decide(yes: bool) -> bool:
     return bool(answer)
 
 
+def decide_any(yes: bool) -> bool:
+    """Whether any rank says yes, on every rank."""
+    return bool(total(torch.tensor(int(yes))))
+
+
 def differs(value: Any) -> bool:
     """Whether ``value`` is not the same on all ranks."""
     values = [value] * size()

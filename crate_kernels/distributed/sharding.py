@@ -82,6 +82,12 @@ def gathered(model: nn.Module) -> Iterator[None]:
             part.reshard()
 
 
+def is_finite(model: nn.Module) -> bool:
+    """Whether this rank's part of every parameter is."""
+    parts = (p.to_local() if isinstance(p, DTensor) else p for p in model.parameters())
+    return all(bool(part.isfinite().all()) for part in parts)
+
+
 def whole_state(model: nn.Module) -> dict[str, Tensor]:
     """The state dict of ``model`` with full values, on the CPU where they were sharded; every rank takes part.
 

@@ -30,7 +30,7 @@ def _faster_with_onednn() -> bool:
 
 
 FASTER_WITH_ONEDNN = _faster_with_onednn()
-"""Whether this processor's float32 products are oneDNN's; ``torch.backends.mkldnn.flags(enabled=False)`` overrules."""
+"""Whether this processor's float32 products are oneDNN's; ``torch.backends.mkldnn.enabled = False`` overrules."""
 
 
 def multiply(a: Tensor, b: Tensor, start: Tensor | None = None, alpha: float = 1.0) -> Tensor:

@@ -124,7 +124,6 @@ class Trainer(Engine):
 
     def state(self) -> dict[str, Any]:
         return super().state() | {
-            "classes": self.data.classes,
             "epoch": self.step / self.steps_per_epoch,
             "best": self.best,
             "test": self.test,
@@ -132,9 +131,8 @@ class Trainer(Engine):
             "ema": self.ema and self.ema.module.state_dict(),
         }
 
-    def check_state(self, state: dict[str, Any]) -> None:
-        if state["classes"] != self.data.classes:
-            raise ValueError(f"the run to resume has the classes {state['classes']}, the data has {self.data.classes}")
+    def fingerprint(self) -> str:
+        return self.data.fingerprint
 
     def load_state(self, state: dict[str, Any]) -> None:
         super().load_state(state)

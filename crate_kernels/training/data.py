@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import csv
 import gzip
+import hashlib
 import importlib.util
 import os
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
@@ -61,6 +62,28 @@ class ImageData:
     @property
     def channels(self) -> int:
         return len(self.mean)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """What the set holds, in words and a digest. Of files in folders the names count, not what is in them."""
+        parts: list[bytes | np.ndarray] = [repr(self.classes).encode()]
+        for split in (self.train, self.test):
+            images = split.images
+            if not isinstance(images, np.ndarray):
+                images = "\n".join(path.removeprefix(self.name).lstrip(os.sep) for path in images).encode()
+            parts += [images, split.labels]
+        return (
+            f"{len(self.train):,} training and {len(self.test):,} test images in {len(self.classes)} classes "
+            f"(sha256 {digest(*parts)})"
+        )
+
+
+def digest(*parts: bytes | np.ndarray) -> str:
+    """The first twelve digits of the SHA-256 of all parts together."""
+    sha256 = hashlib.sha256()
+    for part in parts:
+        sha256.update(part if isinstance(part, bytes) else np.ascontiguousarray(part))
+    return sha256.hexdigest()[:12]
 
 
 class Normalization:

@@ -204,6 +204,7 @@ class Engine:
             "command": self.command,
             "config": dataclasses.asdict(self.settings),
             "precision": self.precision,
+            "data": self.fingerprint(),
             "step": self.step,
             "seconds": self.seconds,
             "meter": launch.total(self.meter.totals).cpu(),
@@ -211,8 +212,15 @@ class Engine:
             "optimizer": self.optimizer.state_dict(),
         }
 
+    def fingerprint(self) -> str:
+        """The data the run reads, in words and a digest."""
+        raise NotImplementedError
+
     def check_state(self, state: dict[str, Any]) -> None:
-        """Raise ValueError if ``state`` does not belong to this run's data."""
+        """Raise ValueError if ``state`` is that of a run on other data."""
+        then, now = state["data"], self.fingerprint()
+        if then != now:
+            raise ValueError(f"the run to resume reads other data: {then} there, {now} here")
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Go on from a state that :meth:`state` made, here or on another number of ranks."""
@@ -232,7 +240,13 @@ class Engine:
         return None
 
     def save_state(self) -> None:
+        """Write the state, but none that there is no going on from: the one before then stays."""
+        if launch.decide_any(not sharding.is_finite(self.model)):
+            self.diverged("there are weights that are no finite numbers")
         checkpoints.save_run(self.output, self.state())
+
+    def diverged(self, what: str) -> None:
+        launch.fail(ValueError(f"{what} at step {self.step}; a lower --learning-rate may help"))
 
     # -- training ------------------------------------------------------------------------------------------------------
 
@@ -254,11 +268,7 @@ class Engine:
             if self.step % s.log_steps == 0 or self.epoch_ends() or self.step == self.steps:
                 figures = self.figures()
                 if not math.isfinite(figures["loss"]):
-                    launch.fail(
-                        ValueError(
-                            f"the loss is {figures['loss']} at step {self.step}; a lower --learning-rate may help"
-                        )
-                    )
+                    self.diverged(f"the loss is {figures['loss']}")
                 rate = (self.step - logged) * self.per_step() / (now - marked)
                 left = (now - started) / (self.step - first) * (self.steps - self.step)
                 logged, marked = self.step, now

@@ -262,12 +262,8 @@ class Pretrainer(Engine):
     def probe_inputs(self, count: int) -> tuple[Tensor, dict[str, Any]]:
         return next(iter(self.test_images()))[0][:count], {}
 
-    def state(self) -> dict[str, Any]:
-        return super().state() | {"classes": self.data.classes}
-
-    def check_state(self, state: dict[str, Any]) -> None:
-        if state["classes"] != self.data.classes:
-            raise ValueError(f"the run to resume has the classes {state['classes']}, the data has {self.data.classes}")
+    def fingerprint(self) -> str:
+        return self.data.fingerprint
 
     def trained_parameters(self) -> int:
         return sum(p.numel() for p in self.model.parameters() if p.requires_grad)

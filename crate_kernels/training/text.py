@@ -29,6 +29,7 @@ from ..ops.backends import FILES
 from ..version import __version__
 from . import engine
 from .config import FREE, EngineOptions, option
+from .data import digest
 from .engine import Engine, Meter
 from .progress import Report, clock
 
@@ -136,6 +137,7 @@ class Corpus:
             raise ValueError(
                 f"the text has {len(tokens)} tokens; a tenth of it must be longer than --context {context}"
             )
+        self.fingerprint = f"a text of {len(tokens):,} tokens (sha256 {digest(tokens.numpy())})"
         self.bytes_per_token = len(tokenizer.to_bytes(self.validation.tolist())) / len(self.validation)
         # One token more than the tokenizer's, for masks; a multiple of 64 as GPT-2's 50,304 is.
         self.mask_token = tokenizer.vocab_size
@@ -372,12 +374,8 @@ class TextTrainer(Engine):
             "accuracy": (targets == frequency.argmax()).double().mean().item(),
         }
 
-    def state(self) -> dict[str, Any]:
-        return super().state() | {"tokens": len(self.corpus.train)}
-
-    def check_state(self, state: dict[str, Any]) -> None:
-        if state["tokens"] != len(self.corpus.train):
-            raise ValueError(f"the run to resume read {state['tokens']} tokens, this text has {len(self.corpus.train)}")
+    def fingerprint(self) -> str:
+        return self.corpus.fingerprint
 
     def describe(self) -> str:
         corpus, parameters = self.corpus, sum(p.numel() for p in self.model.parameters())

@@ -90,6 +90,28 @@ def test_a_folder_is_split_by_the_seed(image_root):
     assert first.test.images != other.test.images
 
 
+def test_the_fingerprint_is_the_datas_and_not_its_places(image_root, fashion_root, tmp_path, monkeypatch):
+    def of(**options):
+        return d.load(settings(**options)).fingerprint
+
+    folder = of(data=str(image_root))
+    assert folder.startswith("16 training and 4 test images in 2 classes (sha256 ")
+    shutil.copytree(image_root, tmp_path / "copy")
+    monkeypatch.chdir(tmp_path / "copy")
+    assert of(data=str(tmp_path / "copy")) == of(data=".") == folder
+    assert of(data=str(image_root), seed=1) != folder  # another split
+    (image_root / "red" / "9.png").rename(image_root / "red" / "91.png")
+    assert of(data=str(image_root)) != folder
+    digits = dict(data="fashion-mnist", root=str(fashion_root))
+    arrays = of(**digits)
+    assert of(**digits, seed=1) == arrays
+    images = fashion_root / "FashionMNIST" / "raw" / "t10k-images-idx3-ubyte"
+    content = bytearray(images.read_bytes())
+    content[-1] ^= 1
+    images.write_bytes(content)
+    assert of(**digits) != arrays
+
+
 @pytest.mark.parametrize("test_name", ["val", "test"])
 def test_a_folder_with_splits_of_its_own(image_root, tmp_path, test_name):
     root = tmp_path / "split"

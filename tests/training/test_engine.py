@@ -206,6 +206,29 @@ def test_a_resumed_run_does_not_write_over_another(text, tmp_path, capsys):
     assert "holds another run than" in capsys.readouterr().err
 
 
+def test_a_resumed_run_reads_the_data_it_began_with(text, tmp_path, capsys):
+    assert main([*text, "--output", str(tmp_path / "run")]) == 0
+    rhyme = tmp_path / "rhyme.txt"
+    rhyme.write_bytes(rhyme.read_bytes()[:-2] + b"!\n")
+    assert main(["train-text", "--resume", str(tmp_path / "run")]) == 2
+    (said,) = capsys.readouterr().err.splitlines()
+    assert "the run to resume reads other data: a text of 4,740 tokens (sha256 " in said
+
+
+def test_weights_that_are_no_numbers_are_not_kept(text, tmp_path, monkeypatch, capsys):
+    output, step = tmp_path / "run", Engine.train_step
+
+    def diverge(self, batches):
+        step(self, batches)
+        if self.step == 5:
+            next(self.model.parameters()).data[0, 0] = float("nan")
+
+    monkeypatch.setattr(Engine, "train_step", diverge)
+    assert main([*text, "--checkpoint-seconds=0", "--output", str(output)]) == 2
+    assert "weights that are no finite numbers at step 5; a lower --learning-rate" in capsys.readouterr().err
+    assert checkpoints.load(output / "last.pt")["step"] == 4
+
+
 def test_an_output_folder_with_an_unknown_name_in_braces_is_refused(text, capsys):
     assert main([*text, "--output", "runs/{foo}"]) == 2
     assert "--output runs/{foo}: 'foo' in braces is no option" in capsys.readouterr().err

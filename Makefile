@@ -1,7 +1,7 @@
 # The common jobs. PYTHON is the interpreter of an environment in which `make install` may install.
 PYTHON ?= python
 
-.PHONY: install lint test bench
+.PHONY: install lint test test-oldest bench
 
 install:
 	$(PYTHON) -m pip install -e '.[train,test]'
@@ -14,6 +14,12 @@ lint:
 test: lint
 	$(PYTHON) -m pytest --durations=15
 	TRITON_INTERPRET=1 $(PYTHON) -m pytest tests/triton --durations=5
+
+# All tests with the oldest torch that is supported, and its Triton, whose interpreter knows no newer NumPy.
+test-oldest:
+	$(PYTHON) -m venv build/oldest
+	build/oldest/bin/python -m pip install 'torch==2.11.*' 'numpy<2.4' -e '.[train,test]'
+	PATH="$(CURDIR)/build/oldest/bin:$$PATH" $(MAKE) test PYTHON=python
 
 bench:
 	$(PYTHON) -m pytest benchmarks --benchmark-only

@@ -59,14 +59,6 @@ class Toolchain:
                 f"nvcc {'.'.join(map(str, self.version))} and torch's CUDA {torch.version.cuda} differ in major version"
             )
         self.torch = Path(torch.__file__).parent
-        try:
-            import pybind11
-
-            self.pybind11 = Path(pybind11.get_include())
-        except ImportError:
-            self.pybind11 = self.torch / "include"  # torch ships a copy
-        if not (self.pybind11 / "pybind11" / "pybind11.h").exists():
-            raise Missing("pybind11 is not installed")
         # cuBLASLt comes with the CUDA toolkit, or with the wheel torch depends on.
         toolkit = Path(self.nvcc).resolve().parents[1]
         wheel = self.torch.parent / "nvidia" / f"cu{self.version[0]}"
@@ -129,7 +121,7 @@ class BuildCuda(build_ext):
         flags += [f'-DCRATE_ARCHITECTURES="{" ".join(built)}"']
         flags += [f"-I{d}" for d in (SOURCES, SOURCES / "include")]
         # After nvcc's own headers, so that a wheel's CUDA headers of another minor version do not displace them.
-        system = (tools.torch / "include", tools.cublas / "include", tools.pybind11, sysconfig.get_path("include"))
+        system = (tools.torch / "include", tools.cublas / "include", sysconfig.get_path("include"))
         flags += [f"-isystem={d}" for d in system]
         codes = []
         for name, ptx in self.architectures:

@@ -116,10 +116,16 @@ def automatic_order(found: Mapping[str, ModuleType | str], tensor: Tensor, size:
 # -- autocast ------------------------------------------------------------------------------------------------------
 
 
+AUTOCAST_DEVICES = frozenset(
+    device for device in ("cpu", "cuda", "xpu", "mps", "hpu", "mtia", "xla") if torch.amp.is_autocast_available(device)
+)
+"""Asked once: in a traced function torch 2.11 cannot follow the question."""
+
+
 def autocast_is_on(tensor: Tensor) -> bool:
     """Whether autocast is on for the tensor's device; devices that know none (meta) answer no."""
     device = tensor.device.type
-    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return device in AUTOCAST_DEVICES and torch.is_autocast_enabled(device)
 
 
 def autocast_dtype(tensor: Tensor) -> torch.dtype:

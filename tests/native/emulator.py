@@ -12,6 +12,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 import sysconfig
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -64,7 +65,7 @@ def build(flags: tuple[str, ...] = ("-O2",), sources: Path = SOURCES) -> Path:
 
     def compile_unit(unit: str) -> Path:
         source = sources / "simt" / f"{unit}.cpp"
-        key = hashlib.sha256(" ".join([compiler(), *options]).encode())
+        key = hashlib.sha256(" ".join([compiler(), *options, sys.implementation.cache_tag]).encode())
         for file in closure(source, (sources, sources / "include")):
             key.update(file.read_bytes())
         out = BUILD / f"{unit}-{key.hexdigest()[:16]}.o"

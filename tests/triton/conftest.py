@@ -29,7 +29,9 @@ def poisoned_memory(monkeypatch):
     empty, empty_like = torch.empty, torch.empty_like
 
     def poisoned(tensor):
-        return tensor.fill_(float("nan")) if tensor.is_floating_point() and tensor.device.type != "meta" else tensor
+        if tensor.is_floating_point() and tensor.device.type != "meta":
+            tensor.detach().fill_(float("nan"))
+        return tensor
 
     monkeypatch.setattr(torch, "empty", lambda *a, **k: poisoned(empty(*a, **k)))
     monkeypatch.setattr(torch, "empty_like", lambda *a, **k: poisoned(empty_like(*a, **k)))

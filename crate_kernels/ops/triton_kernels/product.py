@@ -68,7 +68,8 @@ def product(
       The mean's part is subtracted from a float32 sum that holds it, which leaves an error of about
       ``2^-23·√k·|μ|/σ·|A|`` in the result, so rows whose mean is thousands of standard deviations away should be
       normalised first. Float32 rows are centred on their first element, whose distance from the mean replaces ``|μ|``.
-    - ``gate_rows (n, k)``: the same on ``a``. Returns also that gated ``a``; where ``residual is a``, it is gated too.
+    - ``gate_rows (n, k)``: the same on ``a``, whose rows are not normalised. Returns also that gated ``a``; where
+      ``residual is a``, it is gated too.
     """
     norm = b if isinstance(b, FoldedNorm) else None
     matrix = b if norm is None else norm.folded
@@ -202,21 +203,23 @@ def _product(
         if tile_n == 0:
             tl.store(mean_out + m, mean, mask=m < rows)
             tl.store(rstd_out + m, rstd, mask=m < rows)
+    # All that is added to a column as one vector: each vector that is live in here costs a register per column.
+    column = tl.zeros([BLOCK_N], tl.float32) - shift
     if bias is not None:
-        acc += tl.load(bias + n, mask=n < columns, other=0.0).to(tl.float32)[None, :]
-    acc *= alpha
+        column += alpha * tl.load(bias + n, mask=n < columns, other=0.0).to(tl.float32)
+    if NORM and residual is not None:
+        column += beta * tl.load(norm_bias + n, mask=n < columns, other=0.0).to(tl.float32)
+    acc = acc * alpha + column[None, :]
     if residual is not None:
         r = tl.load(residual + row[:, None] * r_m + n[None, :], mask=inside, other=0.0).to(tl.float32)
         if NORM:
             gamma = tl.load(norm_weight + n, mask=n < columns, other=0.0).to(tl.float32)
-            offset = tl.load(norm_bias + n, mask=n < columns, other=0.0).to(tl.float32)
-            r = (r - mean[:, None]) * (rstd[:, None] * gamma[None, :]) + offset[None, :]
+            r = (r - mean[:, None]) * (rstd[:, None] * gamma[None, :])
         if gate_rows is not None:
             at = row[:, None] * inner + n[None, :]
             r = tl.where(tl.load(gate_rows + at, mask=inside, other=0.0).to(tl.float32) <= 0, 0.0, r)
             tl.store(gated + at, rounded(r, gated.dtype.element_ty), mask=inside)
         acc += beta * r
-    acc -= shift
     out_at = row[:, None] * columns + n[None, :]
     if RELU:
         acc = tl.where(acc <= 0, 0.0, acc)  # NaN stays

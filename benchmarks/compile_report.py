@@ -50,8 +50,8 @@ ACCEPTED_SPILLS = [
         "no CRATE model has heads this wide: they run, they are not tuned",
     ),
     (
-        lambda row: row["target"] == "sm_100" and row["kernel"] == "product" and row["spilled"] <= 96,
-        "in the epilogue, once per tile: sums come out of tensor memory whole, beside the residual",
+        lambda row: row["target"] == "sm_100" and row["kernel"] == "product" and row["spilled"] <= 24,
+        "Triton 3.6, in the epilogue, once per tile: sums come out of tensor memory whole, beside the residual",
     ),
 ]
 """(which rows, why their spills are accepted)."""

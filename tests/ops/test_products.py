@@ -41,11 +41,11 @@ def test_values(shape, first, second):
     for alpha in (1.0, -0.3):
         exact = alpha * (a.double() @ b.double())
         assert ((products.multiply(a, b, alpha=alpha) - exact).abs() <= bound).all()
-        got = products.multiply(a, b, start, alpha)
-        rounding = 2 * torch.finfo(torch.float32).eps * (start + exact).abs()
-        assert ((got - (start + exact)).abs() <= bound + rounding).all()
-        assert got.is_contiguous()
-        assert got.dtype == torch.float32
+        for layout in LAYOUTS.values():
+            got = products.multiply(a, b, layout(start), alpha)
+            rounding = 2 * torch.finfo(torch.float32).eps * (start + exact).abs()
+            assert ((got - (start + exact)).abs() <= bound + rounding).all()
+            assert got.dtype == torch.float32
     assert torch.equal(start, kept)
 
 

@@ -39,7 +39,7 @@ EVALUATION_TOKENS = 1 << 16
 
 RECIPES: dict[str, dict[str, Any]] = {
     # Filling in asks one token in seven: with fewer texts a step it stays at the tokens' frequencies.
-    "bert": dict(dim=128, batch_size=32, learning_rate=4e-3, steps=2000),
+    "bert": dict(dim=128, batch_size=32, warmup_steps=100, steps=2000),
 }
 """Model -> what differs from the defaults of :class:`TextConfig`."""
 
@@ -62,8 +62,8 @@ class TextConfig(EngineOptions):
     steps: int = option(6000, "optimiser steps", "optimisation")
     batch_size: int = option(12, "texts of all ranks together, per step and accumulation", "optimisation")
     accumulate: int = option(1, "batches whose gradients make one optimiser step", "optimisation")
-    learning_rate: float = option(3e-3, "after the warm-up; falls to a tenth along a cosine", "optimisation")
-    warmup_steps: int = option(100, "steps of linear warm-up", "optimisation")
+    learning_rate: float = option(2e-3, "after the warm-up; falls to a tenth along a cosine", "optimisation")
+    warmup_steps: int = option(500, "steps of linear warm-up", "optimisation")
     weight_decay: float = option(0.1, "of matrices, not of biases and norms", "optimisation")
     clip_grad: float = option(1.0, "largest norm of the gradient; 0 does not clip", "optimisation")
     seed: int = option(0, "of weights, texts and masks", "optimisation")

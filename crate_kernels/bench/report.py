@@ -63,8 +63,8 @@ def readme_text(found: Results) -> str:
     for device, parts in found.items():
         records = timed(parts.get("models", {}).get("records", []))
         rows = []
-        for model in unique(r["model"] for r in records):
-            mine = [r for r in records if r["model"] == model]
+        models = {name: [r for r in records if r["model"] == name] for name in unique(r["model"] for r in records)}
+        for model, mine in models.items():
             cells = [_headline(mine, "forward", OURS), _headline(mine, "forward", PREPARED)]
             cells.append(_headline(mine, "training step", OURS))
             cells.append(_saved([r for r in parts["models"]["records"] if r.get("model") == model]))
@@ -72,7 +72,7 @@ def readme_text(found: Results) -> str:
         if not rows:
             continue
         environment = parts["models"]["environment"]
-        of_first = [r for r in records if r["model"] == rows[0][0]]
+        of_first = next(iter(models.values()))
         batch = _headline_record(of_first, "training step", OURS) or _headline_record(of_first, "forward", OURS)
         about = f"{environment['device']}, torch {environment['versions']['torch']}"
         if device == "cpu":
@@ -84,7 +84,7 @@ def readme_text(found: Results) -> str:
         )
         heads = ["", "inference", "inference, prepared", "training step", "kept for backward"]
         lines.append(table(heads, rows) + "\n")
-        lines.extend(_by_algebra_alone([[r for r in records if r["model"] == row[0]] for row in rows]))
+        lines.extend(_by_algebra_alone(models.values()))
     if all(device == "cpu" for device in found):
         lines.append(NO_GPU)
     lines.append(
@@ -93,7 +93,7 @@ def readme_text(found: Results) -> str:
     return "\n".join(lines)
 
 
-def _by_algebra_alone(models: list[list[dict]]) -> list[str]:
+def _by_algebra_alone(models: Iterable[list[dict]]) -> list[str]:
     """What the models reach without oneDNN, where that was measured."""
     spans = []
     for task, name in (("forward", "inference"), ("training step", "training")):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from ..ista_step import eager as step
-from ..ista_step.triton import input_backward, weight_backward
+from ..ista_step.triton import input_backward
 from ..triton_kernels import launch, layer_norm
 from ..triton_kernels.product import fold_norm, product
 from . import eager
@@ -50,4 +50,4 @@ def backward(
         return eager.backward(grad, z, norm_weight, norm_bias, weight, folded, out, mean, rstd, step_size, eps)
     dx, g = input_backward(grad, weight, folded, out, step_size)
     dz, dnorm_weight, dnorm_bias, x, _ = layer_norm.layer_norm_backward(dx, z, norm_weight, norm_bias, mean, rstd)
-    return dz, dnorm_weight, dnorm_bias, weight_backward(x, g, weight, step_size)
+    return dz, dnorm_weight, dnorm_bias, step.weight_backward(x, g, weight, step_size)

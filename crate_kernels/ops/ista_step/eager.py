@@ -37,13 +37,17 @@ def backward(
     g = torch.ops.aten.threshold_backward(grad, out, 0)
     if folds(x, folded):
         m = fold(weight) if folded is None else folded
-        dx = multiply(g, m.T, g, alpha=step_size)
-        dm = multiply(x.T, g, alpha=step_size)
-        return dx, multiply(weight, dm + dm.T, dm, alpha=-1)
+        return multiply(g, m.T, g, alpha=step_size), weight_backward(x, g, weight, step_size)
     r = residual(x, weight)
     dr = multiply(g, weight.T, alpha=step_size)
     dweight = multiply(dr.T, x, multiply(r.T, g, alpha=step_size), alpha=-1)
     return multiply(dr, weight, g.add_(dr), alpha=-1), dweight
+
+
+def weight_backward(x: Tensor, g: Tensor, weight: Tensor, step_size: float) -> Tensor:
+    """``dM − W(dM + dMᵀ)`` with ``dM = step_size·xᵀg``: the gradient of ``W`` through :func:`fold`."""
+    dm = multiply(x.T, g, alpha=step_size)
+    return multiply(weight, dm + dm.T, dm, alpha=-1)
 
 
 def folds(x: Tensor, folded: Tensor | None) -> bool:

@@ -32,7 +32,7 @@ def backward(
     if not eager.folds(x, folded):
         return eager.backward(grad, x, weight, folded, out, step_size)
     dx, g = input_backward(grad, weight, folded, out, step_size)
-    return dx, weight_backward(x, g, weight, step_size)
+    return dx, eager.weight_backward(x, g, weight, step_size)
 
 
 def input_backward(
@@ -41,9 +41,3 @@ def input_backward(
     """-> ``dx = g + step_size·g Mᵀ`` and ``g = grad·[out > 0]``."""
     m = eager.fold(weight) if folded is None else folded
     return product(grad, m.T, alpha=step_size, residual=grad, gate_rows=out)
-
-
-def weight_backward(x: Tensor, g: Tensor, weight: Tensor, step_size: float) -> Tensor:
-    """``dM − W(dM + dMᵀ)`` with ``dM = step_size·xᵀg``."""
-    dm = (x.T @ g).mul_(step_size)
-    return dm.addmm(weight, dm + dm.T, alpha=-1)

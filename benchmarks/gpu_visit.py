@@ -79,7 +79,7 @@ def stages(out: Path, dry: bool, commit: str) -> list[Stage]:
     return [
         Stage("environment", "environment.log", 20, [python, "-m", "crate_kernels.collect_env"]),
         Stage("build", "build.log", 90, [python, "setup.py", "build_ext", "--inplace"], build, build_environment),
-        hardware("native", "-m", "gpu"),
+        hardware("cuda", "-m", "gpu"),
         # These run on the GPU as they are; compiling for other chips ahead of time needs none.
         hardware("triton", "--ignore", str(ROOT / "tests" / "triton" / "test_compile.py"), *parallel),
         hardware("ops", "-m", "gpu"),

@@ -44,7 +44,7 @@ def backend_report(device: torch.device | None = None) -> dict[str, dict[str, st
                 *example_inputs(operator, device, torch.bfloat16),
             )
             or "yes"
-            for backend in backends.FILES
+            for backend in backends.BACKENDS
         }
         for operator in OPERATORS
     }

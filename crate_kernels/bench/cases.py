@@ -118,7 +118,7 @@ class Case:
         if self.decodes:
             return {"reference": self.call("reference"), "eager": self.call("eager"), "sdpa key-value": _decode_twice}
         found = {"reference": self.call("reference")}
-        found |= {name: self.call(name) for name in backends.FILES if name != "reference"}
+        found |= {name: self.call(name) for name in backends.BACKENDS if name != "reference"}
         if self.compiled:
             # A compiled backward may be repeated on its own only if it does not give its saved tensors away.
             torch._functorch.config.donated_buffer = False

@@ -33,7 +33,7 @@ def size(record: dict) -> int:
 def entries(content: dict) -> Table:
     """The table of one operator result file; empty for the CPU, which has one backend worth choosing."""
     capability = content["environment"]["capability"]
-    names = [name for name in backends.FILES if name != "reference"]
+    names = [name for name in backends.BACKENDS if name != "reference"]
     records = [
         r for r in timed(content["records"])
         if r["contender"] in names and r["direction"] in DIRECTIONS and r["operator"] != "cached_subspace_attention"

@@ -20,8 +20,8 @@ from torch import Tensor
 
 from . import measured
 
-FILES = {"cuda": "native", "triton": "triton", "eager": "eager", "reference": "reference"}
-"""Backend name -> name of the file beside an operator's ``op.py`` that implements it."""
+BACKENDS = ("cuda", "triton", "eager", "reference")
+"""The names of the backends. The file of that name beside an operator's ``op.py`` implements it."""
 
 AUTOMATIC = {"cuda": ("triton", "cuda", "eager")}
 """Device type -> order of the automatic choice where nothing was measured. Any other device takes ``eager``.
@@ -33,9 +33,9 @@ ENVIRONMENT_VARIABLE = "CRATE_KERNELS_BACKEND"
 
 
 def _checked_name(name: str | None, source: str) -> str | None:
-    if name is None or name in FILES:
+    if name is None or name in BACKENDS:
         return name
-    raise ValueError(f"{source}: unknown backend {name!r}; accepted are {', '.join(FILES)}")
+    raise ValueError(f"{source}: unknown backend {name!r}; accepted are {', '.join(BACKENDS)}")
 
 
 _requested = _checked_name(os.environ.get(ENVIRONMENT_VARIABLE) or None, ENVIRONMENT_VARIABLE)
@@ -64,13 +64,13 @@ def implementations(package: str) -> dict[str, ModuleType | str]:
     """Import the backend files of an operator's package; a missing one is given as the reason why it is missing."""
     found: dict[str, ModuleType | str] = {}
     operator = package.rpartition(".")[2]
-    for backend, file in FILES.items():
+    for backend in BACKENDS:
         if backend == "triton" and importlib.util.find_spec("triton") is None:
             found[backend] = "the package triton is not installed"
-        elif importlib.util.find_spec(f"{package}.{file}") is None:
+        elif importlib.util.find_spec(f"{package}.{backend}") is None:
             found[backend] = f"{operator} has no {backend} kernel yet"
         else:
-            found[backend] = importlib.import_module(f"{package}.{file}")
+            found[backend] = importlib.import_module(f"{package}.{backend}")
     return found
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..models.registry import FACTORIES
-from ..ops.backends import FILES
+from ..ops.backends import BACKENDS
 from . import recipes
 
 RECIPES: dict[str, dict[str, Any]] = {
@@ -111,7 +111,7 @@ class Config(EngineOptions):
         "auto", "auto takes bf16 where a short measurement finds it faster", "machine", choices=("auto", "fp32", "bf16")
     )
     backend: str | None = option(
-        None, "backend of the operators, instead of the automatic choice", "machine", choices=FILES
+        None, "backend of the operators, instead of the automatic choice", "machine", choices=BACKENDS
     )
     device: str = option("auto", "cpu, cuda, cuda:1 ...; auto takes a GPU if there is one", "machine")
     compile: bool = option(False, "train through torch.compile", "machine")

@@ -16,7 +16,7 @@ from torch.nn.functional import affine_grid, grid_sample, log_softmax, normalize
 
 from ..distributed import launch
 from ..models import CrateModel
-from ..ops.backends import FILES
+from ..ops.backends import BACKENDS
 from ..version import __version__
 from .config import FREE, Config, EngineOptions, option
 from .data import Normalization, TrainingOrder, load, seed_for, test_batches, training_batches
@@ -48,7 +48,7 @@ class PretrainConfig(EngineOptions):
 
     precision: str = option("auto", "auto takes bf16 on a GPU", "machine", choices=("auto", "fp32", "bf16"))
     backend: str | None = option(
-        None, "backend of the operators, instead of the automatic choice", "machine", choices=FILES
+        None, "backend of the operators, instead of the automatic choice", "machine", choices=BACKENDS
     )
     device: str = option("auto", "cpu, cuda, cuda:1 ...; auto takes a GPU if there is one", "machine")
     workers: int | None = option(None, "processes that read image files", "machine")

@@ -25,7 +25,7 @@ from ..models.checkpoint import write_atomically
 from ..models.generation import stream_text
 from ..models.gpt import IGNORED_TARGET
 from ..models.tokenizers import TOKENIZERS, Tokenizer, create_tokenizer, word_starts
-from ..ops.backends import FILES
+from ..ops.backends import BACKENDS
 from ..version import __version__
 from . import engine
 from .config import FREE, EngineOptions, option
@@ -70,7 +70,7 @@ class TextConfig(EngineOptions):
 
     precision: str = option("auto", "auto takes bf16 on a GPU", "machine", choices=("auto", "fp32", "bf16"))
     backend: str | None = option(
-        None, "backend of the operators, instead of the automatic choice", "machine", choices=FILES
+        None, "backend of the operators, instead of the automatic choice", "machine", choices=BACKENDS
     )
     device: str = option("auto", "cpu, cuda, cuda:1 ...; auto takes a GPU if there is one", "machine")
 

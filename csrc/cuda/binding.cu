@@ -1,4 +1,4 @@
-// The torch binding, on the stable ABI: operators of the namespace crate_native that write into tensors their callers
+// The torch binding, on the stable ABI: operators of the namespace crate_cuda that write into tensors their callers
 // allocate. They check what would make a kernel read or write out of bounds; shapes and dtypes as a user sees them are
 // checked by the Python operators above.
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
@@ -200,7 +200,7 @@ static void product(Tensor a, Tensor b, std::optional<Tensor> c, std::optional<T
 
 }  // namespace crate
 
-STABLE_TORCH_LIBRARY(crate_native, m) {
+STABLE_TORCH_LIBRARY(crate_cuda, m) {
     m.def("attention_forward(Tensor w, Tensor(a!) o, Tensor(b!) lse, Tensor? lengths, float scale, bool causal) -> ()");
     m.def("attention_backward(Tensor grad, Tensor w, Tensor o, Tensor lse, Tensor(a!) dw, Tensor? lengths, float scale,"
           " bool causal) -> ()");
@@ -215,7 +215,7 @@ STABLE_TORCH_LIBRARY(crate_native, m) {
           " float beta, bool relu) -> ()");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(crate_native, CUDA, m) {
+STABLE_TORCH_LIBRARY_IMPL(crate_cuda, CUDA, m) {
     m.impl("attention_forward", TORCH_BOX(&crate::attention_forward));
     m.impl("attention_backward", TORCH_BOX(&crate::attention_backward));
     m.impl("layer_norm_forward", TORCH_BOX(&crate::layer_norm_forward));
@@ -224,6 +224,6 @@ STABLE_TORCH_LIBRARY_IMPL(crate_native, CUDA, m) {
     m.impl("product", TORCH_BOX(&crate::product));
 }
 
-STABLE_TORCH_LIBRARY_IMPL(crate_native, CompositeExplicitAutograd, m) {
+STABLE_TORCH_LIBRARY_IMPL(crate_cuda, CompositeExplicitAutograd, m) {
     m.impl("attention_shared_bytes", TORCH_BOX(&crate::attention_shared_bytes));
 }

@@ -1,5 +1,5 @@
 // The primitives of crate/primitives.h on the emulated machine. Fragment layouts follow the PTX ISA, section
-// "Warp level matrix instructions"; tests/native checks them against its element formulas.
+// "Warp level matrix instructions"; tests/cuda checks them against its element formulas.
 #pragma once
 
 #include <cmath>

@@ -55,7 +55,7 @@ def test_stages_fit_the_visit_and_its_files(visit, tmp_path):
         assert sum(stage.limit for stage in stages) <= visit.TOTAL
         files = {stage.log for stage in stages} | {"operators.json", "models.json", "summary.json"}
         assert len(files) <= 8
-        assert {"build", "tests-native", "tests-triton", "tests-ops", "operators", "models"} <= {s.name for s in stages}
+        assert {"build", "tests-cuda", "tests-triton", "tests-ops", "operators", "models"} <= {s.name for s in stages}
 
 
 def test_dry_run_of_one_stage(visit, tmp_path):

@@ -80,7 +80,7 @@ def test_the_report_names_every_operator_and_backend():
     table = collect_env.backend_report(torch.device("cpu"))
     assert set(table) == set(collect_env.OPERATORS)
     for reasons in table.values():
-        assert set(reasons) == set(backends.FILES)
+        assert set(reasons) == set(backends.BACKENDS)
         assert reasons["eager"] == reasons["reference"] == "yes"
         assert all(reason.strip() for reason in reasons.values())
     assert "subspace_attention" in collect_env.report()

@@ -9,13 +9,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ... import native
-from ...native import product
+from .. import cuda_kernels
+from ..cuda_kernels import product
 from . import eager
 
 
 def why_not(x: Tensor, *_) -> str | None:
-    return native.why_not_columns(x, x.shape[1])
+    return cuda_kernels.why_not_columns(x, x.shape[1])
 
 
 def fold(weight: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""``torch.ops.crate_native`` on CPU tensors, without the compiled extension.
+"""``torch.ops.crate_cuda`` on CPU tensors, without the compiled extension.
 
 Its schemas, read from the binding's source, implemented by the emulator's kernels; the products, which are a library's
 on the GPU, by torch in float32.
@@ -25,8 +25,8 @@ def schemas() -> list[str]:
 
 def register(simt: Kernels) -> torch.library.Library:
     """The operators live as long as the returned object."""
-    library = torch.library.Library("crate_native", "FRAGMENT")
-    if not hasattr(torch.ops.crate_native, "product"):  # the compiled extension may have defined them
+    library = torch.library.Library("crate_cuda", "FRAGMENT")
+    if not hasattr(torch.ops.crate_cuda, "product"):  # the compiled extension may have defined them
         for schema in schemas():
             library.define(schema)
     module = simt.module

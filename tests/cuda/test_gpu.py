@@ -9,9 +9,10 @@ import copy
 import pytest
 import torch
 
-from crate_kernels import native, ops
+from crate_kernels import ops
 from crate_kernels.bench import gate
 from crate_kernels.models import CRATE
+from crate_kernels.ops import cuda_kernels
 
 from ..models.parity import assert_within_budget, logits_and_gradients
 from ..ops.builders import attention, mssa, normal
@@ -21,7 +22,7 @@ from ..ops.oracle import check, run
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
-    pytest.mark.skipif(native.MISSING is not None, reason=f"{native.MISSING}"),
+    pytest.mark.skipif(cuda_kernels.MISSING is not None, reason=f"{cuda_kernels.MISSING}"),
 ]
 
 HALF, BRAIN = torch.float16, torch.bfloat16

@@ -181,7 +181,7 @@ def planted(simt, tmp_path):
         w, grad = head()
         o, lse, _ = simt.attention(w)
         torch.save([w, grad, o, lse], tmp_path / "in")
-        command = [sys.executable, "-m", "tests.native.planted", module, tmp_path / "in", tmp_path / "out"]
+        command = [sys.executable, "-m", "tests.cuda.planted", module, tmp_path / "in", tmp_path / "out"]
         subprocess.run(command, cwd=emulator.ROOT, check=True)
         return torch.load(tmp_path / "out")
 

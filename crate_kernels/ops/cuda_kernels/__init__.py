@@ -1,6 +1,6 @@
 """The compiled CUDA extension: whether it is there, what it takes, and its operators on tensors they allocate.
 
-``crate_kernels._C`` is built by ``setup.py`` from ``csrc/``; importing it registers ``torch.ops.crate_native``.
+``crate_kernels._C`` is built by ``setup.py`` from ``csrc/``; importing it registers ``torch.ops.crate_cuda``.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ SHARED_BYTES: dict[int, tuple[int, ...]] = {}
 ARCHITECTURES: tuple[str, ...] = ()
 """What the extension was built for: ``sm_90`` is machine code, ``compute_90`` what newer devices compile themselves."""
 
-_NAME = f"{__package__.rpartition('.')[0]}._C"
+_NAME = f"{__package__.partition('.')[0]}._C"
 if importlib.util.find_spec(_NAME) is None:
     MISSING = "the CUDA extension was not built"
 else:
@@ -39,7 +39,7 @@ else:
         # Width -> shared memory of the larger of the two attention kernels, for 16, 32, ... MAX_TOKENS tokens.
         SHARED_BYTES = {
             width: tuple(
-                max(torch.ops.crate_native.attention_shared_bytes(b, True, width, n) for b in (False, True))
+                max(torch.ops.crate_cuda.attention_shared_bytes(b, True, width, n) for b in (False, True))
                 for n in range(16, MAX_TOKENS + 1, 16)
             )
             for width in WIDTHS
@@ -118,7 +118,7 @@ def attention_forward(w: Tensor, lengths: Tensor | None, scale: float, causal: b
     batch, tokens, heads, _ = w.shape
     o = torch.empty(w.shape, dtype=w.dtype, device=w.device)
     lse = torch.empty((batch, heads, tokens), dtype=torch.float32, device=w.device)
-    torch.ops.crate_native.attention_forward(_aligned(w), o, lse, _int32(lengths), scale, causal)
+    torch.ops.crate_cuda.attention_forward(_aligned(w), o, lse, _int32(lengths), scale, causal)
     return o, lse
 
 
@@ -127,7 +127,7 @@ def attention_backward(
 ) -> Tensor:
     """-> ``dw (B, N, H, p)``."""
     dw = torch.empty(w.shape, dtype=w.dtype, device=w.device)
-    torch.ops.crate_native.attention_backward(
+    torch.ops.crate_cuda.attention_backward(
         _aligned(grad), _aligned(w), _packed(o), lse.contiguous(), dw, _int32(lengths), scale, causal
     )
     return dw
@@ -138,7 +138,7 @@ def layer_norm(z: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Ten
     x = torch.empty(z.shape, dtype=z.dtype, device=z.device)
     mean = torch.empty(z.shape[0], dtype=torch.float32, device=z.device)
     rstd = torch.empty_like(mean)
-    torch.ops.crate_native.layer_norm_forward(_packed(z), *_float32(weight, bias), x, mean, rstd, eps)
+    torch.ops.crate_cuda.layer_norm_forward(_packed(z), *_float32(weight, bias), x, mean, rstd, eps)
     return x, mean, rstd
 
 
@@ -149,7 +149,7 @@ def layer_norm_again(
     x = torch.empty(z.shape, dtype=z.dtype, device=z.device)
     gated = None if grad is None else torch.empty_like(x)
     grad, out = (None if t is None else _packed(t) for t in (grad, out))
-    torch.ops.crate_native.layer_norm_again(_packed(z), *_float32(weight, bias), x, grad, out, gated, eps)
+    torch.ops.crate_cuda.layer_norm_again(_packed(z), *_float32(weight, bias), x, grad, out, gated, eps)
     return x, gated
 
 
@@ -165,7 +165,7 @@ def layer_norm_backward(
     partial = torch.empty((blocks, sums, columns), dtype=torch.float32, device=z.device)
     total = torch.empty((sums, columns), dtype=torch.float32, device=z.device)
     residual = None if residual is None else _packed(residual)
-    torch.ops.crate_native.layer_norm_backward(
+    torch.ops.crate_cuda.layer_norm_backward(
         _packed(dx), _packed(z), mean.contiguous(), rstd.contiguous(), *_float32(weight), residual, dz, partial, total
     )
     # Tensors of their own: an operator's outputs may not share memory.
@@ -187,7 +187,7 @@ def product(
     c = None if c is None else c.contiguous()
     bias = None if bias is None else _packed(bias)
     workspace = torch.empty(WORKSPACE_BYTES, dtype=torch.uint8, device=a.device)
-    torch.ops.crate_native.product(_matrix(a), _matrix(b), c, bias, out, workspace, alpha, 1.0, relu)
+    torch.ops.crate_cuda.product(_matrix(a), _matrix(b), c, bias, out, workspace, alpha, 1.0, relu)
     return out
 
 

@@ -9,12 +9,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ... import native
-from ..ista_step import native as ista_step
+from .. import cuda_kernels
+from ..ista_step import cuda as ista_step
 
 
 def why_not(z: Tensor, *_) -> str | None:
-    return native.why_not_columns(z, z.shape[1])
+    return cuda_kernels.why_not_columns(z, z.shape[1])
 
 
 def forward(
@@ -28,7 +28,7 @@ def forward(
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``z (n, d)`` -> ``out (n, d)`` and the row statistics ``mean, rstd (n,)``."""
-    x, mean, rstd = native.layer_norm(z, norm_weight, norm_bias, eps)
+    x, mean, rstd = cuda_kernels.layer_norm(z, norm_weight, norm_bias, eps)
     return ista_step.forward(x, weight, folded, step_size, lambd), mean, rstd
 
 
@@ -48,7 +48,7 @@ def backward(
     """-> ``(dz, dnorm_weight, dnorm_bias, dweight)``."""
     if z.shape[0] == 0:
         return torch.empty_like(z), *(torch.zeros_like(t) for t in (norm_weight, norm_bias, weight))
-    x, g = native.layer_norm_again(z, norm_weight, norm_bias, eps, grad, out)
+    x, g = cuda_kernels.layer_norm_again(z, norm_weight, norm_bias, eps, grad, out)
     dx, dweight = ista_step.gradients(g, x, weight, folded, step_size)
-    dz, dnorm_weight, dnorm_bias = native.layer_norm_backward(dx, z, mean, rstd, norm_weight)
+    dz, dnorm_weight, dnorm_bias = cuda_kernels.layer_norm_backward(dx, z, mean, rstd, norm_weight)
     return dz, dnorm_weight.to(norm_weight.dtype), dnorm_bias.to(norm_bias.dtype), dweight

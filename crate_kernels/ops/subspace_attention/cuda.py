@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ... import native
+from .. import cuda_kernels
 from ..checks import length_values
 
 
 def why_not(w: Tensor, value: Tensor | None, lengths: Tensor | None, scale: float, causal: bool) -> str | None:
     if value is not None:
         return "the CUDA attention keeps one operand on chip; it takes no separate value"
-    return native.why_not_heads(w, w.shape[1], w.shape[3])
+    return cuda_kernels.why_not_heads(w, w.shape[1], w.shape[3])
 
 
 def forward(
@@ -19,7 +19,7 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """-> ``o (B, N, H, p)``, ``lse (B, H, N)``."""
     length_values(lengths, w.shape[1])
-    return native.attention_forward(w, lengths, scale, causal)
+    return cuda_kernels.attention_forward(w, lengths, scale, causal)
 
 
 def backward(
@@ -33,4 +33,4 @@ def backward(
     causal: bool,
 ) -> tuple[Tensor, None]:
     """-> ``(dw, None)``."""
-    return native.attention_backward(grad, w, lengths, o, lse, scale, causal), None
+    return cuda_kernels.attention_backward(grad, w, lengths, o, lse, scale, causal), None

@@ -3,20 +3,21 @@
 import pytest
 import torch
 
-from crate_kernels import native, ops
-from crate_kernels.ops.ista_step import native as ista_step
-from crate_kernels.ops.mssa_block import native as mssa_block
-from crate_kernels.ops.subspace_attention import native as attention
+from crate_kernels import ops
+from crate_kernels.ops import cuda_kernels
+from crate_kernels.ops.ista_step import cuda as ista_step
+from crate_kernels.ops.mssa_block import cuda as mssa_block
+from crate_kernels.ops.subspace_attention import cuda as attention
 
 
 @pytest.fixture
 def present(monkeypatch):
     """As if the extension were there, on a device of compute capability 9.0 with 227 KiB of shared memory a block."""
     properties = type("Properties", (), {"major": 9, "minor": 0, "shared_memory_per_block_optin": 232448})
-    monkeypatch.setattr(native, "MISSING", None)
-    monkeypatch.setattr(native, "ARCHITECTURES", ("sm_80", "sm_90", "compute_90"))
+    monkeypatch.setattr(cuda_kernels, "MISSING", None)
+    monkeypatch.setattr(cuda_kernels, "ARCHITECTURES", ("sm_80", "sm_90", "compute_90"))
     monkeypatch.setattr(
-        native, "SHARED_BYTES", {w: tuple(800 * w * (i + 1) // 7 for i in range(17)) for w in native.WIDTHS}
+        cuda_kernels, "SHARED_BYTES", {w: tuple(800 * w * (i + 1) // 7 for i in range(17)) for w in cuda_kernels.WIDTHS}
     )
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
     return properties
@@ -35,7 +36,7 @@ def test_an_explicit_request_names_the_reason():
 
 
 def test_accepted(present):
-    for width in native.WIDTHS:
+    for width in cuda_kernels.WIDTHS:
         assert attention.why_not(heads(272 if width < 128 else 200, width), None, None, 0.1, False) is None
 
 
@@ -79,7 +80,7 @@ def test_an_old_device_is_refused(present):
     ],
 )
 def test_runs_where_the_build_has_code(architectures, capability, runs):
-    assert native.runs_on(architectures, *capability) is runs
+    assert cuda_kernels.runs_on(architectures, *capability) is runs
 
 
 def test_channels(present):

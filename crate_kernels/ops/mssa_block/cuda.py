@@ -9,8 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ... import native
-from ...native import product
+from .. import cuda_kernels
+from ..cuda_kernels import product
 
 
 def why_not(
@@ -25,7 +25,9 @@ def why_not(
     *_,
 ) -> str | None:
     inner = u_weight.shape[0]
-    return native.why_not_heads(z, z.shape[1], inner // heads) or native.why_not_columns(z, z.shape[2], inner)
+    return cuda_kernels.why_not_heads(z, z.shape[1], inner // heads) or cuda_kernels.why_not_columns(
+        z, z.shape[2], inner
+    )
 
 
 def forward(
@@ -45,10 +47,10 @@ def forward(
     """-> ``out (B, N, d)``, ``w, o (B, N, H, p)``, ``lse (B, H, N)``, ``mean, rstd (B, N)``."""
     batch, tokens, _ = z.shape
     rows = z.flatten(0, 1).contiguous()
-    x, mean, rstd = native.layer_norm(rows, norm_weight, norm_bias, eps)
+    x, mean, rstd = cuda_kernels.layer_norm(rows, norm_weight, norm_bias, eps)
     w = product(x, u_weight.T) if batch else x.new_empty(0, u_weight.shape[0])
     w = w.view(batch, tokens, heads, -1) if batch else w.view(0, tokens, heads, u_weight.shape[0] // heads)
-    o, lse = native.attention_forward(w, lengths, scale, causal)
+    o, lse = cuda_kernels.attention_forward(w, lengths, scale, causal)
     attended = o.view(batch * tokens, u_weight.shape[0])
     if out_weight is None or not batch:
         out = torch.add(rows, attended, alpha=step_size) if batch else torch.empty_like(rows)
@@ -88,10 +90,10 @@ def backward(
     else:
         do = product(upper, out_weight, alpha=step_size)
         dout_weight = product(upper.T, attended, alpha=step_size)
-    dw = native.attention_backward(do.view(o.shape), w, lengths, o, lse, scale, causal).view(attended.shape)
-    x, _ = native.layer_norm_again(rows, norm_weight, norm_bias, eps)
+    dw = cuda_kernels.attention_backward(do.view(o.shape), w, lengths, o, lse, scale, causal).view(attended.shape)
+    x, _ = cuda_kernels.layer_norm_again(rows, norm_weight, norm_bias, eps)
     du_weight = product(dw.T, x)
-    dz, dnorm_weight, dnorm_bias, column_sums = native.layer_norm_backward(
+    dz, dnorm_weight, dnorm_bias, column_sums = cuda_kernels.layer_norm_backward(
         product(dw, u_weight), rows, mean.flatten(), rstd.flatten(), norm_weight, upper
     )
     dout_bias = None if out_bias is None else (step_size * column_sums).to(out_bias.dtype)

@@ -80,20 +80,20 @@ class TestWithNvcc:
         extension = next((build / "lib").rglob("_C*.so"))
         program = f"""
 import importlib.util, sys, torch
-import crate_kernels.native as native
+from crate_kernels.ops import cuda_kernels
 spec = importlib.util.spec_from_file_location("crate_kernels._C", {str(extension)!r})
 module = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(module)
 assert module.architectures == "sm_80 sm_90", module.architectures
 assert module.torch_target == "2.11"
-operators = torch.ops.crate_native
-from tests.native.library import schemas
+operators = torch.ops.crate_cuda
+from tests.cuda.library import schemas
 for schema in schemas():
     name = schema.split("(")[0]
-    assert str(getattr(operators, name).default._schema) == "crate_native::" + schema, name
+    assert str(getattr(operators, name).default._schema) == "crate_cuda::" + schema, name
 assert operators.attention_shared_bytes(False, True, 64, 197) == 62784
 assert operators.attention_shared_bytes(True, True, 64, 273) == 0
 for name in ("attention_forward", "attention_backward", "layer_norm_forward", "layer_norm_backward", "product"):
-    assert torch._C._dispatch_has_kernel_for_dispatch_key("crate_native::" + name, "CUDA"), name
+    assert torch._C._dispatch_has_kernel_for_dispatch_key("crate_cuda::" + name, "CUDA"), name
 """
         subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True)

@@ -8,16 +8,16 @@ import pytest
 import torch
 
 from crate_kernels import ops
-from crate_kernels.ops.ista_block import native as ista_block
-from crate_kernels.ops.ista_step import native as ista_step
-from crate_kernels.ops.mssa_block import native as mssa_block
-from crate_kernels.ops.subspace_attention import native as attention
+from crate_kernels.ops.ista_block import cuda as ista_block
+from crate_kernels.ops.ista_step import cuda as ista_step
+from crate_kernels.ops.mssa_block import cuda as mssa_block
+from crate_kernels.ops.subspace_attention import cuda as attention
 
 from . import budget, library
 
 
 @pytest.fixture(scope="module", autouse=True)
-def crate_native(simt):
+def crate_cuda(simt):
     return library.register(simt)
 
 

@@ -1,4 +1,4 @@
-"""Runs one head through a build of the emulator with a planted fault: ``python -m tests.native.planted MODULE IN OUT``.
+"""Runs one head through a build of the emulator with a planted fault: ``python -m tests.cuda.planted MODULE IN OUT``.
 
 In a process of its own, because Python would take a second module of the same name for the first.
 """

@@ -16,8 +16,6 @@ from .ops import backends
 from .ops.products import FASTER_WITH_ONEDNN
 from .version import __version__
 
-OPERATORS = ("subspace_attention", "ista_step", "overcomplete_ista", "mssa_block", "ista_block")
-
 
 def example_inputs(operator: str, device: torch.device, dtype: torch.dtype) -> tuple:
     """Small inputs of an operator's ``why_not``, to ask a backend whether it would run here."""
@@ -46,7 +44,7 @@ def backend_report(device: torch.device | None = None) -> dict[str, dict[str, st
             or "yes"
             for backend in backends.BACKENDS
         }
-        for operator in OPERATORS
+        for operator in ops.OPERATORS
     }
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, normalize
 
 from ..models import CRATE
-from ..training.speed import interleaved_medians
+from ..timing import medians
 from .objective import subspace_coding_rate
 from .probe import LayerwiseProbe
 
@@ -38,10 +38,10 @@ def determinants(repeats: int = 5) -> None:
     for name, shape in SHAPES.items():
         w = torch.randn(shape, generator=torch.Generator().manual_seed(0))
         torch.testing.assert_close(subspace_coding_rate(w), literal_rate(w), rtol=1e-5, atol=1e-3)
-        times = interleaved_medians(
+        times = medians(
             {"literal": lambda w=w: literal_rate(w), "smaller": lambda w=w: subspace_coding_rate(w)},
-            repeats,
             torch.device("cpu"),
+            repeats,
         )
         ratio = times["literal"] / times["smaller"]
         print(f"| {name} {shape} | {1e3 * times['literal']:.1f} | {1e3 * times['smaller']:.1f} | {ratio:.1f} |")
@@ -69,8 +69,8 @@ def probe(repeats: int = 9) -> None:
             optimizer.zero_grad()
 
         measuring = LayerwiseProbe()
-        times = interleaved_medians(
-            {"step": step, "probe": lambda m=model, x=images, p=measuring: p.step(0, m, x)}, repeats, images.device
+        times = medians(
+            {"step": step, "probe": lambda m=model, x=images, p=measuring: p.step(0, m, x)}, images.device, repeats
         )
         share = times["probe"] / (measuring.every * times["step"])
         print(

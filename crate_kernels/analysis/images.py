@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..models.vision import VisionModel
-from .inputs import image_size, normalisation
+from .inputs import normalisation
 
 
 class ImageError(ValueError):
@@ -54,7 +54,7 @@ def model_input(image, model: VisionModel, metadata: dict, size: int | None = No
     """
     from PIL import Image
 
-    size = size or min(image_size(model))
+    size = size or min(model.image_size)
     width, height = image.size
     scale = size / min(width, height)
     height, width = (

@@ -6,16 +6,18 @@ import os
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from ..data.batches import Batching, evaluation_batches
+from ..data.images import IMAGENET_MEAN, IMAGENET_STD, ImageSource, load
+from ..data.text import Corpus, python_manual, read_text
 from ..models import CheckpointError, CrateModel, create_model, load_model
 from ..models.checkpoint import read
+from ..models.tokenizers import create_tokenizer
 from ..models.vision import VisionModel
 
 RUN_FILES = ("model.safetensors", "best.safetensors")
 """What a training run leaves in its folder: the finished model, or the best one so far."""
-
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 def open_model(path: str | os.PathLike, name: str | None = None) -> tuple[CrateModel, dict]:
@@ -43,13 +45,6 @@ def open_model(path: str | os.PathLike, name: str | None = None) -> tuple[CrateM
     model = create_model(name)
     model.load_state_dict(state)
     return model.eval(), metadata
-
-
-def image_size(model: nn.Module) -> tuple[int, int]:
-    """(height, width) of the images that a vision model was built for."""
-    rows, columns = model.grid_size
-    height, width = model.patch_embedding.patch_size
-    return rows * height, columns * width
 
 
 def normalisation(model: VisionModel, metadata: dict) -> tuple[Tensor, Tensor]:
@@ -101,22 +96,18 @@ def real_inputs(
 
 
 def _images(model, metadata, samples, data, root) -> tuple[Tensor, str]:
-    from ..training import config
-    from ..training.data import load, test_batches
-
     data = data or metadata.get("data")
     if data is None:
         raise ValueError("the file does not say what the model was trained on: give --data")
-    size = image_size(model)
+    size = model.image_size
     # Crops of photographs are made in the size that the model sees.
-    settings = config.resolve({"data": data, "root": root, "image_size": size[0], "batch_size": samples, "workers": 0})
-    images = load(settings)
+    images = load(ImageSource(data, root, size[0]))
     channels = model.patch_embedding.channels
     if images.channels != channels:
         raise ValueError(f"{data} has images of {images.channels} channels, the model takes {channels}")
     parts, count = [], 0
     _spread(images.test, samples)
-    for batch, _ in test_batches(images, settings, size, torch.device("cpu")):
+    for batch, _ in evaluation_batches(images, Batching(samples, workers=0), size, torch.device("cpu")):
         parts.append(batch)
         count += len(batch)
         if count >= samples:
@@ -135,9 +126,6 @@ def _spread(split, samples: int) -> None:
 
 
 def _text(model, metadata, samples, text) -> tuple[Tensor, str]:
-    from ..models.tokenizers import create_tokenizer
-    from ..training.text import Corpus, python_manual, read_text
-
     tokenizer = create_tokenizer(metadata.get("tokenizer", "bytes"))
     context = model.config.get("block_size") or model.config["max_length"]
     if tokenizer.vocab_size > model.config["vocab_size"]:

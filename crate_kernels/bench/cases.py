@@ -175,14 +175,7 @@ def _decode_twice(w: Tensor, cache: Tensor) -> Tensor:
 
 _decode_twice.value = None
 
-OPERATORS = (
-    "subspace_attention",
-    "mssa_block",
-    "ista_step",
-    "ista_block",
-    "overcomplete_ista",
-    "cached_subspace_attention",
-)
+OPERATORS = (*ops.OPERATORS, "cached_subspace_attention")
 VISION = {"T": (6, 64), "S": (12, 48), "B": (12, 64), "L": (16, 64)}
 
 

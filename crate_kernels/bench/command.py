@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from . import cost, results, timing
+from . import cost, peaks, results
 
 ROOT = Path(__file__).parents[2]
 """The checkout: results and reports live beside the package, in ``benchmarks/`` and ``docs/``."""
@@ -88,7 +88,7 @@ def measure(args: argparse.Namespace) -> int:
     print(f"{about}, commit {environment['commit']}")
     ceilings = None
     if not args.check_only:
-        ceilings = timing.ceilings(device, [dtype], args.quick)
+        ceilings = peaks.ceilings(device, [dtype], args.quick)
         copy, (product,) = ceilings["copy"] / 1e9, ceilings["product"].values()
         print(f"ceilings: copy {copy:.4g} GB/s, product {product / 1e12:.4g} TFLOP/s {dtype}")
         if device.type == "cpu" and environment["load_average"] > 1:

@@ -13,12 +13,12 @@ import torch
 import torch._functorch.config
 from torch import Tensor, nn
 
+from .. import agreement, timing
 from ..models import CRATE
 from ..models.crate import SIZES
 from ..nn import prepare_for_inference
 from ..ops import use_backend
 from ..ops.products import FASTER_WITH_ONEDNN
-from . import gate, timing
 
 REFERENCE, COMPILED, OURS, PREPARED = "reference", "reference compiled", "crate_kernels", "crate_kernels prepared"
 OURS_WITH_MKL = "crate_kernels on MKL"
@@ -184,7 +184,7 @@ def judged(
             records[name] = {"skipped": str(error).strip().splitlines()[0][:300]}
             continue
         if contender.is_crate:
-            verdict = gate.judge(got, exact, literal, dtype, kinks=True, together=True)
+            verdict = agreement.judge(got, exact, literal, dtype, kinks=True, together=True)
             records[name] = {"share_of_budget": verdict.share, "check": verdict.detail}
             if not verdict.passed:
                 records[name]["refused"] = verdict.detail

@@ -8,7 +8,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from . import cost, gate, timing
+from .. import agreement, timing
+from . import cost
 from .cases import Case
 
 GRAPH_BELOW = 2e-3
@@ -71,7 +72,7 @@ def gated(
         except (RuntimeError, torch.OutOfMemoryError) as error:  # refused with a reason, or no room
             records[name] = {"skipped": str(error).strip().splitlines()[0][:300]}
             continue
-        verdict = gate.judge(
+        verdict = agreement.judge(
             case.judged(got), exact, literal, leaves[0].dtype, kinks=kinks, score=case.largest_score(leaves)
         )
         records[name] = {"share_of_budget": verdict.share, "check": verdict.detail}

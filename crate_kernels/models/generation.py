@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import codecs
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 if TYPE_CHECKING:
-    from .gpt import CrateGPT
     from .tokenizers import Tokenizer
 
 NOTHING = -1
@@ -69,6 +68,18 @@ class ProjectionCache:
         return self.w[layer, :, : self.longest]
 
 
+class CausalModel(Protocol):
+    """What generation asks of a language model; :class:`~crate_kernels.models.CrateGPT` has it."""
+
+    block_size: int
+    """Most tokens that the model sees at once."""
+    token_embedding: torch.nn.Embedding
+
+    def new_cache(self, batch: int, capacity: int | None = None) -> ProjectionCache: ...
+
+    def step(self, idx: Tensor, cache: ProjectionCache, lengths: Tensor | None = None) -> Tensor: ...
+
+
 def sample(
     logits: Tensor,
     *,
@@ -112,7 +123,7 @@ def sample(
 
 @torch.no_grad()
 def stream(
-    model: CrateGPT,
+    model: CausalModel,
     prompts: Tensor | Sequence[Tensor | Sequence[int]],
     max_new_tokens: int,
     *,
@@ -172,7 +183,7 @@ def stream(
 
 
 def generate(
-    model: CrateGPT, prompts: Tensor | Sequence[Tensor | Sequence[int]], max_new_tokens: int, **options
+    model: CausalModel, prompts: Tensor | Sequence[Tensor | Sequence[int]], max_new_tokens: int, **options
 ) -> Tensor | list[Tensor]:
     """Continue prompts; arguments as for :func:`stream`.
 
@@ -192,7 +203,7 @@ def generate(
     ]
 
 
-def stream_text(model: CrateGPT, tokenizer: Tokenizer, prompt: str, max_new_tokens: int, **options) -> Iterator[str]:
+def stream_text(model: CausalModel, tokenizer: Tokenizer, prompt: str, max_new_tokens: int, **options) -> Iterator[str]:
     """Continue one text: yields its pieces as they come, characters whole; options as for :func:`stream`.
 
     The end-of-text token stands before an empty prompt, and ends the text unless ``stop_token`` says otherwise.
@@ -207,7 +218,7 @@ def stream_text(model: CrateGPT, tokenizer: Tokenizer, prompt: str, max_new_toke
         yield rest
 
 
-def generate_text(model: CrateGPT, tokenizer: Tokenizer, prompt: str, max_new_tokens: int, **options) -> str:
+def generate_text(model: CausalModel, tokenizer: Tokenizer, prompt: str, max_new_tokens: int, **options) -> str:
     """``prompt`` and its continuation; options as for :func:`stream`."""
     return prompt + "".join(stream_text(model, tokenizer, prompt, max_new_tokens, **options))
 

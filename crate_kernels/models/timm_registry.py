@@ -17,6 +17,7 @@ from functools import partial
 from pathlib import Path
 
 try:
+    from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
     from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 except ImportError as error:
     raise ImportError("models in timm's registry need timm: pip install 'crate_kernels[train]'") from error
@@ -28,8 +29,6 @@ from .vision import VisionModel
 
 MODELS = {name: factory for name, factory in FACTORIES.items() if "_patch" in name}
 """The names registered: those of the models that take images."""
-
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 CLASSES = {"_mae_": 0, "_clipa_": 1024, "_patch8_": 21842}
 """Part of a name -> width of the head that its published weights have; 1000 for all others."""
@@ -49,8 +48,8 @@ def _default_cfg(name: str) -> dict:
         fixed_input_size=True,
         num_classes=next((count for part, count in CLASSES.items() if part in name), 1000),
         crop_pct=0.9,
-        mean=IMAGENET_MEAN,
-        std=IMAGENET_STD,
+        mean=IMAGENET_DEFAULT_MEAN,
+        std=IMAGENET_DEFAULT_STD,
         first_conv=embedding if "_alpha_" in name or _is_autoencoder(name) else None,
         classifier=None if _is_autoencoder(name) else "head",
         license="mit",

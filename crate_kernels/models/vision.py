@@ -71,13 +71,14 @@ class ConvPatchEmbedding(Patches):
 class VisionModel(CrateModel):
     """Base of the vision models: tokens from :meth:`embed`, class token first, through ``blocks``, then ``norm``.
 
-    A subclass sets ``patch_embedding``, ``blocks``, ``norm`` and ``num_features``. The names and arguments of the
-    features are timm's and DINO's, so that their tools work.
+    A subclass sets ``patch_embedding``, ``grid_size``, ``blocks``, ``norm`` and ``num_features``. The names and
+    arguments of the features are timm's and DINO's, so that their tools work.
     """
 
     num_prefix_tokens = 1
     grad_checkpointing = False
     num_features: int
+    grid_size: tuple[int, int]
 
     @property
     def embed_dim(self) -> int:
@@ -88,6 +89,12 @@ class VisionModel(CrateModel):
     @property
     def in_chans(self) -> int:
         return self.patch_embedding.channels
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """(height, width) in pixels of the images that the model was built for."""
+        (rows, columns), (height, width) = self.grid_size, self.patch_embedding.patch_size
+        return rows * height, columns * width
 
     def embed(self, images: Tensor) -> Tensor:
         """``(B, C, H, W)`` -> the first layer's tokens ``(B, 1 + patches, dim)``, class token first."""

@@ -10,3 +10,6 @@ from .overcomplete_ista import overcomplete_ista as overcomplete_ista
 from .subspace_attention import attention_maps as attention_maps
 from .subspace_attention import cached_subspace_attention as cached_subspace_attention
 from .subspace_attention import subspace_attention as subspace_attention
+
+OPERATORS = ("subspace_attention", "mssa_block", "ista_step", "ista_block", "overcomplete_ista")
+"""The operators that have several backends."""

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from ..data.images import ImageData
 from ..models import CRATE, CheckpointError, CrateAlpha, CrateModel, checkpoint, create_model
 from .config import Config
-from .data import ImageData
 
 ARCHITECTURES = {"crate": CRATE, "alpha": CrateAlpha}
 
@@ -47,9 +47,3 @@ def load_initial(model: CrateModel, path: str, new_head: bool) -> None:
                     "--new-head starts the head anew"
                 )
     model.load_state_dict(state)
-
-
-def image_size(model: CrateModel) -> tuple[int, int]:
-    """(height, width) of the images that ``model`` was built for."""
-    size = model.config["image_size"]
-    return (size, size) if isinstance(size, int) else tuple(size)

@@ -20,14 +20,22 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from ..analysis import layerwise, plot_layerwise
+from ..data.batches import (
+    Normalization,
+    TrainingOrder,
+    evaluation_batches,
+    seed_everything,
+    seed_for,
+    training_batches,
+)
+from ..data.images import load
 from ..distributed import launch
 from ..models import CrateModel
 from ..ops import requested_backend
 from ..version import __version__
-from . import config, engine
-from .build import build_model, image_size, load_initial
+from . import command, config
+from .build import build_model, load_initial
 from .config import Config
-from .data import Normalization, TrainingOrder, load, seed_everything, seed_for, test_batches, training_batches
 from .engine import Engine, Meter
 from .progress import Report, clock
 from .speed import against_reference, faster_precision
@@ -41,8 +49,9 @@ class Trainer(Engine):
 
     def __init__(self, settings: Config, output: Path, device: torch.device):
         super().__init__(settings, output, device)
-        self.data = data = load(settings)
-        self.steps_per_epoch = TrainingOrder(len(data.train), settings).per_epoch // settings.accumulate
+        self.data = data = load(settings.source())
+        self.batching = settings.batching()
+        self.steps_per_epoch = TrainingOrder(len(data.train), self.batching).per_epoch // settings.accumulate
         self.steps = settings.epochs * self.steps_per_epoch
         seed_everything(settings.seed)
         self.model = build_model(settings, data).to(device)
@@ -113,7 +122,7 @@ class Trainer(Engine):
 
     def example(self) -> tuple[Tensor, Tensor]:
         """The first batch of test images, normalised, and its labels: what is measured and drawn."""
-        images, labels = next(iter(test_batches(self.data, self.settings, image_size(self.model), self.device)))
+        images, labels = next(iter(evaluation_batches(self.data, self.batching, self.model.image_size, self.device)))
         count = min(self.settings.batch_size, len(labels))
         return self.normalize(images[:count]), labels[:count].to(self.device)
 
@@ -150,7 +159,7 @@ class Trainer(Engine):
     # -- training --------------------------------------------------------------------------------------------------
 
     def batches(self, start: int) -> Iterator[tuple[Tensor, Tensor]]:
-        return training_batches(self.data, self.settings, image_size(self.model), start, self.device, shared=True)
+        return training_batches(self.data, self.batching, self.model.image_size, start, self.device, shared=True)
 
     def loss(self, batch: tuple[Tensor, Tensor], number: int) -> Tensor:
         images, labels = batch
@@ -226,7 +235,7 @@ class Trainer(Engine):
         training = model.training
         model.eval()
         meter = Meter(self.device, ("loss", "accuracy"))
-        for images, labels in test_batches(self.data, self.settings, image_size(model), self.device, shared=True):
+        for images, labels in evaluation_batches(self.data, self.batching, model.image_size, self.device, shared=True):
             labels = labels.to(self.device)
             with self.autocast():
                 logits = model(self.normalize(images))
@@ -253,7 +262,7 @@ class Trainer(Engine):
     # -- what a run says and leaves --------------------------------------------------------------------------------
 
     def describe(self) -> str:
-        data, size = self.data, image_size(self.model)
+        data, size = self.data, self.model.image_size
         parameters = sum(p.numel() for p in self.model.parameters())
         return (
             f"{data.name}: {len(data.train)} training and {len(data.test)} test images of {len(data.classes)} classes, "
@@ -318,9 +327,9 @@ def versions() -> dict[str, str]:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """All options of :class:`~crate_kernels.training.config.Config`, and ``--resume``."""
     parser.epilog = "Without options: 5,000 digits that come with the package's dependencies, in about a minute."
-    engine.add_arguments(parser, Trainer)
+    command.add_arguments(parser, Trainer)
 
 
 def run(args: argparse.Namespace) -> int:
     """Train as the command line says; every file lands in the output folder."""
-    return engine.run(args, Trainer)
+    return command.run(args, Trainer)

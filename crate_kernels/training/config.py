@@ -8,11 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..data.batches import Batching
+from ..data.images import ImageSource
 from ..models.registry import FACTORIES
 from ..ops.backends import BACKENDS
 from . import recipes
 
-RECIPES: dict[str, dict[str, Any]] = {
+DATA_DEFAULTS: dict[str, dict[str, Any]] = {
     # 5,000 digits: a small model, enough epochs, and no mirror images, which are other characters.
     "mnist5k": dict(
         dim=96, depth=4, heads=4, patch_size=7, pool="mean", epochs=30, learning_rate=3e-3, flip=0.0, crop=0.8
@@ -26,7 +28,7 @@ RECIPES: dict[str, dict[str, Any]] = {
 """Data set -> what differs from the defaults of :class:`Config`. Folders of images take ``FOLDER``."""
 
 ALPHA: dict[str, Any] = dict(step_size=0.5, learning_rate=4e-3, batch_size=64, warmup_epochs=3.0)
-"""What CRATE-alpha learns the data sets of ``RECIPES`` with: it is slower than CRATE, so more and larger steps."""
+"""CRATE-alpha's defaults for the data sets of ``DATA_DEFAULTS``: it learns more slowly, so more and larger steps."""
 
 FOLDER: dict[str, Any] = dict(model="crate_tiny_patch16_224", epochs=100, learning_rate=3e-4, flip=0.5, crop=0.3)
 
@@ -125,6 +127,18 @@ class Config(EngineOptions):
         """The values that decide the result: a resumed run must agree on them."""
         return {name: value for name, value in dataclasses.asdict(self).items() if name not in FREE}
 
+    def source(self) -> ImageSource:
+        """The images that the run reads."""
+        return ImageSource(self.data, self.root, self.image_size, self.num_classes, self.seed)
+
+    def batching(self) -> Batching:
+        """How they are put together."""
+        return Batching(
+            batch_size=self.batch_size, accumulate=self.accumulate, epochs=self.epochs, seed=self.seed,
+            workers=self.workers, crop=self.crop, flip=self.flip, auto_augment=self.auto_augment,
+            mixed=bool(self.mixup or self.cutmix),
+        )  # fmt: skip
+
 
 FREE = (
     "device", "workers", "output", "checkpoint_seconds", "log_steps", "root", "parallel", "activation_checkpointing",
@@ -182,22 +196,22 @@ def given(args: argparse.Namespace, kind: type = Config) -> dict[str, Any]:
 
 
 def resolve(options: dict[str, Any]) -> Config:
-    """The configuration of a new run: the data set's recipe under the given ``options``.
+    """The configuration of a new run: the data set's defaults under the given ``options``.
 
     Raises:
         ValueError: a value is out of its range, or two exclude each other.
     """
     data = options.get("data", _FIELDS["data"].default)
-    recipe = dict(RECIPES.get(data, FOLDER))
-    if data in RECIPES and options.get("architecture") == "alpha":
-        recipe |= ALPHA
+    defaults = dict(DATA_DEFAULTS.get(data, FOLDER))
+    if data in DATA_DEFAULTS and options.get("architecture") == "alpha":
+        defaults |= ALPHA
     if options.get("model") is not None:
         if named := [name for name in ARCHITECTURE if options.get(name) is not None]:
             raise ValueError(f"--model fixes the architecture; leave out {', '.join('--' + name for name in named)}")
-        recipe = {name: value for name, value in recipe.items() if name not in (*ARCHITECTURE, "patch_size")}
+        defaults = {name: value for name, value in defaults.items() if name not in (*ARCHITECTURE, "patch_size")}
     elif any(options.get(name) is not None for name in ARCHITECTURE):
-        recipe.pop("model", None)
-    config = Config(**recipe | options)
+        defaults.pop("model", None)
+    config = Config(**defaults | options)
     if config.model is None and None in (config.dim, config.depth, config.heads, config.patch_size):
         raise ValueError("a model needs --dim, --depth, --heads and --patch-size, or --model")
     for name in (

@@ -18,7 +18,7 @@ from torch.nn.functional import log_softmax
 from ..analysis import coding_rate
 from ..distributed import launch
 from ..models.dino import CrateDINO
-from . import engine
+from . import command
 from .config import option
 from .pretrain import PretrainConfig, Pretrainer, knn_accuracy, probe_accuracy, random_crops
 
@@ -211,9 +211,9 @@ class DINOTrainer(Pretrainer):
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """All options of :class:`DINOConfig`, and ``--resume``."""
     parser.epilog = "Without options: 5,000 digits that come with the package's dependencies, in minutes on two cores."
-    engine.add_arguments(parser, DINOTrainer)
+    command.add_arguments(parser, DINOTrainer)
 
 
 def run(args: argparse.Namespace) -> int:
     """Train as the command line says; ends with the accuracy of nearest neighbours and of a linear probe."""
-    return engine.run(args, DINOTrainer)
+    return command.run(args, DINOTrainer)

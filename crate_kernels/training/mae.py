@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..distributed import launch
 from ..models import CrateMAE
-from . import engine
+from . import command
 from .config import option
 from .engine import Meter
 from .pretrain import PretrainConfig, Pretrainer, probe_accuracy, random_crops
@@ -131,9 +131,9 @@ def save_picture(rows: list[Tensor], path: Path, width: int = 192) -> Path:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """All options of :class:`MAEConfig`, and ``--resume``."""
     parser.epilog = "Without options: crops of the photos in scikit-image and scikit-learn, in minutes on two cores."
-    engine.add_arguments(parser, MAETrainer)
+    command.add_arguments(parser, MAETrainer)
 
 
 def run(args: argparse.Namespace) -> int:
     """Train as the command line says; ends with a picture and the probe's accuracy."""
-    return engine.run(args, MAETrainer)
+    return command.run(args, MAETrainer)

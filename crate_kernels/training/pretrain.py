@@ -14,12 +14,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import affine_grid, grid_sample, log_softmax, normalize, one_hot
 
+from ..data.batches import Batching, Normalization, TrainingOrder, evaluation_batches, seed_for, training_batches
+from ..data.images import ImageSource, load
 from ..distributed import launch
 from ..models import CrateModel
 from ..ops.backends import BACKENDS
 from ..version import __version__
-from .config import FREE, Config, EngineOptions, option
-from .data import Normalization, TrainingOrder, load, seed_for, test_batches, training_batches
+from .config import FREE, EngineOptions, option
 from .engine import Engine, Meter
 from .progress import Report, clock
 
@@ -73,12 +74,13 @@ class PretrainConfig(EngineOptions):
             raise ValueError(f"--heads {self.heads} does not divide --dim {self.dim}")
         self.check_engine()
 
-    def image_config(self) -> Config:
-        """What the readers and loaders of labelled images need to know."""
-        return Config(
-            data=self.data, root=self.root, image_size=self.image_size, batch_size=self.batch_size,
-            accumulate=self.accumulate, epochs=self.epochs, seed=self.seed, workers=self.workers,
-        )  # fmt: skip
+    def source(self) -> ImageSource:
+        """The images that the run reads."""
+        return ImageSource(self.data, self.root, self.image_size, seed=self.seed)
+
+    def batching(self) -> Batching:
+        """How they are put together. Views are cut on the device, so the loader augments nothing."""
+        return Batching(self.batch_size, self.accumulate, self.epochs, self.seed, self.workers)
 
 
 # -- views -------------------------------------------------------------------------------------------------------------
@@ -160,8 +162,7 @@ class Pretrainer(Engine):
 
     def __init__(self, settings: PretrainConfig, output: Path, device: torch.device):
         super().__init__(settings, output, device)
-        self.images = settings.image_config()
-        self.data = load(self.images)
+        self.data, self.batching = load(settings.source()), settings.batching()
         side = settings.image_size
         self.size = (side, side) if side else self.data.image_size or (224, 224)
         if any(pixels % settings.patch_size for pixels in self.size):
@@ -169,7 +170,7 @@ class Pretrainer(Engine):
                 f"--patch-size {settings.patch_size} does not divide images of {self.size[0]} x {self.size[1]} pixels"
             )
         self.normalize = Normalization(self.data, device)
-        self.steps_per_epoch = TrainingOrder(len(self.data.train), self.images).per_epoch // settings.accumulate
+        self.steps_per_epoch = TrainingOrder(len(self.data.train), self.batching).per_epoch // settings.accumulate
         self.steps = settings.epochs * self.steps_per_epoch
         self.meter = Meter(device)
         torch.manual_seed(settings.seed)
@@ -216,18 +217,18 @@ class Pretrainer(Engine):
 
     def test_images(self, shared: bool = False) -> Iterator[tuple[Tensor, Tensor]]:
         """Normalised test images and their labels, batch by batch; of each this rank's part if ``shared``."""
-        for images, labels in test_batches(self.data, self.images, self.size, self.device, shared=shared):
+        for images, labels in evaluation_batches(self.data, self.batching, self.size, self.device, shared=shared):
             yield self.normalize(images), labels.to(self.device)
 
     @torch.no_grad()
     def features(self, encode: Callable[[Tensor], Tensor], most: int = 10000) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Features and labels of the training images and of the test images, at most ``most`` of each."""
         self.model.eval()
-        once = dataclasses.replace(self.images, epochs=1, accumulate=1, batch_size=min(256, len(self.data.train)))
+        once = dataclasses.replace(self.batching, epochs=1, accumulate=1, batch_size=min(256, len(self.data.train)))
         parts = []
         for batches in (
             training_batches(self.data, once, self.size, 0, self.device, shared=True),
-            test_batches(self.data, once, self.size, self.device, shared=True),
+            evaluation_batches(self.data, once, self.size, self.device, shared=True),
         ):
             features, labels, count = [], [], 0
             for images, label in batches:
@@ -249,7 +250,7 @@ class Pretrainer(Engine):
         return s.learning_rate * 0.5 * (1 + math.cos(math.pi * (self.step - warmup) / max(1, self.steps - warmup)))
 
     def batches(self, start: int) -> Iterator[Tensor]:
-        for images, _ in training_batches(self.data, self.images, self.size, start, self.device, shared=True):
+        for images, _ in training_batches(self.data, self.batching, self.size, start, self.device, shared=True):
             yield images
 
     def loss(self, batch: Tensor, number: int) -> Tensor:

@@ -10,7 +10,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 
 
 class Report:
-    """Shows (epoch, loss, accuracy, images/s, time left); ``with Report(total) as report``."""
+    """A run's progress, of ``total`` steps: ``with Report(total) as report``."""
 
     LINE_SECONDS = 10.0
 
@@ -39,12 +39,6 @@ class Report:
     def line(self, text: str) -> None:
         """A line that stays."""
         self.console.print(text, markup=False, soft_wrap=True)
-
-    def update(self, step: int, epoch: int, loss: float, accuracy: float, rate: float, left: float) -> None:
-        text = (
-            f"epoch {epoch}  loss {loss:.4f}  accuracy {100 * accuracy:.1f} %  {rate:.0f} images/s  {clock(left)} left"
-        )
-        self.show(step, text)
 
     def show(self, step: int, text: str) -> None:
         """Where the run is: in the bar at once, as a line now and then."""

@@ -1,44 +1,23 @@
-"""How fast a model runs: the automatic backend against ``reference``, and bf16 against fp32, on one real batch."""
+"""How fast a model runs: the requested (or automatic) backend against ``reference``, on one real batch."""
 
 from __future__ import annotations
 
 import copy
-import statistics
-import time
-from collections.abc import Callable, Mapping
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from ..agreement import Verdict, judge
 from ..ops import requested_backend, use_backend
+from ..timing import medians
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-def interleaved_medians(
-    functions: Mapping[str, Callable[[], object]], repeats: int, device: torch.device
-) -> dict[str, float]:
-    """Median seconds of each function. They take turns, so that a busy machine slows all of them alike."""
-    times: dict[str, list[float]] = {name: [] for name in functions}
-    for turn in range(-2, repeats):  # the first two turns warm up
-        for name, function in functions.items():
-            synchronize(device)
-            start = time.perf_counter()
-            function()
-            synchronize(device)
-            if turn >= 0:
-                times[name].append(time.perf_counter() - start)
-    return {name: statistics.median(values) for name, values in times.items()}
-
-
-def synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
 def training_step(model: nn.Module, images: Tensor, labels: Tensor, precision: str, backend: str | None = None):
-    """Forward, loss and backward, without the optimiser; gradients are left on the model."""
+    """Forward, loss and backward, without the optimizer; gradients are left on the model."""
     model.zero_grad()
     with use_backend(backend), torch.autocast(images.device.type, torch.bfloat16, enabled=precision == "bf16"):
         logits = model(images)
@@ -54,14 +33,9 @@ def faster_precision(model: nn.Module, images: Tensor, labels: Tensor) -> str:
     """
     model = copy.deepcopy(model).train()
     images, labels = _some(model, images, labels)
-    times = interleaved_medians(
-        {
-            precision: lambda p=precision: training_step(model, images, labels, p, requested_backend())
-            for precision in DTYPES
-        },
-        5,
-        images.device,
-    )
+    backend = requested_backend()
+    runs = {name: partial(training_step, model, images, labels, name, backend) for name in DTYPES}
+    times = medians(runs, images.device, 5)
     return "bf16" if times["bf16"] < 0.9 * times["fp32"] else "fp32"
 
 
@@ -74,8 +48,9 @@ def against_reference(model: nn.Module, images: Tensor, labels: Tensor, precisio
     model = copy.deepcopy(model).eval()  # dropout would make the outputs differ
     backend = requested_backend()
     few = _some(model, images, labels)
-    check_agreement(model, *few, precision, backend)
-
+    verdict = agreement(model, *few, precision, backend)
+    if not verdict.passed:
+        raise RuntimeError(f"the backends disagree, so no speed is measured ({verdict.detail})")
     inference = copy.deepcopy(model).prepare_for_inference()
 
     @torch.no_grad()
@@ -83,18 +58,14 @@ def against_reference(model: nn.Module, images: Tensor, labels: Tensor, precisio
         with use_backend(name), torch.autocast(images.device.type, torch.bfloat16, enabled=precision == "bf16"):
             inference(images)
 
-    repeats = 15 if len(few[0]) == len(images) else 5
+    rounds = 15 if len(few[0]) == len(images) else 5
     result = {}
     for what, function in (
         ("forward", forward),
-        ("training step", lambda name: training_step(model, images, labels, precision, name)),
+        ("training step", partial(training_step, model, images, labels, precision)),
     ):
-        seconds = interleaved_medians(
-            {"ours": lambda f=function: f(backend), "reference": lambda f=function: f("reference")},
-            repeats,
-            images.device,
-        )
-        rates = {name: len(images) / value for name, value in seconds.items()}
+        runs = {"ours": partial(function, backend), "reference": partial(function, "reference")}
+        rates = {name: len(images) / value for name, value in medians(runs, images.device, rounds).items()}
         result[what] = {
             "images_per_second": rates["ours"],
             "reference_images_per_second": rates["reference"],
@@ -103,29 +74,17 @@ def against_reference(model: nn.Module, images: Tensor, labels: Tensor, precisio
     return result
 
 
-def check_agreement(model: nn.Module, images: Tensor, labels: Tensor, precision: str, backend: str | None) -> None:
-    """Logits and gradient err no more than twice as much as the reference backend's do in the same precision.
+def agreement(model: nn.Module, images: Tensor, labels: Tensor, precision: str, backend: str | None) -> Verdict:
+    """Hold the logits and gradients of ``backend`` against the exact ones: see :mod:`crate_kernels.agreement`."""
 
-    The truth is the reference backend in float64. One rounding of the truth's norm is granted on top, since either
-    error may happen to be near zero.
-    """
-
-    def results(model: nn.Module, images: Tensor, precision: str, name: str | None) -> dict[str, Tensor]:
+    def results(model: nn.Module, images: Tensor, precision: str, name: str | None) -> list[Tensor]:
         logits = training_step(model, images, labels, precision, name)
-        gradients = [p.grad.double().flatten() for p in model.parameters() if p.grad is not None]
-        return {"logits": logits.double(), "the gradient": torch.cat(gradients)}
+        return [logits, *(p.grad.clone() for p in model.parameters() if p.grad is not None)]
 
-    truth = results(copy.deepcopy(model).double(), images.double(), "fp64", "reference")
+    exact = results(copy.deepcopy(model).double(), images.double(), "fp64", "reference")
     reference = results(model, images, precision, "reference")
     ours = results(model, images, precision, backend)
-    for name, exact in truth.items():
-        rounding = torch.finfo(DTYPES[precision]).eps * exact.norm()
-        budget = 2 * (reference[name] - exact).norm() + rounding
-        error = (ours[name] - exact).norm()
-        if not error <= budget:
-            raise RuntimeError(
-                f"the backends disagree on {name}: the error {error:.2e} exceeds {budget:.2e}; no speed is measured"
-            )
+    return judge(ours, exact, reference, DTYPES[precision], kinks=True, together=True)
 
 
 def _some(model: nn.Module, images: Tensor, labels: Tensor, tokens: int = 4096) -> tuple[Tensor, Tensor]:

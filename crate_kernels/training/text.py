@@ -18,26 +18,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..data.text import Corpus, python_manual, read_text
 from ..distributed import launch
 from ..models import CrateBert, CrateGPT, CrateModel
 from ..models.bert import mask_tokens
 from ..models.checkpoint import write_atomically
 from ..models.generation import stream_text
 from ..models.gpt import IGNORED_TARGET
-from ..models.tokenizers import TOKENIZERS, Tokenizer, create_tokenizer, word_starts
+from ..models.tokenizers import TOKENIZERS, create_tokenizer, word_starts
 from ..ops.backends import BACKENDS
 from ..version import __version__
-from . import engine
+from . import command
 from .config import FREE, EngineOptions, option
-from .data import digest
 from .engine import Engine, Meter
 from .progress import Report, clock
 
-EVALUATION_TOKENS = 1 << 16
-"""About how many validation tokens an evaluation reads, evenly spread where there are more."""
-
-
-RECIPES: dict[str, dict[str, Any]] = {
+MODEL_DEFAULTS: dict[str, dict[str, Any]] = {
     # Filling in asks one token in seven: with fewer texts a step it stays at the tokens' frequencies.
     "bert": dict(dim=128, batch_size=32, warmup_steps=100, steps=2000),
 }
@@ -107,51 +103,7 @@ class TextConfig(EngineOptions):
         self.check_engine()
 
 
-# -- data --------------------------------------------------------------------------------------------------------------
-
-
-def python_manual() -> str:
-    """The language reference that Python's own ``help()`` shows, without its tables: about 425,000 characters."""
-    from pydoc_data.topics import topics
-
-    lines = "\n\n".join(topics[name] for name in sorted(topics)).split("\n")
-    # Tables are drawn with rules and long runs of blanks, and a model would spend its samples on them.
-    return "\n".join(line for line in lines if not line.lstrip().startswith(("|", "+")))
-
-
-class Corpus:
-    """A tokenized text: the first nine tenths to train on, the rest to judge by.
-
-    Args:
-        text: all of it.
-        tokenizer: cuts it.
-        context: the longest window that is read.
-    """
-
-    def __init__(self, text: str, tokenizer: Tokenizer, context: int):
-        tokens = torch.tensor(tokenizer.encode(text), dtype=torch.int32)
-        cut = len(tokens) * 9 // 10
-        self.tokenizer, self.context = tokenizer, context
-        self.train, self.validation = tokens[:cut], tokens[cut:]
-        if len(self.validation) <= context:
-            raise ValueError(
-                f"the text has {len(tokens)} tokens; a tenth of it must be longer than --context {context}"
-            )
-        self.fingerprint = f"a text of {len(tokens):,} tokens (sha256 {digest(tokens.numpy())})"
-        self.bytes_per_token = len(tokenizer.to_bytes(self.validation.tolist())) / len(self.validation)
-        # One token more than the tokenizer's, for masks; a multiple of 64 as GPT-2's 50,304 is.
-        self.mask_token = tokenizer.vocab_size
-        self.vocab_size = -(-(tokenizer.vocab_size + 1) // 64) * 64
-
-    def windows(self, count: int, size: int, generator: torch.Generator) -> Tensor:
-        """Random pieces of the training text ``(count, size)`` int64."""
-        starts = torch.randint(len(self.train) - size + 1, (count,), generator=generator)
-        return self.train[starts[:, None] + torch.arange(size)].long()
-
-    def validation_windows(self, size: int) -> Tensor:
-        """Pieces of the validation text that do not overlap, evenly spread: ``(count, size)`` int64."""
-        pieces = self.validation[: len(self.validation) // size * size].view(-1, size)
-        return pieces[:: max(1, pieces.numel() // EVALUATION_TOKENS)].long()
+# -- tasks -------------------------------------------------------------------------------------------------------------
 
 
 class Task:
@@ -285,7 +237,7 @@ class TextTrainer(Engine):
 
     @classmethod
     def resolve(cls, options: dict[str, Any]) -> TextConfig:
-        settings = TextConfig(**RECIPES.get(options.get("model"), {}) | options)
+        settings = TextConfig(**MODEL_DEFAULTS.get(options.get("model"), {}) | options)
         settings.check()
         return settings
 
@@ -429,20 +381,12 @@ class TextTrainer(Engine):
         )
 
 
-def read_text(path: Path) -> str:
-    """The content of a UTF-8 text file."""
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is no UTF-8 text: {error}") from error
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """All options of :class:`TextConfig`, and ``--resume``."""
     parser.epilog = "Without options: the Python manual that comes with Python, in a few minutes on two cores."
-    engine.add_arguments(parser, TextTrainer)
+    command.add_arguments(parser, TextTrainer)
 
 
 def run(args: argparse.Namespace) -> int:
     """Train as the command line says; ends with the figures on the validation text and a sample."""
-    return engine.run(args, TextTrainer)
+    return command.run(args, TextTrainer)

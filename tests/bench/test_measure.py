@@ -6,8 +6,8 @@ import time
 import pytest
 import torch
 
-from crate_kernels import cli, ops
-from crate_kernels.bench import cases, command, cost, gate, models, operators, timing
+from crate_kernels import agreement, cli, ops, timing
+from crate_kernels.bench import cases, command, cost, models, operators, peaks
 
 CPU = torch.device("cpu")
 CEILINGS = cost.Ceilings(1e10, 1e11, 1e9)
@@ -37,7 +37,7 @@ def test_rounds_are_interleaved_and_the_slower_call_measures_slower():
 
 
 def test_ceilings_are_positive():
-    found = timing.ceilings(CPU, [torch.float32], quick=True)
+    found = peaks.ceilings(CPU, [torch.float32], quick=True)
     assert found["copy"] > 0
     assert found["product"]["float32"] > 0
     assert found["exponentials"] > 0
@@ -90,9 +90,9 @@ def test_a_wrong_step_behind_a_relu_is_refused():
 
 def test_gate_counts_tensors_and_looks_at_shapes():
     one = [torch.ones(2, 2)]
-    assert gate.judge(one, [t.double() for t in one], one, torch.float32, kinks=False).passed
-    assert not gate.judge(one * 2, [t.double() for t in one], one, torch.float32, kinks=False).passed
-    assert not gate.judge([one[0][:1]], [t.double() for t in one], one, torch.float32, kinks=False).passed
+    assert agreement.judge(one, [t.double() for t in one], one, torch.float32, kinks=False).passed
+    assert not agreement.judge(one * 2, [t.double() for t in one], one, torch.float32, kinks=False).passed
+    assert not agreement.judge([one[0][:1]], [t.double() for t in one], one, torch.float32, kinks=False).passed
 
 
 def test_gradients_of_a_model_are_judged_together():
@@ -106,10 +106,10 @@ def test_gradients_of_a_model_are_judged_together():
     literal[7] = exact[7].clone()  # a lucky one: nothing is left of its budget but a rounding
     good[7] = off(1e-6, exact[7:8])[0]
     judged = dict(dtype=torch.float32, kinks=False)
-    assert not gate.judge(good, exact, literal, **judged).passed
-    assert gate.judge(good, exact, literal, together=True, **judged).passed
+    assert not agreement.judge(good, exact, literal, **judged).passed
+    assert agreement.judge(good, exact, literal, together=True, **judged).passed
     for wrong in (exact[7] * 1.01, -exact[7], exact[7] * float("nan")):
-        assert not gate.judge([*good[:7], wrong, *good[8:]], exact, literal, together=True, **judged).passed
+        assert not agreement.judge([*good[:7], wrong, *good[8:]], exact, literal, together=True, **judged).passed
 
 
 def test_a_wrong_model_is_refused():

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from crate_kernels.bench import command, dispatch, report, results, timing
+from crate_kernels import timing
+from crate_kernels.bench import command, dispatch, report, results
 
 from . import sample
 from .test_measure import parsed

@@ -12,9 +12,11 @@ import torch.distributed as dist
 pytest.importorskip("timm")
 pytest.importorskip("rich")
 
+from crate_kernels.data import batches as data
+from crate_kernels.data.images import ImageData, Split
 from crate_kernels.distributed import launch, sharded_files, sharding
 from crate_kernels.models import CheckpointError
-from crate_kernels.training import checkpoints, data
+from crate_kernels.training import checkpoints
 
 from .ranks import run_on_ranks
 from .trainers import RUNS, follow
@@ -236,11 +238,11 @@ def test_the_newer_state_counts(tmp_path):
 @pytest.mark.parametrize("augmented", [False, True])
 def test_the_parts_of_a_batch_are_the_batch(mirrored, augmented):
     generator = np.random.default_rng(0)
-    split = data.Split(generator.integers(0, 256, (20, 12, 12), dtype=np.uint8), np.arange(20))
-    digits = data.ImageData("digits", list("ab"), split, split, (0.5,), (0.5,), (12, 12))
+    split = Split(generator.integers(0, 256, (20, 12, 12), dtype=np.uint8), np.arange(20))
+    digits = ImageData("digits", list("ab"), split, split, (0.5,), (0.5,), (12, 12))
     options = dict(crop=0.5, flip=0.5) if augmented else dict(crop=1.0, flip=0.0)
-    config = data.Config(batch_size=8, epochs=1, workers=0, **options)
-    transform = data._transform(digits, config, (12, 12), training=True) if augmented else None
+    batching = data.Batching(8, workers=0, **options)
+    transform = data._transform(digits, batching, (12, 12), training=True) if augmented else None
     item = 3, np.arange(20)[4:12]
 
     def batch(part):

@@ -3,6 +3,7 @@
 import torch
 
 from crate_kernels import ops
+from crate_kernels.agreement import judge
 
 
 def outputs_and_gradients(model, function, backend=None):
@@ -46,18 +47,10 @@ def logits_and_gradients(model, images, backend):
     return [logits.detach(), *gradients]
 
 
-def assert_within_budget(got, literal, exact, eps):
-    """The budget of the operators, for the logits and all gradients together, each relative to its own norm.
-
-    Tensor by tensor the literal errors, which set the budget, are a few roundings of luck: of thirty some are tiny.
-    A gradient that is wrong, however small, is wrong by about its norm and breaks the sum.
-    """
-
-    def distance(results):
-        relative = [(r - e).norm() / e.norm() for r, e in zip(results, exact, strict=True)]
-        return torch.stack(relative).norm().item()
-
-    assert distance(got) <= 2 * distance(literal) + eps
+def assert_within_budget(got, reference, exact, dtype):
+    """Logits and all gradients together are within the error budget of a whole model: ``crate_kernels.agreement``."""
+    verdict = judge(got, exact, reference, dtype, kinks=False, together=True)
+    assert verdict.passed, verdict.detail
 
 
 def attention(x, mssa):

@@ -13,8 +13,10 @@ from .parity import assert_backends_agree
 pytest.importorskip("timm")
 pytest.importorskip("rich")
 
-from crate_kernels.training import data, dino, mae, pretrain
-from crate_kernels.training.data import DataError, ImageData, Split
+
+from crate_kernels.data import images as data
+from crate_kernels.data.images import DataError, ImageData, Split
+from crate_kernels.training import dino, mae, pretrain
 
 SMALL = dict(image_size=8, patch_size=4, dim=16, depth=2, heads=2, dim_head=8, hidden=12, bottleneck=6)
 

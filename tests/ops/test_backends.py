@@ -78,7 +78,7 @@ print(IMPLEMENTATIONS["triton"])
 
 def test_the_report_names_every_operator_and_backend():
     table = collect_env.backend_report(torch.device("cpu"))
-    assert set(table) == set(collect_env.OPERATORS)
+    assert set(table) == set(ops.OPERATORS)
     for reasons in table.values():
         assert set(reasons) == set(backends.BACKENDS)
         assert reasons["eager"] == reasons["reference"] == "yes"

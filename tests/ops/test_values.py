@@ -7,11 +7,8 @@ from torch.autograd import gradcheck
 from crate_kernels import ops
 from crate_kernels.ops.subspace_attention import eager as eager_attention
 
+from . import oracle
 from .cases import CASES, SMALL
-
-
-def error(got, expected):
-    return (got.double() - expected).abs().max().item() if expected.numel() else 0.0
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -25,20 +22,7 @@ def test_eager_equals_reference_in_float64(name):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("name", [n for n in CASES if CASES[n].tensors[0].numel()])
 def test_eager_is_as_exact_as_the_reference_in_each_dtype(name, dtype):
-    # The oracle sees the rounded inputs, so only the arithmetic is judged.
-    rounded = CASES[name].to(dtype)
-    oracle = rounded.to(torch.float64).run(backend="reference")
-    literal, fused = rounded.run(backend="reference"), rounded.run(backend="eager")
-    for exact, reference, got in zip(oracle, literal, fused, strict=True):
-        assert got.dtype == dtype
-        if not reference.isfinite().all():
-            continue  # float16 overflows in the literal arithmetic itself
-        # The backward recomputes the softmax from its float32 log-normaliser: scores of size |S|, rounded in both
-        # directions, move the probabilities by a few eps·|S|, where the literal form keeps them.
-        recomputed = 4 * torch.finfo(torch.float32).eps * rounded.largest_score()
-        rounding = (torch.finfo(dtype).eps + recomputed) * exact.abs().max().item()
-        budget = 2 * error(reference, exact) + rounding
-        assert error(got, exact) <= budget
+    oracle.check(CASES[name], dtype, "eager")
 
 
 @pytest.mark.parametrize("backend", ["reference", "eager"])

@@ -13,11 +13,12 @@ import pytest
 import torch
 
 from crate_kernels.cli import main
+from crate_kernels.data.images import ImageSource, load
 from crate_kernels.models import load_model
 from crate_kernels.models.checkpoint import read
-from crate_kernels.training import checkpoints, data, speed
+from crate_kernels.training import checkpoints, speed
 from crate_kernels.training.classifier import Trainer
-from crate_kernels.training.config import RECIPES, resolve
+from crate_kernels.training.config import DATA_DEFAULTS, resolve
 
 pytest.importorskip("mlxtend")
 
@@ -33,8 +34,8 @@ STATEFUL = shlex.split(
 @pytest.fixture(autouse=True)
 def few_repeats(monkeypatch):
     """Speeds are checked for sense in one test; elsewhere one measurement is as good as many."""
-    measure = speed.interleaved_medians
-    monkeypatch.setattr(speed, "interleaved_medians", lambda functions, repeats, device: measure(functions, 1, device))
+    medians = speed.medians
+    monkeypatch.setattr(speed, "medians", lambda runs, device, rounds: medians(runs, device, 1))
 
 
 def weights(folder, name="model.safetensors"):
@@ -77,7 +78,7 @@ def test_what_a_run_leaves(learned):
             assert rate["ratio"] == pytest.approx(rate["images_per_second"] / rate["reference_images_per_second"])
     assert (learned / "layerwise.png").read_bytes()[:4] == b"\x89PNG"
     # the accuracy is that of the saved weights, normalised as the metadata says
-    digits = data.load(resolve({})).test
+    digits = load(ImageSource()).test
     images = (torch.from_numpy(digits.images)[:, None] / 255 - metadata["mean"][0]) / metadata["std"][0]
     with torch.no_grad():
         correct = (model.eval()(images).argmax(1) == torch.from_numpy(digits.labels)).float().mean().item()
@@ -181,8 +182,8 @@ def test_errors_are_one_sentence(options, message, tmp_path, capsys):
     assert len(error.splitlines()) == 1
 
 
-def test_recipes_are_complete():
-    for name in [*RECIPES, "photos"]:
+def test_the_defaults_of_every_data_set_are_complete():
+    for name in [*DATA_DEFAULTS, "photos"]:
         config = resolve({"data": name})
         assert config.model or config.dim % config.heads == 0
 

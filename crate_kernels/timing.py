@@ -1,20 +1,19 @@
-"""Clocks: interleaved rounds over all contenders, quantiles, paired ratios, and the ceilings of the device.
+"""The timer: interleaved rounds over several functions, quantiles, and ratios taken round by round.
 
-Every round times each contender once, in a shuffled order, so that a busy spell or a falling clock touches all of
-them; a ratio is the median over rounds of ratios taken within one round. On CUDA the samples are device events, the
-L2 cache is overwritten before each short sample, and what launches many small kernels is replayed as a CUDA graph.
+Every round times each function once, in a shuffled order, so that a busy spell or a falling clock touches all of them.
+A ratio is the median over rounds of the ratios within one round. On CUDA the samples are device events, the L2 cache is
+overwritten before each short sample, and a function that launches many small kernels is replayed as a CUDA graph.
 """
 
 from __future__ import annotations
 
 import functools
 import random
+import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
-
-from ..ops.products import LONGEST, multiply
 
 SHORTEST_SAMPLE = 1e-3
 """Seconds; on the CPU faster calls are repeated within a sample, far above the clock's resolution."""
@@ -45,10 +44,10 @@ def measure(
     rounds: tuple[int, int] = (5, 100),
     cold: bool = False,
 ) -> dict[str, list[float]]:
-    """Seconds per call of every contender, one value a round.
+    """Seconds per call of every function, one value a round.
 
     Args:
-        runs: contender -> call; they have run once already.
+        runs: name -> function; each has run once already.
         seconds: when the minimum of ``rounds`` is done, stop after so long.
         rounds: least and most rounds.
         cold: overwrite the L2 cache before each sample (CUDA).
@@ -66,6 +65,14 @@ def measure(
         for name, value in sample({name: runs[name] for name in order}).items():
             found[name].append(value)
     return found
+
+
+def medians(runs: Mapping[str, Callable[[], object]], device: torch.device, rounds: int) -> dict[str, float]:
+    """Median seconds per call of every function over so many rounds, after two calls of each to warm up."""
+    for run in (*runs.values(), *runs.values()):
+        run()
+    samples = measure(runs, device, seconds=0, rounds=(rounds, rounds))
+    return {name: statistics.median(values) for name, values in samples.items()}
 
 
 def _cpu_round(runs: Mapping[str, Callable]) -> Callable[[Mapping[str, Callable]], dict[str, float]]:
@@ -135,41 +142,3 @@ def peak_memory(run: Callable[[], object], device: torch.device) -> int | None:
     run()
     torch.cuda.synchronize()
     return torch.cuda.max_memory_allocated() - before
-
-
-# -- ceilings --------------------------------------------------------------------------------------------------------
-
-
-def ceilings(device: torch.device, dtypes: Sequence[torch.dtype], quick: bool = False) -> dict:
-    """Measured now: bytes per second of a large copy, operations per second of a large product in each dtype.
-
-    Random data: zeros draw less power and run faster than anything real. Exponentials are measured on the CPU (in
-    cache) and, on CUDA, computed: 16 a cycle and multiprocessor at the highest clock.
-    """
-    on_gpu = device.type == "cuda"
-    elements = 1 << (16 if quick else 30 if on_gpu else 27)
-    # On the CPU no longer than the sums that ``multiply`` leaves whole, as those over a model's channels are.
-    side = 128 if quick else 8192 if on_gpu else LONGEST
-    seconds, rounds = (0.05, (3, 5)) if quick else (2.0, (7, 30))
-
-    def best(run: Callable[[], object]) -> float:
-        run()
-        return quantiles(measure({"": run}, device, seconds=seconds, rounds=rounds)[""])["p50"]
-
-    source = torch.empty(elements, dtype=torch.uint8, device=device).random_(0, 255)
-    target = torch.empty_like(source)
-    found: dict = {"copy": 2 * elements / best(functools.partial(target.copy_, source)), "product": {}}
-    for dtype in dtypes:
-        a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
-        product = best(functools.partial(multiply, a, b))
-        found["product"][str(dtype).removeprefix("torch.")] = 2 * side**3 / product
-    if on_gpu:
-        properties = torch.cuda.get_device_properties(device)
-        clock = getattr(properties, "clock_rate", 0) * 1e3
-        found["exponentials"] = 16 * properties.multi_processor_count * clock or None
-        found["exponentials_are"] = "computed: 16 a cycle and multiprocessor at the highest clock"
-    else:
-        x, out = torch.randn(2, 1 << 15)
-        found["exponentials"] = x.numel() / best(lambda: torch.exp(x, out=out))
-        found["exponentials_are"] = "measured: torch.exp of a float32 tensor in cache"
-    return found

@@ -1,0 +1,46 @@
+"""What the device can do at most, measured: the roof of the roofline."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+
+import torch
+
+from ..ops.products import LONGEST, multiply
+from ..timing import measure, quantiles
+
+
+def ceilings(device: torch.device, dtypes: Sequence[torch.dtype], quick: bool = False) -> dict:
+    """Measured now: bytes per second of a large copy, operations per second of a large product in each dtype.
+
+    Random data: zeros draw less power and run faster than anything real. Exponentials are measured on the CPU (in
+    cache) and, on CUDA, computed: 16 a cycle and multiprocessor at the highest clock.
+    """
+    on_gpu = device.type == "cuda"
+    elements = 1 << (16 if quick else 30 if on_gpu else 27)
+    # On the CPU no longer than the sums that ``multiply`` leaves whole, as those over a model's channels are.
+    side = 128 if quick else 8192 if on_gpu else LONGEST
+    seconds, rounds = (0.05, (3, 5)) if quick else (2.0, (7, 30))
+
+    def best(run: Callable[[], object]) -> float:
+        run()
+        return quantiles(measure({"": run}, device, seconds=seconds, rounds=rounds)[""])["p50"]
+
+    source = torch.empty(elements, dtype=torch.uint8, device=device).random_(0, 255)
+    target = torch.empty_like(source)
+    found: dict = {"copy": 2 * elements / best(functools.partial(target.copy_, source)), "product": {}}
+    for dtype in dtypes:
+        a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
+        product = best(functools.partial(multiply, a, b))
+        found["product"][str(dtype).removeprefix("torch.")] = 2 * side**3 / product
+    if on_gpu:
+        properties = torch.cuda.get_device_properties(device)
+        clock = getattr(properties, "clock_rate", 0) * 1e3
+        found["exponentials"] = 16 * properties.multi_processor_count * clock or None
+        found["exponentials_are"] = "computed: 16 a cycle and multiprocessor at the highest clock"
+    else:
+        x, out = torch.randn(2, 1 << 15)
+        found["exponentials"] = x.numel() / best(lambda: torch.exp(x, out=out))
+        found["exponentials_are"] = "measured: torch.exp of a float32 tensor in cache"
+    return found

@@ -1,0 +1,41 @@
+"""Tiny data sets on disk, in the layouts that the readers take."""
+
+import gzip
+import struct
+
+import numpy as np
+import pytest
+
+
+def write_idx(path, array, compress):
+    content = bytes([0, 0, 8, array.ndim]) + struct.pack(f">{array.ndim}I", *array.shape) + array.tobytes()
+    path.write_bytes(gzip.compress(content) if compress else content)
+
+
+@pytest.fixture
+def fashion_root(tmp_path):
+    """A torchvision ``FashionMNIST`` root: 40 + 20 images, the test half not gzipped."""
+    raw = tmp_path / "data" / "FashionMNIST" / "raw"
+    raw.mkdir(parents=True)
+    generator = np.random.default_rng(0)
+    for prefix, count, compress in (("train", 40, True), ("t10k", 20, False)):
+        ending = "-ubyte.gz" if compress else "-ubyte"
+        images = generator.integers(0, 256, (count, 28, 28), dtype=np.uint8)
+        write_idx(raw / f"{prefix}-images-idx3{ending}", images, compress)
+        write_idx(raw / f"{prefix}-labels-idx1{ending}", np.arange(count, dtype=np.uint8) % 10, compress)
+    return tmp_path / "data"
+
+
+@pytest.fixture
+def image_root(tmp_path):
+    """Class folders ``blue`` and ``red``, 10 photos each, of different sizes and modes."""
+    from PIL import Image
+
+    root = tmp_path / "photos"
+    for name, colour in (("blue", (0, 0, 220)), ("red", (220, 0, 0))):
+        (root / name).mkdir(parents=True)
+        for i in range(10):
+            image = Image.new("RGB", (40 + i, 30), colour)
+            image = image.convert("P") if i == 3 else image
+            image.save(root / name / f"{i}.png")
+    return root

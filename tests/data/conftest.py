@@ -1,0 +1,4 @@
+import pytest
+
+pytest.importorskip("timm")
+pytest.importorskip("torchvision")

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from . import ops
+from .ops import checks
 
 
 class MSSA(nn.Module):
@@ -43,10 +44,13 @@ class MSSA(nn.Module):
         rotary: float | None = None,
     ):
         super().__init__()
+        checks.positive_ints(dim=dim, heads=heads)
+        checks.dropout("dropout", dropout)
         if dim_head is None:
             if dim % heads:
                 raise ValueError(f"heads: {heads} does not divide dim = {dim}; give dim_head")
             dim_head = dim // heads
+        checks.positive_int("dim_head", dim_head)
         if rotary is not None and dim_head % 2:
             raise ValueError(f"rotary: turns pairs of channels, so dim_head must be even; got {dim_head}")
         self.heads = heads
@@ -226,6 +230,7 @@ class ISTA(KeepsFolded, nn.Module):
 
     def __init__(self, dim: int, *, step_size: float = 0.1, lambd: float = 0.1, learnable: str | None = None):
         super().__init__()
+        checks.positive_int("dim", dim)
         self.step_size, self.lambd = _step_parameters(step_size, lambd, learnable, dim)
         self.weight = nn.Parameter(torch.empty(dim, dim))
         self.reset_parameters()
@@ -355,6 +360,7 @@ class OvercompleteISTA(nn.Module):
         learnable: str | None = None,
     ):
         super().__init__()
+        checks.positive_ints(dim=dim, expansion=expansion)
         self.step_size, self.lambd = _step_parameters(step_size, lambd, learnable, expansion * dim)
         self.D = nn.Parameter(torch.empty(dim, expansion * dim))
         self.D1 = None if tied else nn.Parameter(torch.empty(dim, expansion * dim))

@@ -12,6 +12,13 @@ from ..nn import prepare_for_inference
 from . import checkpoint
 
 
+def _plain(value):
+    """An argument as JSON can hold it: NumPy's numbers become Python's."""
+    if isinstance(value, tuple | list):
+        return type(value)(map(_plain, value))
+    return value.item() if hasattr(value, "item") else value
+
+
 class CrateModel(nn.Module):
     """Base of the models. A subclass sets ``layout`` and passes its constructor arguments as ``config``."""
 
@@ -20,7 +27,7 @@ class CrateModel(nn.Module):
 
     def __init__(self, config: Mapping[str, Any]):
         super().__init__()
-        self.config = dict(config)
+        self.config = {name: _plain(value) for name, value in config.items()}
 
     def load_state_dict(self, state_dict: Mapping[str, Tensor], strict: bool = True, assign: bool = False):
         """As :meth:`torch.nn.Module.load_state_dict`, and takes the family's public layout and wrapper prefixes too.

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ..nn import CrateBlock
+from ..ops import checks
 from .base import CrateModel
 from .checkpoint import KeyMap
 from .gpt import IGNORED_TARGET, always_project
@@ -92,6 +93,11 @@ class CrateBert(CrateModel):
                 heads=heads, dropout=dropout, emb_dropout=emb_dropout, num_classes=num_classes,
             )
         )  # fmt: skip
+        checks.positive_ints(
+            vocab_size=vocab_size, max_length=max_length, token_types=token_types, dim=dim, depth=depth, heads=heads
+        )
+        checks.integer("num_classes", num_classes)
+        checks.dropout("emb_dropout", emb_dropout)
         if dim % heads:
             raise ValueError(f"heads: {heads} does not divide dim = {dim}")
         self.vocab_size, self.max_length, self.num_classes = vocab_size, max_length, num_classes

@@ -1,15 +1,22 @@
 """Weights in files: safetensors as the native format, and the public layouts of other code as they are.
 
-A layout is a table from public key prefixes to the names used here, ``{i}`` standing for a layer's number. Files are
-never unpickled beyond tensors and plain containers.
+A layout is a table from public key prefixes to the names used here; ``{i}`` stands for a layer's number.
+
+Reading a file never runs code from it. torch rebuilds tensors and plain containers. Every other object in the file,
+such as the command-line arguments that a trainer saved beside the weights, becomes an empty :class:`Skipped`.
 """
 
 from __future__ import annotations
 
+import _compat_pickle
 import contextlib
 import json
 import os
+import pickle
+import pickletools
 import re
+import zipfile
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import BinaryIO
@@ -19,8 +26,11 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-WRAPPERS = ("state_dict", "model")
-"""Keys under which public checkpoints keep the weights beside an epoch, an optimiser and the like."""
+WRAPPERS = ("state_dict", "model", "model_state_dict", "teacher", "student", "checkpoint")
+"""Keys under which checkpoints hold the weights beside an epoch, an optimizer and the like, the preferred key first.
+
+``teacher`` and ``student`` are the networks of DINO's trainer, which evaluates the teacher.
+"""
 
 PREFIXES = ("module.", "_orig_mod.")
 """What DistributedDataParallel and torch.compile put before every key."""
@@ -107,12 +117,39 @@ def _translate(key: str, table) -> str | None:
     return None
 
 
+class Skipped:
+    """Stands for an object of a file that is neither a tensor nor a plain container. It holds nothing and does nothing.
+
+    torch's unpickler calls it in place of the object's class or function, which is never imported.
+    """
+
+    def __new__(cls, *arguments, **options):
+        return super().__new__(cls)
+
+    def __init__(self, *arguments, **options):
+        pass
+
+    def __setstate__(self, state):
+        pass
+
+
+class SkippedMapping(Skipped):
+    """Stands for an object of a subclass of ``dict``: its items are read, into an ordinary dictionary."""
+
+    def __new__(cls, *arguments, **options):
+        return OrderedDict()  # the one kind that torch's unpickler gives both items and attributes
+
+
 def read(path: str | os.PathLike) -> tuple[dict[str, Tensor], dict]:
     """The weights in a file, unwrapped, and what its metadata says of the model (empty for foreign files).
 
+    Objects other than tensors and plain containers are skipped without being imported, unless the caller has given
+    their classes to :func:`torch.serialization.add_safe_globals`.
+
     Raises:
         FileNotFoundError: there is no such file.
-        CheckpointError: the file is truncated, of another format, or would execute code when unpickled.
+        CheckpointError: the file is truncated or of another format, holds no weights, or cannot be read without
+            running code from it; the message names the class or function that the file asks for.
     """
     path = Path(path)
     if not path.is_file():
@@ -122,26 +159,116 @@ def read(path: str | os.PathLike) -> tuple[dict[str, Tensor], dict]:
             with safetensors.safe_open(path, framework="pt") as file:
                 metadata = json.loads((file.metadata() or {}).get(METADATA_KEY, "{}"))
                 return {key: file.get_tensor(key) for key in file.keys()}, metadata  # noqa: SIM118
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        content = _unpickle(path)
     except Exception as error:
-        kind = "safetensors file" if path.suffix == ".safetensors" else "checkpoint of tensors and plain containers"
-        size = path.stat().st_size
-        first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise CheckpointError(
-            f"{path} is not a readable {kind} ({size} bytes; truncated, or of another format): {first_line}"
-        ) from error
+        raise CheckpointError(f"{path} {_refusal(path, error)}") from error
     return unwrap(content, str(path)), {}
 
 
+def _unpickle(path: Path):
+    """The object in a file of torch.save, every unknown class in it replaced by a :class:`Skipped`."""
+    # torch prefers its own reading of the names that it knows. Those that the user has allowed are left to the user.
+    names = _pickled_names(path) - {_full_name(item) for item in torch.serialization.get_safe_globals()}
+    mappings = {"collections.defaultdict"}
+    while True:
+        stand_ins = [(_stand_in(name, SkippedMapping if name in mappings else Skipped), name) for name in sorted(names)]
+        try:
+            with torch.serialization.safe_globals(stand_ins):
+                return torch.load(path, map_location="cpu", weights_only=True)
+        except pickle.UnpicklingError as error:
+            # That a class is a mapping shows only when the file puts items in it.
+            found = re.search(r"Can only SETITEMS? for .* got <class '([^']+)'>", str(error))
+            if found is None or found[1] in mappings or found[1] not in names:
+                raise
+            mappings.add(found[1])
+
+
+def _stand_in(name: str, base: type[Skipped]) -> type[Skipped]:
+    module, _, short = name.rpartition(".")
+    return type(short, (base,), {"__module__": module})
+
+
+def _full_name(item) -> str:
+    return item[1] if isinstance(item, tuple) else f"{item.__module__}.{item.__qualname__}"
+
+
+def _pickled_names(path: Path) -> set[str]:
+    """The classes and functions that a file of torch.save names, read off the pickle without running it."""
+    try:
+        with open(path, "rb") as file:
+            if not zipfile.is_zipfile(file):
+                file.seek(0)
+                # Three small pickles that describe the file, then the object.
+                return {name for _ in range(4) for name in _globals(file)}
+            with zipfile.ZipFile(file) as archive:
+                records = [record for record in archive.namelist() if record.endswith("data.pkl")]
+                return {name for record in records for name in _globals(archive.read(record))}
+    except (ValueError, OSError, zipfile.BadZipFile):
+        return set()  # not a file of torch.save: torch.load says what is wrong with it
+
+
+def _globals(source) -> set[str]:
+    found = (argument.split(" ") for code, argument, _ in pickletools.genops(source) if code.name == "GLOBAL")
+    # Files keep the names of Python 2, which torch translates as the standard library does.
+    found = (_compat_pickle.NAME_MAPPING.get((module, name), (module, name)) for module, name in found)
+    return {f"{_compat_pickle.IMPORT_MAPPING.get(module, module)}.{name}" for module, name in found}
+
+
+def _refusal(path: Path, error: Exception) -> str:
+    """Why a file cannot be read, to follow its name. torch's own advice, to unpickle it with code, is left out."""
+    text = re.sub(r"\x1b\[\d*m", "", str(error)).strip()
+    if "TorchScript" in text:
+        return "is a TorchScript archive: load it with torch.jit.load and save its state_dict()"
+    if "persistent_load" in text:
+        return "holds a pickled module, which cannot be read without running code from it: save its state_dict()"
+    if named := re.search(r"GLOBAL (\S+)|got <class '([^']+)'>", text):
+        name = named[1] or named[2]
+        if "is blocked" in text:
+            return f"asks for {name}, which no checkpoint needs: it is damaged or made to do harm"
+        return (
+            f"cannot be read without running code from it: it asks for {name}. Save the weights alone, as"
+            f" torch.save(model.state_dict(), path), or, if you trust {name}, allow it before reading:"
+            f" torch.serialization.add_safe_globals([{name}])"
+        )
+    kind = "safetensors file" if path.suffix == ".safetensors" else "checkpoint of tensors and plain containers"
+    first_line = text.splitlines()[0] if text and "weights_only" not in text else type(error).__name__
+    return f"is not a readable {kind} ({path.stat().st_size} bytes; truncated, or of another format): {first_line}"
+
+
 def unwrap(content, source: str = "checkpoint") -> dict[str, Tensor]:
-    """The state dict inside a training checkpoint, without the prefixes of wrapper modules."""
-    for wrapper in WRAPPERS:
-        if isinstance(content, Mapping) and isinstance(content.get(wrapper), Mapping):
-            content = content[wrapper]
+    """The state dict inside a training checkpoint, without the prefixes of wrapper modules.
+
+    Of a network with keys ``backbone.…`` and ``head.…``, as DINO's trainer saves, it is the backbone's.
+
+    Raises:
+        CheckpointError: there is none; the message says what ``content`` holds instead.
+    """
+    while isinstance(content, Mapping) and (
+        wrapper := next((name for name in WRAPPERS if isinstance(content.get(name), Mapping)), None)
+    ):
+        content = content[wrapper]
     if not isinstance(content, Mapping) or not content or not all(isinstance(v, Tensor) for v in content.values()):
-        found = sorted(map(str, content))[:8] if isinstance(content, Mapping) else type(content).__name__
-        raise CheckpointError(f"{source} holds no state dict (a mapping of names to tensors); found {found}")
-    return strip_prefixes(content)
+        raise CheckpointError(
+            f"{source} holds no state dict (a mapping of names to tensors); found {_contents(content)}"
+        )
+    state = strip_prefixes(content)
+    if "backbone" in (parts := {key.partition(".")[0] for key in state}) and parts <= {"backbone", "head"}:
+        state = {key.removeprefix("backbone."): v for key, v in state.items() if key.startswith("backbone.")}
+    return state
+
+
+def _contents(content) -> str:
+    if not isinstance(content, Mapping):
+        return _kind(content)
+    others = [f"{key} ({_kind(value)})" for key, value in content.items() if not isinstance(value, Tensor)]
+    return _some(others, 8) or "an empty mapping"
+
+
+def _kind(value) -> str:
+    if isinstance(value, Skipped):
+        kind = type(value)
+        return f"an object of {kind.__module__}.{kind.__qualname__}, which is not read; of a module, save state_dict()"
+    return type(value).__name__
 
 
 def strip_prefixes(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

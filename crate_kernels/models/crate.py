@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ..nn import CrateBlock
+from ..ops import checks
 from .checkpoint import KeyMap
 from .vision import PatchEmbedding, VisionModel, interpolate_positions, pair
 
@@ -67,6 +68,10 @@ class CRATE(VisionModel):
                 emb_dropout=emb_dropout, ista=ista,
             )
         )  # fmt: skip
+        checks.positive_ints(dim=dim, depth=depth, heads=heads, channels=channels)
+        checks.integer("num_classes", num_classes)
+        checks.dropout("emb_dropout", emb_dropout)
+        checks.number("ista", ista, minimum=0.0)
         image_size, patch_size = pair("image_size", image_size), pair("patch_size", patch_size)
         if image_size[0] % patch_size[0] or image_size[1] % patch_size[1]:
             raise ValueError(f"image_size: {image_size} is no multiple of patch_size {patch_size}")
@@ -104,6 +109,7 @@ class CRATE(VisionModel):
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """A new head for ``num_classes``, none for 0; ``global_pool`` is as ``pool``, or timm's name of it."""
+        checks.integer("num_classes", num_classes)
         if global_pool is not None:
             self.pool = self.config["pool"] = pool_name(global_pool)
         self.num_classes = self.config["num_classes"] = num_classes

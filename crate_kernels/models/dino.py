@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear, normalize
 
+from ..ops import checks
 from .base import CrateModel
 from .crate import CRATE
 
@@ -70,6 +71,8 @@ class CrateDINO(CrateModel):
     """
 
     def __init__(self, *, hidden: int = 2048, bottleneck: int = 256, prototypes: int = 65536, **backbone):
+        checks.positive_ints(hidden=hidden, bottleneck=bottleneck)
+        checks.integer("prototypes", prototypes)
         backbone = dict(backbone, num_classes=0)
         super().__init__(dict(backbone, hidden=hidden, bottleneck=bottleneck, prototypes=prototypes))
         network = CRATE(**backbone)

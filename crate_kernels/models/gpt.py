@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..nn import CrateBlock, OvercompleteCrateBlock
+from ..ops import checks
 from . import generation
 from .base import CrateModel
 from .checkpoint import KeyMap
@@ -75,6 +76,9 @@ class CrateGPT(CrateModel):
             raise TypeError("give either a CrateGPTConfig or its fields, not both")
         config = config or CrateGPTConfig(**options)
         super().__init__(dataclasses.asdict(config))
+        sizes = ("block_size", "vocab_size", "n_layer", "n_head", "n_embd")
+        checks.positive_ints(**{name: getattr(config, name) for name in sizes})
+        checks.dropout("dropout", config.dropout)
         if config.n_embd % config.n_head:
             raise ValueError(f"n_head: {config.n_head} does not divide n_embd = {config.n_embd}")
         self.block_size, self.vocab_size, self.heads = config.block_size, config.vocab_size, config.n_head
@@ -120,6 +124,17 @@ class CrateGPT(CrateModel):
                 raise ValueError(f"idx: {idx.shape[1]} tokens, but block_size is {self.block_size}")
             positions = torch.arange(idx.shape[1], device=idx.device)
         return self.token_embedding(idx) + self.position_embedding(positions)
+
+    def upstream_state_dict(self) -> dict[str, Tensor]:
+        """The weights under the keys of the public code, bit for bit, and the causal masks that its base class keeps.
+
+        All layers share one mask ``(1, 1, block_size, block_size)``. The overcomplete class keeps none.
+        """
+        state = super().upstream_state_dict()
+        if not self.config["overcomplete"]:
+            mask = torch.ones(self.block_size, self.block_size, device=self.token_embedding.weight.device).tril()
+            state |= {f"transformer.h.{i}.attn.bias": mask[None, None] for i in range(len(self.blocks))}
+        return state
 
     def forward_features(self, idx: Tensor) -> Tensor:
         """``idx (B, N)`` -> tokens ``(B, N, n_embd)`` as the head sees them."""

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ..nn import CrateBlock, CrateDecoderBlock
+from ..ops import checks
 from .checkpoint import KeyMap
 from .vision import ConvPatchEmbedding, VisionModel, interpolate_positions, pair
 
@@ -77,6 +78,11 @@ class CrateMAE(VisionModel):
                 decoder_num_heads=decoder_num_heads, norm_pix_loss=norm_pix_loss, lambd=lambd,
             )
         )  # fmt: skip
+        checks.positive_ints(
+            in_chans=in_chans, embed_dim=embed_dim, depth=depth, num_heads=num_heads,
+            decoder_depth=decoder_depth, decoder_num_heads=decoder_num_heads,
+        )  # fmt: skip
+        checks.number("lambd", lambd, minimum=0.0)
         img_size, patch_size = pair("img_size", img_size), pair("patch_size", patch_size)
         if img_size[0] % patch_size[0] or img_size[1] % patch_size[1]:
             raise ValueError(f"img_size: {img_size} is no multiple of patch_size {patch_size}")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from numbers import Integral
+
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -220,7 +222,7 @@ def interpolate_positions(positions: Tensor, trained: tuple[int, int], grid: tup
 
 def pair(name: str, value: int | tuple[int, int]) -> tuple[int, int]:
     """``value`` as (height, width)."""
-    both = (value, value) if isinstance(value, int) else tuple(value)
-    if len(both) != 2 or any(not isinstance(v, int) or v < 1 for v in both):
+    both = tuple(value) if isinstance(value, tuple | list) else (value, value)
+    if len(both) != 2 or any(isinstance(v, bool) or not isinstance(v, Integral) or v < 1 for v in both):
         raise ValueError(f"{name}: expected a positive integer or a pair of them, got {value!r}")
     return both

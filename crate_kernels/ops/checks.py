@@ -51,12 +51,23 @@ def same_dtype(dtype: torch.dtype, also: tuple[torch.dtype, ...] = (), **values:
             )
 
 
+def integer(name: str, value, *, minimum: int = 0):
+    """``value`` is an integer of at least ``minimum`` (a symbolic size counts)."""
+    if isinstance(value, bool) or not isinstance(value, (numbers.Integral, torch.SymInt)):
+        raise TypeError(f"{name}: expected an integer, got {type(value).__name__}")
+    if value < minimum:
+        raise ValueError(f"{name}: expected at least {minimum}, got {value}")
+
+
 def positive_int(name: str, value):
     """``value`` is an integer of at least 1 (a symbolic size counts)."""
-    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
-        raise TypeError(f"{name}: expected an integer, got {type(value).__name__}")
-    if value < 1:
-        raise ValueError(f"{name}: expected at least 1, got {value}")
+    integer(name, value, minimum=1)
+
+
+def positive_ints(**values):
+    """Every value, given under its name, is an integer of at least 1."""
+    for name, value in values.items():
+        positive_int(name, value)
 
 
 def number(name: str, value, *, minimum: float | None = None) -> float:
@@ -66,6 +77,12 @@ def number(name: str, value, *, minimum: float | None = None) -> float:
     if minimum is not None and value < minimum:
         raise ValueError(f"{name}: expected at least {minimum}, got {value}")
     return float(value)
+
+
+def dropout(name: str, value):
+    """``value`` is a probability: a number in 0..1."""
+    if not 0 <= number(name, value) <= 1:
+        raise ValueError(f"{name}: expected a probability in 0..1, got {value}")
 
 
 def lengths(value: Tensor | None, batch: int, like: Tensor):

@@ -5,6 +5,7 @@ import torch
 from torch.autograd import gradcheck
 
 from crate_kernels import ops
+from crate_kernels.ops.subspace_attention import blocked
 from crate_kernels.ops.subspace_attention import eager as eager_attention
 
 from . import oracle
@@ -43,18 +44,18 @@ def test_gradients_are_bitwise_repeatable(name):
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("lengths", [None, [3, 11]])
 def test_blocked_attention_for_other_devices(causal, lengths, monkeypatch):
-    monkeypatch.setattr(eager_attention.blocked, "BLOCK_ELEMENTS", 2 * 2 * 11 * 4)  # blocks of 4 of the 11 queries
+    monkeypatch.setattr(blocked, "BLOCK_ELEMENTS", 2 * 2 * 11 * 4)  # blocks of 4 of the 11 queries
     w, value, grad = torch.randn(3, 2, 11, 2, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     lengths = None if lengths is None else torch.tensor(lengths)
     leaves = w.clone().requires_grad_(), value.clone().requires_grad_()
     expected = ops.subspace_attention(*leaves, causal=causal, lengths=lengths, scale=0.4, backend="reference")
     gradients = torch.autograd.grad(expected, leaves, grad)
-    o, lse = eager_attention.blocked_forward(w, value, lengths, 0.4, causal)
+    o, lse = blocked.blocked_forward(w, value, lengths, 0.4, causal)
     torch.testing.assert_close(o, expected, rtol=1e-10, atol=1e-10)
     _, flash_lse = eager_attention.forward(w, value, lengths, 0.4, causal)
     torch.testing.assert_close(lse, flash_lse, rtol=1e-10, atol=1e-10)
     for got, want in zip(
-        eager_attention.blocked_backward(grad, w, value, lengths, o, lse, 0.4, causal), gradients, strict=True
+        blocked.blocked_backward(grad, w, value, lengths, o, lse, 0.4, causal), gradients, strict=True
     ):
         torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-10)
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ..ista_step import eager as step
-from ..ista_step.triton import input_backward
+from .. import layer_norm as stock
+from ..ista_step import folding
+from ..ista_step import triton as ista_step
 from ..triton_kernels import launch, layer_norm
 from ..triton_kernels.product import fold_norm, product
-from . import eager
 
 
 def why_not(z: Tensor, *_) -> str | None:
@@ -26,9 +26,10 @@ def forward(
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``z (n, d)`` -> ``out (n, d)`` and the row statistics ``mean, rstd (n,)``."""
-    if not step.folds(z, folded):
-        return eager.forward(z, norm_weight, norm_bias, weight, folded, step_size, lambd, eps)
-    norm = fold_norm(step.fold(weight) if folded is None else folded, norm_weight, norm_bias, eps)
+    if not folding.folds(z, folded):
+        x, mean, rstd = stock.layer_norm(z, norm_weight, norm_bias, eps)
+        return ista_step.forward(x, weight, folded, step_size, lambd), mean, rstd
+    norm = fold_norm(folding.fold(weight) if folded is None else folded, norm_weight, norm_bias, eps)
     return product(z, norm, alpha=step_size, residual=z, shift=step_size * lambd, relu=True)
 
 
@@ -46,8 +47,10 @@ def backward(
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """-> ``(dz, dnorm_weight, dnorm_bias, dweight)``."""
-    if not step.folds(z, folded):
-        return eager.backward(grad, z, norm_weight, norm_bias, weight, folded, out, mean, rstd, step_size, eps)
-    dx, g = input_backward(grad, weight, folded, out, step_size)
+    if not folding.folds(z, folded):
+        x, _, _ = stock.layer_norm(z, norm_weight, norm_bias, eps)
+        dx, dweight = ista_step.backward(grad, x, weight, folded, out, step_size)
+        return *stock.layer_norm_backward(dx, z, norm_weight, norm_bias, mean, rstd), dweight
+    dx, g = ista_step.input_backward(grad, weight, folded, out, step_size)
     dz, dnorm_weight, dnorm_bias, x, _ = layer_norm.layer_norm_backward(dx, z, norm_weight, norm_bias, mean, rstd)
-    return dz, dnorm_weight, dnorm_bias, step.weight_backward(x, g, weight, step_size)
+    return dz, dnorm_weight, dnorm_bias, folding.weight_backward(x, g, weight, step_size)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from .. import backends, checks
-from . import eager, reference
+from . import folding, reference
 from .op import IMPLEMENTATIONS
 from .op import ista_step as operator
 
@@ -61,7 +61,7 @@ def fold(weight: Tensor) -> Tensor:
     Computed once it saves d³ multiplications in each later call (``ista_step(..., folded=M)``). Not differentiable.
     """
     checks.tensor("weight", weight, ("d", weight.shape[0] if isinstance(weight, Tensor) and weight.dim() else "d"))
-    return eager.fold(weight.detach())
+    return folding.fold(weight.detach())
 
 
 def check_dictionary(weight: Tensor, folded: Tensor | None, x: Tensor):

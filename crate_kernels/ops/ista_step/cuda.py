@@ -1,6 +1,6 @@
 """One ISTA step through cuBLASLt: residual, threshold and ReLU ride in the epilogue of the folded product.
 
-Fewer rows than channels take the residual route, as in ``eager.py``. Matrices of weight gradients are kept in float32
+Fewer rows than channels take the residual route, as in ``folding.py``. Matrices of weight gradients are kept in float32
 until they are whole.
 """
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .. import cuda_kernels
 from ..cuda_kernels import product
-from . import eager
+from . import folding
 
 
 def why_not(x: Tensor, *_) -> str | None:
@@ -28,7 +28,7 @@ def forward(x: Tensor, weight: Tensor, folded: Tensor | None, step_size: float, 
     if x.shape[0] == 0:
         return torch.empty_like(x, memory_format=torch.contiguous_format)
     x, weight = x.contiguous(), weight.contiguous()
-    if eager.folds(x, folded):
+    if folding.folds(x, folded):
         rows, matrix = x, fold(weight) if folded is None else folded
     else:
         rows, matrix = product(x, weight.T, x, alpha=-1), weight
@@ -48,7 +48,7 @@ def gradients(g: Tensor, x: Tensor, weight: Tensor, folded: Tensor | None, step_
     if x.shape[0] == 0:
         return torch.empty_like(g), torch.zeros_like(weight, memory_format=torch.contiguous_format)
     x, weight = x.contiguous(), weight.contiguous()
-    if eager.folds(x, folded):
+    if folding.folds(x, folded):
         m = fold(weight) if folded is None else folded
         dx = product(g, m.T, g, alpha=step_size)
         dm = product(x.T, g, alpha=step_size, dtype=torch.float32)

@@ -1,7 +1,9 @@
-"""Subspace attention between two groups of tokens, in bounded memory and stock PyTorch.
+"""Subspace attention in bounded memory and stock PyTorch, on any device.
 
-What a device without a kernel of its own runs (``eager.py``), and what ring attention runs between two shards. Tensors
-are head-major here: ``(B, H, rows, p)``, normalisers ``(B, H, rows)`` in float32 (float64 for float64).
+``blocked_forward`` and ``blocked_backward`` are the whole operator; ``eager.py`` runs them on devices for which torch
+has no flash kernel to call. ``attend`` and ``attend_backward`` are one exchange between two groups of tokens; ring
+attention runs them between two shards. Their tensors are head-major, ``(B, H, rows, p)``, and their log-normalizers
+``(B, H, rows)`` are float32 (float64 for float64).
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..backends import accumulation_dtype
+from .masks import forbidden
 
 BLOCK_ELEMENTS = 1 << 26
 """Most score elements held at once (256 MiB in float32)."""
@@ -64,6 +67,27 @@ def attend_backward(
     return dw, dv
 
 
+def blocked_forward(
+    w: Tensor, value: Tensor, lengths: Tensor | None, scale: float, causal: bool
+) -> tuple[Tensor, Tensor]:
+    """Subspace attention by blocks of queries -> ``o (B, N, H, p)``, ``lse (B, H, N)``; ``value`` is always given."""
+    hidden = _hidden(w, lengths, causal)
+    o, lse = attend(*(t.transpose(1, 2) for t in (w, w, value)), scale, hidden)
+    return o.transpose(1, 2).contiguous(), lse
+
+
+def blocked_backward(
+    grad: Tensor, w: Tensor, value: Tensor, lengths: Tensor | None, o: Tensor, lse: Tensor, scale: float, causal: bool
+) -> tuple[Tensor, Tensor]:
+    """The parts of the gradient that reach the scores' operand and the value, both ``(B, N, H, p)``."""
+    delta = (grad * o).sum(-1, dtype=lse.dtype).transpose(1, 2)
+    tokens = *(t.transpose(1, 2) for t in (w, value, grad)), lse, delta
+    gradients = attend_backward(
+        *tokens, *tokens, scale, _hidden(w, lengths, causal), _hidden(w, lengths, causal, transposed=True)
+    )
+    return tuple(t.transpose(1, 2).to(w.dtype).contiguous() for t in gradients)
+
+
 def row_blocks(q: Tensor, k: Tensor) -> list[slice]:
     """Slices of the rows of ``q`` whose scores against ``k`` stay below ``BLOCK_ELEMENTS``."""
     batch, heads, tokens, _ = q.shape
@@ -74,3 +98,11 @@ def row_blocks(q: Tensor, k: Tensor) -> list[slice]:
 def _scores(q: Tensor, k: Tensor, scale: float, mask: Tensor | None) -> Tensor:
     scores = (q @ k.mT).to(accumulation_dtype(q.dtype)) * scale
     return scores if mask is None else scores.masked_fill(mask, -torch.inf)
+
+
+def _hidden(w: Tensor, lengths: Tensor | None, causal: bool, transposed: bool = False) -> Mask:
+    mask = forbidden(w.shape[1], lengths, causal, w.device)
+    if mask is None:
+        return None
+    mask = mask.mT if transposed else mask
+    return lambda rows: mask[:, :, rows] if mask.shape[2] > 1 else mask

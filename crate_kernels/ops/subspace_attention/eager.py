@@ -11,8 +11,8 @@ from torch import Tensor
 
 from ..backends import accumulation_dtype
 from ..checks import length_values
-from . import blocked
-from .reference import forbidden
+from .blocked import blocked_backward, blocked_forward
+from .masks import forbidden
 
 SHORT_SEQUENCE = 256
 """Up to here the backward on the CPU runs bfloat16 and float16 in float32. In bfloat16 torch's flash kernel takes six
@@ -80,35 +80,6 @@ def backward(
         return dw, None if shared else dv
     dw, dv = blocked_backward(grad, w, value, lengths, o, lse, scale, causal)
     return (dw + dv, None) if shared else (dw, dv)
-
-
-def blocked_forward(
-    w: Tensor, value: Tensor, lengths: Tensor | None, scale: float, causal: bool
-) -> tuple[Tensor, Tensor]:
-    """:func:`forward` by blocks of queries, on any device; ``value`` is always given."""
-    hidden = _hidden(w, lengths, causal)
-    o, lse = blocked.attend(*(t.transpose(1, 2) for t in (w, w, value)), scale, hidden)
-    return o.transpose(1, 2).contiguous(), lse
-
-
-def blocked_backward(
-    grad: Tensor, w: Tensor, value: Tensor, lengths: Tensor | None, o: Tensor, lse: Tensor, scale: float, causal: bool
-) -> tuple[Tensor, Tensor]:
-    """The parts of the gradient that reach the scores' operand and the value, both ``(B, N, H, p)``."""
-    delta = (grad * o).sum(-1, dtype=lse.dtype).transpose(1, 2)
-    tokens = *(t.transpose(1, 2) for t in (w, value, grad)), lse, delta
-    gradients = blocked.attend_backward(
-        *tokens, *tokens, scale, _hidden(w, lengths, causal), _hidden(w, lengths, causal, transposed=True)
-    )
-    return tuple(t.transpose(1, 2).to(w.dtype).contiguous() for t in gradients)
-
-
-def _hidden(w: Tensor, lengths: Tensor | None, causal: bool, transposed: bool = False) -> blocked.Mask:
-    mask = forbidden(w.shape[1], lengths, causal, w.device)
-    if mask is None:
-        return None
-    mask = mask.mT if transposed else mask
-    return lambda rows: mask[:, :, rows] if mask.shape[2] > 1 else mask
 
 
 def _additive_mask(w: Tensor, lengths: Tensor | None, causal: bool) -> Tensor:

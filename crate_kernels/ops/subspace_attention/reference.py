@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .masks import forbidden
+
 
 def why_not(w: Tensor, *_) -> None:
     return None
@@ -22,13 +24,3 @@ def attention_maps(w: Tensor, scale: float, causal: bool = False, lengths: Tenso
     scores = scale * heads @ heads.transpose(-1, -2)
     mask = forbidden(w.shape[1], lengths, causal, w.device)
     return (scores if mask is None else scores.masked_fill(mask, -torch.inf)).softmax(dim=-1)
-
-
-def forbidden(tokens: int, lengths: Tensor | None, causal: bool, device: torch.device) -> Tensor | None:
-    """True where query i may not see key j, broadcastable to ``(B, H, N, N)``: ``j >= lengths[b]``, or ``j > i``."""
-    index = torch.arange(tokens, device=device)
-    future = (index[None, :] > index[:, None])[None, None] if causal else None
-    if lengths is None:
-        return future
-    padding = (index[None, :] >= lengths[:, None])[:, None, None]
-    return padding if future is None else padding | future

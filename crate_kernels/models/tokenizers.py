@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -29,6 +30,9 @@ class Tokenizer(Protocol):
     def encode(self, text: str) -> list[int]:
         """The tokens of a text. Text that spells a special token is text."""
 
+    def encode_array(self, text: str) -> np.ndarray:
+        """The same as integers in an array, for much text."""
+
     def to_bytes(self, tokens: Sequence[int]) -> bytes:
         """The UTF-8 bytes of tokens; they may end within a character."""
 
@@ -45,6 +49,9 @@ class ByteTokenizer:
 
     def encode(self, text: str) -> list[int]:
         return list(text.encode())
+
+    def encode_array(self, text: str) -> np.ndarray:
+        return np.frombuffer(text.encode(), np.uint8)
 
     def to_bytes(self, tokens: Sequence[int]) -> bytes:
         # Ids past the alphabet (end of text, and a vocabulary rounded up) stand for no bytes.
@@ -81,6 +88,9 @@ class GPT2Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         return self._encoding.encode_ordinary(text)
+
+    def encode_array(self, text: str) -> np.ndarray:
+        return self._encoding.encode_to_numpy(text, disallowed_special=())
 
     def to_bytes(self, tokens: Sequence[int]) -> bytes:
         return self._encoding.decode_bytes([token for token in tokens if token < self.end_of_text])

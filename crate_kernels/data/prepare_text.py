@@ -1,0 +1,312 @@
+"""``crate-kernels prepare-text``: text files, JSON lines, Arrow and Parquet files to a folder of token shards.
+
+The input is cut into parts, each of which becomes one shard per split. Processes work on parts independently, and a
+finished part is recorded: started again after a kill, the command goes on with the parts that are not. The result does
+not depend on the number of processes, nor on interruptions.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import hashlib
+import json
+import multiprocessing
+import os
+import threading
+import time
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..models.checkpoint import naming, write_atomically
+from ..models.tokenizers import TOKENIZERS, Tokenizer, create_tokenizer
+from . import text_files
+from .text_files import Format, Range
+from .text_shards import COUNTS, FORMAT, SPLITS, Manifest, Shard, TextShards, is_prepared
+
+RECORDS = "parts"
+"""The folder of finished parts' records, inside the output; it is removed when all are finished."""
+BUFFERED_TOKENS = 1 << 20
+"""A shard's tokens are written so many at a time."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What decides the result, besides the input files.
+
+    Args:
+        tokenizer: the name of one.
+        form: how documents lie in the files.
+        validation: share of the documents that is set aside, chosen by a hash of each document's text. Equal documents
+            thus fall into the same split.
+        part_bytes: size of a part on disk.
+    """
+
+    tokenizer: str
+    form: Format
+    validation: float
+    part_bytes: int
+
+
+class ShardWriter:
+    """One shard being written: documents go in, a :class:`Shard` comes out.
+
+    Args:
+        path: of the file.
+        dtype: of the tokens.
+        counts: int64 ``(vocab_size,)``; the frequencies of the tokens are added to it.
+    """
+
+    def __init__(self, path: Path, dtype: np.dtype, counts: np.ndarray):
+        self.path, self.dtype, self.counts = path, dtype, counts
+        self.file, self.sha256 = open(path.with_name(f".{path.name}.{os.getpid()}.tmp"), "wb"), hashlib.sha256()  # noqa: SIM115
+        self.held: list[np.ndarray] = []
+        self.waiting = self.tokens = self.documents = self.bytes = 0
+
+    def add(self, tokens: np.ndarray, size: int) -> None:
+        """Add tokens that stand for ``size`` bytes of text."""
+        self.held.append(tokens)
+        self.bytes += size
+        self.waiting += len(tokens)
+        if self.waiting >= BUFFERED_TOKENS:
+            self.flush()
+
+    def end_document(self, end_of_text: int) -> None:
+        self.add(np.array([end_of_text]), 0)
+        self.documents += 1
+
+    def flush(self) -> None:
+        if self.held:
+            tokens = np.concatenate(self.held)
+            self.counts += np.bincount(tokens, minlength=len(self.counts))
+            content = tokens.astype(self.dtype).tobytes()
+            self.sha256.update(content)
+            with naming(self.path):
+                self.file.write(content)
+            self.tokens += len(tokens)
+            self.held, self.waiting = [], 0
+
+    def close(self) -> Shard:
+        """Put the file in its place, on the disk."""
+        self.flush()
+        with naming(self.path), self.file as file:
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(file.name, self.path)
+        return Shard(self.path.name, self.tokens, self.documents, self.bytes, self.sha256.hexdigest())
+
+
+def belongs_to_validation(text: bytes, share: float) -> bool:
+    """Whether a document is set aside: a function of its text alone."""
+    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest()) < share * 2**64
+
+
+def write_part(folder: Path, number: int, part: list[Range], settings: Settings, tokenizer: Tokenizer) -> None:
+    """Write the shards of one part, and then its record."""
+    dtype = token_dtype(tokenizer)
+    counts = {split: np.zeros(tokenizer.vocab_size, np.int64) for split in SPLITS}
+    writers = {split: ShardWriter(folder / f"{split}-{number:05}.bin", dtype, counts[split]) for split in SPLITS}
+    for piece in part:
+        running = None  # the split of an excerpt whose document goes on
+        for text, goes_on in text_files.documents(piece, settings.form):
+            content = text.encode()
+            split = SPLITS[belongs_to_validation(content, settings.validation)]
+            if running not in (None, split):
+                writers[running].end_document(tokenizer.end_of_text)
+            writers[split].add(tokenizer.encode_array(text), len(content))
+            if not goes_on:
+                writers[split].end_document(tokenizer.end_of_text)
+            running = split if goes_on else None
+    shards = {split: dataclasses.asdict(writer.close()) for split, writer in writers.items()}
+    write_atomically(record_path(folder, number), json.dumps({**shards, "counts": counts["train"].tolist()}).encode())
+
+
+def token_dtype(tokenizer: Tokenizer) -> np.dtype:
+    """The smallest of uint16 and uint32 that holds every token."""
+    return np.dtype("<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4")
+
+
+def record_path(folder: Path, number: int) -> Path:
+    """Where the record of a finished part lies."""
+    return folder / RECORDS / f"{number:05}.json"
+
+
+_tokenizers: dict[str, Tokenizer] = {}
+
+
+def _work(folder: Path, number: int, part: list[Range], settings: Settings) -> int:
+    """:func:`write_part` in a process of its own, which makes its tokenizer once."""
+    if settings.tokenizer not in _tokenizers:
+        _tokenizers[settings.tokenizer] = create_tokenizer(settings.tokenizer)
+    write_part(folder, number, part, settings, _tokenizers[settings.tokenizer])
+    return number
+
+
+def _end_with_parent() -> None:
+    """End this process soon after the one that started it, which may be killed."""
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def prepare(sources: list[text_files.Source], folder: Path, settings: Settings, workers: int = 0, show=print) -> None:
+    """Write the token shards of ``sources`` into ``folder``, or go on with what an earlier call left there.
+
+    Args:
+        workers: so many processes; 0 works in this one.
+        show: takes lines on the progress.
+
+    Raises:
+        ValueError: an input file cannot be read, or the folder holds shards of another preparation.
+        OSError: the disk is full, for one.
+    """
+    tokenizer = create_tokenizer(settings.tokenizer)
+    plan = {
+        **dataclasses.asdict(settings),
+        "sources": [{**dataclasses.asdict(s), "modified": os.stat(s.path).st_mtime_ns} for s in sources],
+    }
+    plan_digest = hashlib.sha256(json.dumps(plan).encode()).hexdigest()
+    description = {k: v for k, v in plan.items() if k != "sources"} | {
+        "plan": plan_digest,
+        "files": len(sources),
+        "bytes": sum(s.bytes for s in sources),
+    }
+    if is_prepared(folder):
+        if Manifest.read(folder).settings != description:
+            raise ValueError(f"{folder} holds shards of other files or settings: choose another --output")
+        show(f"{folder} is complete already")
+        return
+    records = folder / RECORDS
+    records.mkdir(parents=True, exist_ok=True)
+    mark = records / "plan"
+    if mark.is_file() and mark.read_text() != plan_digest:
+        raise ValueError(
+            f"{folder} holds unfinished shards of other files or settings: remove the folder or choose another --output"
+        )
+    mark.write_text(plan_digest)
+    for leftover in (*folder.glob(".*.tmp"), *records.glob(".*.tmp")):
+        leftover.unlink()
+
+    parts = text_files.cut(sources, settings.part_bytes)
+    missing = [number for number in range(len(parts)) if not record_path(folder, number).is_file()]
+    if len(missing) < len(parts):
+        show(f"{len(parts) - len(missing)} of {len(parts)} parts are finished already")
+    began, shown = time.monotonic(), time.monotonic()
+    finished = _in_processes if workers else _in_this_process
+    for done, _ in enumerate(finished(folder, parts, missing, settings, workers), start=1):
+        if time.monotonic() - shown >= 10:
+            shown = time.monotonic()
+            left = (shown - began) / done * (len(missing) - done)
+            show(f"{len(parts) - len(missing) + done} of {len(parts)} parts, {left:.0f} s left")
+
+    shards: dict[str, list[Shard]] = {split: [] for split in SPLITS}
+    counts = np.zeros(tokenizer.vocab_size, np.int64)
+    for number in range(len(parts)):
+        record = json.loads(record_path(folder, number).read_text())
+        counts += np.array(record["counts"])
+        for split in SPLITS:
+            shard = Shard(**record[split])
+            if shard.tokens:
+                shards[split].append(shard)
+            else:
+                (folder / shard.file).unlink(missing_ok=True)
+    np.save(folder / COUNTS, counts)
+    manifest = Manifest(
+        FORMAT, tokenizer.name, tokenizer.vocab_size, tokenizer.end_of_text, token_dtype(tokenizer).str, description,
+        *(tuple(shards[split]) for split in SPLITS),
+    )  # fmt: skip
+    manifest.write(folder)
+    for path in records.iterdir():
+        path.unlink()
+    records.rmdir()
+
+
+def _in_this_process(folder, parts, missing, settings, workers):
+    for number in missing:
+        yield _work(folder, number, parts[number], settings)
+
+
+def _in_processes(folder, parts, missing, settings, workers):
+    # Processes of a server that has imported this module: they share its memory, and no thread of ours is forked.
+    methods = multiprocessing.get_all_start_methods()
+    context = multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
+    if context.get_start_method() == "forkserver":
+        context.set_forkserver_preload([__name__])
+    with ProcessPoolExecutor(workers, context, _end_with_parent) as pool:
+        futures = [pool.submit(_work, folder, number, parts[number], settings) for number in missing]
+        try:
+            for future in as_completed(futures):
+                yield future.result()
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+# -- command -----------------------------------------------------------------------------------------------------------
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of ``crate-kernels prepare-text``."""
+    parser.epilog = "Started again after an interruption, the same command goes on with the parts that are missing."
+    add = parser.add_argument
+    add("inputs", nargs="*", metavar="PATH", help="text, JSON lines, Arrow and Parquet files, or folders of them")
+    add("--output", required=True, metavar="FOLDER", help="where the shards go; train-text --text takes this folder")
+    add("--tokenizer", default="bytes", choices=TOKENIZERS, help="bytes, or GPT-2's byte pairs (default bytes)")
+    add("--field", default="text", help="key or column that holds the text (default text)")
+    add(
+        "--separator",
+        help=r"what stands between the documents of a text file, such as '\n\n'; without it a file is one",
+    )
+    add("--validation", type=float, default=0.005, help="share of the documents that is set aside (default 0.005)")
+    add("--part-size", type=float, default=64, metavar="MIB", help="input of one shard (default 64)")
+    add("--workers", type=int, help="processes (default: one for each core)")
+    add("--dataset", help="a data set that the package datasets loads, instead of paths")
+    add("--dataset-config", help="its configuration")
+    add("--dataset-split", default="train", help="its split (default train)")
+    add("--verify", action="store_true", help="compare the shards of --output with their digests, and write nothing")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Write the shards as the command line says, and print what they hold."""
+    output = Path(args.output)
+    if args.verify:
+        TextShards(output).verify()
+        print(f"{output} is whole: {TextShards(output).fingerprint()}")
+        return 0
+    if bool(args.inputs) == bool(args.dataset):
+        raise ValueError("name files or folders to read, or a --dataset")
+    if not 0 <= args.validation < 1:
+        raise ValueError(f"--validation must lie in 0..1, below 1, got {args.validation}")
+    if args.part_size <= 0:
+        raise ValueError(f"--part-size must be positive, got {args.part_size}")
+    workers = (os.cpu_count() or 1) if args.workers is None else args.workers
+    if workers < 0:
+        raise ValueError(f"--workers must not be negative, got {workers}")
+    separator = args.separator and args.separator.encode().decode("unicode_escape")
+    settings = Settings(
+        args.tokenizer, Format(args.field, separator), args.validation, max(1, int(args.part_size * 2**20))
+    )
+    if args.dataset:
+        sources = text_files.dataset(args.dataset, args.dataset_config, args.dataset_split)
+    else:
+        sources = text_files.find(args.inputs)
+    began = time.monotonic()
+    prepare(sources, output, settings, workers if len(sources) > 1 or sources[0].bytes > settings.part_bytes else 0)
+    shards, seconds = TextShards(output), time.monotonic() - began
+    manifest = shards.manifest
+    for split in SPLITS:
+        print(
+            f"{split}: {manifest.total(split, 'tokens'):,} tokens, {manifest.total(split, 'documents'):,} documents, "
+            f"{manifest.total(split, 'bytes'):,} bytes of text in {len(getattr(manifest, split))} shards"
+        )
+    print(f"{seconds:.0f} s; train on them with crate-kernels train-text --text {output}")
+    return 0

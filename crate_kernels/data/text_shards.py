@@ -1,0 +1,242 @@
+"""Tokens on disk, memory-mapped: a folder that ``crate-kernels prepare-text`` wrote, and windows of it for training.
+
+::
+
+    manifest.json         tokenizer, settings, and of every shard its tokens, documents, bytes of text and SHA-256
+    counts.npy            how often each token occurs in the training shards, int64 (vocab_size,)
+    train-00000.bin       tokens, little-endian uint16 or uint32, one after the other
+    validation-00000.bin  the same, of the documents that are set aside
+
+Documents are packed: each ends with the tokenizer's end-of-text token, and the next follows at once. No document
+contains that token, so the token marks every boundary.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections import OrderedDict
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..models.checkpoint import write_atomically
+from .order import epochs, seed_for, shuffled
+
+FORMAT = 1
+MANIFEST, COUNTS = "manifest.json", "counts.npy"
+SPLITS = ("train", "validation")
+
+PAGE_CLUSTER = 1 << 16
+"""Bytes that the kernel may map around one byte that is read."""
+MAPPED_BYTES = 1 << 28
+"""A reader drops its mappings after it has touched about as many bytes: what is mapped counts as its memory."""
+OPEN_SHARDS = 64
+"""So many shards are mapped at most at a time: each one holds a file descriptor."""
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One file of tokens."""
+
+    file: str
+    tokens: int
+    documents: int
+    bytes: int
+    """Of UTF-8 text, without the end-of-text tokens."""
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The content of ``manifest.json``."""
+
+    format: int
+    tokenizer: str
+    vocab_size: int
+    end_of_text: int
+    dtype: str
+    settings: dict[str, Any]
+    """What was prepared, and how."""
+    train: tuple[Shard, ...]
+    validation: tuple[Shard, ...]
+
+    def total(self, split: str, field: str) -> int:
+        """The sum of a ``field`` over the shards of a ``split``."""
+        return sum(getattr(shard, field) for shard in getattr(self, split))
+
+    def write(self, folder: Path) -> None:
+        """Write the file in one piece: a folder with a manifest is complete."""
+        write_atomically(folder / MANIFEST, (json.dumps(dataclasses.asdict(self), indent=1) + "\n").encode())
+
+    @classmethod
+    def read(cls, folder: Path) -> Manifest:
+        """Read the manifest of ``folder``.
+
+        Raises:
+            ValueError: there is none, or the file is damaged or of another format.
+        """
+        path = folder / MANIFEST
+        try:
+            content = json.loads(path.read_text())
+            if content["format"] != FORMAT:
+                raise ValueError(f"{path} has format {content['format']}; this version reads format {FORMAT}")
+            for split in SPLITS:
+                content[split] = tuple(Shard(**shard) for shard in content[split])
+            return cls(**content)
+        except FileNotFoundError as error:
+            raise ValueError(
+                f"{folder} has no {MANIFEST}: crate-kernels prepare-text writes it when all shards are complete"
+            ) from error
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            raise ValueError(f"{path} is damaged or no manifest of token shards: {error!r}") from error
+
+
+def is_prepared(path: Path) -> bool:
+    """Whether ``path`` is a folder of token shards."""
+    return (path / MANIFEST).is_file()
+
+
+class Tokens:
+    """The shards of one split as one long sequence of tokens. Only the pages that are read come into memory.
+
+    Args:
+        folder: where the shards lie.
+        shards: in their order.
+        dtype: of the files.
+
+    Raises:
+        ValueError: a shard is missing or has another size than the manifest says.
+    """
+
+    def __init__(self, folder: Path, shards: tuple[Shard, ...], dtype: str):
+        self.folder, self.shards, self.dtype = folder, shards, np.dtype(dtype)
+        self.ends = np.cumsum([shard.tokens for shard in shards], dtype=np.int64)
+        for shard in shards:
+            path = folder / shard.file
+            size, expected = path.stat().st_size if path.is_file() else 0, shard.tokens * self.dtype.itemsize
+            if size != expected:
+                raise ValueError(f"{path} has {size:,} bytes, but the manifest says {expected:,}")
+        self._open: OrderedDict[int, np.memmap] = OrderedDict()
+        self._touched = 0
+
+    def __len__(self) -> int:
+        return int(self.ends[-1]) if len(self.ends) else 0
+
+    def read(self, start: int, count: int) -> np.ndarray:
+        """A copy of ``count`` tokens from position ``start``; a read may cross shards."""
+        if not 0 <= start <= start + count <= len(self):
+            raise IndexError(f"tokens {start} to {start + count} of {len(self)}")
+        parts = []
+        number = int(np.searchsorted(self.ends, start, side="right"))
+        while count:
+            begin = int(self.ends[number]) - self.shards[number].tokens
+            taken = min(count, int(self.ends[number]) - start)
+            parts.append(np.array(self._shard(number)[start - begin : start - begin + taken]))
+            start, count, number = start + taken, count - taken, number + 1
+            self._touched += taken * self.dtype.itemsize + PAGE_CLUSTER
+            if self._touched > MAPPED_BYTES:
+                self.release()
+        return parts[0] if len(parts) == 1 else np.concatenate([np.empty(0, self.dtype), *parts])
+
+    def _shard(self, number: int) -> np.memmap:
+        if number not in self._open:
+            if len(self._open) >= OPEN_SHARDS:
+                self._open.popitem(last=False)
+            self._open[number] = np.memmap(self.folder / self.shards[number].file, self.dtype, "r")
+        self._open.move_to_end(number)
+        return self._open[number]
+
+    def release(self) -> None:
+        """Drop all mappings. The pages stay in the system's cache, and the next read maps them again."""
+        self._open.clear()
+        self._touched = 0
+
+    def windows(self, starts: np.ndarray, size: int) -> np.ndarray:
+        """The windows of ``size`` tokens at ``starts``: ``(len(starts), size)`` of the files' dtype."""
+        rows = np.empty((len(starts), size), self.dtype)
+        for row, start in zip(rows, starts.tolist(), strict=True):
+            row[:] = self.read(start, size)
+        return rows
+
+
+class WindowOrder:
+    """Which window is sample ``i`` of a run: a function of ``i`` and the seed alone.
+
+    An epoch reads windows that begin ``stride`` tokens apart, each one once, in an order of its own. Each epoch also
+    shifts the grid of windows by fewer than ``stride`` tokens, so that documents are cut elsewhere. Ranks that take
+    different samples ``i`` read different windows, and a run resumes at any ``i``.
+
+    Args:
+        tokens: how many there are.
+        size: of a window.
+        stride: from the start of a window to that of the next one; ``size`` or less.
+        seed: of the order.
+
+    Raises:
+        ValueError: there are too few tokens for one window.
+    """
+
+    def __init__(self, tokens: int, size: int, stride: int, seed: int):
+        self.per_epoch = (tokens - size - (stride - 1)) // stride + 1 if tokens >= size + stride - 1 else 0
+        if not self.per_epoch:
+            raise ValueError(f"{tokens:,} tokens do not fill a window of {size} that is shifted by up to {stride - 1}")
+        self.stride, self.seed = stride, seed
+
+    def starts(self, first: int, count: int) -> np.ndarray:
+        """Where the windows of samples ``first`` to ``first + count`` begin: int64 ``(count,)``."""
+        parts = [np.empty(0, np.int64)]
+        for epoch, positions in epochs(first, count, self.per_epoch):
+            shift = seed_for(self.seed, epoch, 1) % self.stride
+            parts.append(shuffled(positions, self.per_epoch, seed_for(self.seed, epoch)) * self.stride + shift)
+        return np.concatenate(parts)
+
+
+class TextShards:
+    """A folder of token shards.
+
+    Args:
+        folder: what ``crate-kernels prepare-text --output`` wrote.
+
+    Attributes:
+        train, validation: the :class:`Tokens` of either split.
+
+    Raises:
+        ValueError: the folder is incomplete or damaged.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = Path(folder)
+        self.manifest = manifest = Manifest.read(self.folder)
+        self.train = Tokens(self.folder, manifest.train, manifest.dtype)
+        self.validation = Tokens(self.folder, manifest.validation, manifest.dtype)
+
+    def counts(self) -> np.ndarray:
+        """How often each token occurs in the training split: int64 ``(vocab_size,)``."""
+        return np.load(self.folder / COUNTS, allow_pickle=False)
+
+    def fingerprint(self) -> str:
+        """What the shards hold, in words and a digest of their digests."""
+        manifest, sha256 = self.manifest, hashlib.sha256()
+        for split in SPLITS:
+            for shard in getattr(manifest, split):
+                sha256.update(f"{split} {shard.sha256}\n".encode())
+        return (
+            f"shards of {len(self.train):,} training and {len(self.validation):,} validation tokens "
+            f"({manifest.tokenizer}, sha256 {sha256.hexdigest()[:12]})"
+        )
+
+    def verify(self) -> None:
+        """Read every shard and compare its digest with the manifest's.
+
+        Raises:
+            ValueError: a shard differs.
+        """
+        for shard in (*self.manifest.train, *self.manifest.validation):
+            with open(self.folder / shard.file, "rb") as file:
+                found = hashlib.file_digest(file, "sha256").hexdigest()
+            if found != shard.sha256:
+                raise ValueError(f"{self.folder / shard.file} is damaged: SHA-256 {found}, not {shard.sha256}")

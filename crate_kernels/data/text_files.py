@@ -300,10 +300,10 @@ def _arrow_batches(path: Path | str) -> Iterator[Any]:
 
 def _parquet(path: Path | str):
     pyarrow = _pyarrow()
-    import pyarrow.parquet
+    from pyarrow.parquet import ParquetFile
 
     try:
-        return pyarrow.parquet.ParquetFile(path)
+        return ParquetFile(path)
     except pyarrow.ArrowInvalid as error:
         raise ValueError(f"{path} is truncated or no Parquet file: {error}") from error
 

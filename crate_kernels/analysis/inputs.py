@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..data.batches import Batching, evaluation_batches
 from ..data.images import IMAGENET_MEAN, IMAGENET_STD, ImageSource, load
-from ..data.text import Corpus, python_manual, read_text
+from ..data.text import open_corpus
 from ..models import CheckpointError, CrateModel, create_model, load_model
 from ..models.checkpoint import read
 from ..models.tokenizers import create_tokenizer
@@ -133,7 +133,6 @@ def _text(model, metadata, samples, text) -> tuple[Tensor, str]:
             f"the tokenizer {tokenizer.name} has {tokenizer.vocab_size} tokens, "
             f"the model knows {model.config['vocab_size']}"
         )
-    corpus = Corpus(python_manual() if text is None else read_text(Path(text)), tokenizer, context)
-    windows = corpus.validation.unfold(0, context, context)[:samples].long()
+    windows = open_corpus(text, tokenizer.name, context).validation_windows(context)[:samples]
     source = "Python's manual" if text is None else str(text)
     return windows, f"{len(windows)} pieces of {context} tokens ({tokenizer.name}) of {source}"

@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from ..distributed import launch
 from .images import DataError, ImageData, Split
+from .order import seed_for
 
 
 @dataclass(frozen=True)
@@ -64,11 +65,6 @@ class Normalization:
     def inverse(self, images: Tensor) -> Tensor:
         """-> ``uint8`` on the CPU."""
         return (images * self.std + self.mean).round().clamp(0, 255).byte().cpu()
-
-
-def seed_for(*parts: int) -> int:
-    """One seed out of several integers, well mixed."""
-    return int(np.random.SeedSequence(parts).generate_state(1)[0])
 
 
 def seed_everything(*parts: int) -> None:

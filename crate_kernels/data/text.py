@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from ..models.tokenizers import Tokenizer
+from ..models.tokenizers import Tokenizer, create_tokenizer
 from .digests import digest
+from .text_shards import TextShards, WindowOrder
 
 EVALUATION_TOKENS = 1 << 16
 """About how many validation tokens an evaluation reads, evenly spread where there are more."""
@@ -32,35 +34,149 @@ def python_manual() -> str:
 
 
 class Corpus:
-    """A tokenized text: the first nine tenths to train on, the rest to judge by.
+    """Tokens to train on, and others to judge by.
 
     Args:
-        text: all of it.
-        tokenizer: cuts it.
+        tokenizer: cuts text into tokens.
         context: the longest window that is read.
+        train, validation: how many tokens there are.
+
+    Raises:
+        ValueError: the validation tokens are too few for one window.
     """
 
-    def __init__(self, text: str, tokenizer: Tokenizer, context: int):
-        tokens = torch.tensor(tokenizer.encode(text), dtype=torch.int32)
-        cut = len(tokens) * 9 // 10
-        self.tokenizer, self.context = tokenizer, context
-        self.train, self.validation = tokens[:cut], tokens[cut:]
-        if len(self.validation) <= context:
+    fingerprint: str
+    """What the corpus holds, in words and a digest."""
+    bytes_per_token: float
+    """Bytes of text that a validation token stands for, on average."""
+
+    def __init__(self, tokenizer: Tokenizer, context: int, train: int, validation: int):
+        if validation <= context:
             raise ValueError(
-                f"the text has {len(tokens)} tokens; a tenth of it must be longer than --context {context}"
+                f"{validation:,} of {train + validation:,} tokens are for validation; "
+                f"there must be more than --context {context}"
             )
-        self.fingerprint = f"a text of {len(tokens):,} tokens (sha256 {digest(tokens.numpy())})"
-        self.bytes_per_token = len(tokenizer.to_bytes(self.validation.tolist())) / len(self.validation)
+        self.tokenizer, self.context = tokenizer, context
+        self.training_tokens, self.validation_tokens = train, validation
         # One token more than the tokenizer's, for masks; a multiple of 64 as GPT-2's 50,304 is.
         self.mask_token = tokenizer.vocab_size
         self.vocab_size = -(-(tokenizer.vocab_size + 1) // 64) * 64
 
-    def windows(self, count: int, size: int, generator: torch.Generator) -> Tensor:
-        """Random pieces of the training text ``(count, size)`` int64."""
-        starts = torch.randint(len(self.train) - size + 1, (count,), generator=generator)
-        return self.train[starts[:, None] + torch.arange(size)].long()
+    def windows(
+        self, batch: int, rows: slice, count: int, size: int, stride: int, generator: torch.Generator
+    ) -> Tensor:
+        """Pieces of the training text: int64 ``(len(rows), size)``.
+
+        Args:
+            batch: number of the batch in the run.
+            rows: which of the batch's windows to return.
+            count: windows in the whole batch.
+            size: tokens in a window.
+            stride: tokens from one window to the next where windows follow each other.
+            generator: the batch's source of random numbers; it ends in the same state whatever the ``rows``.
+        """
+        raise NotImplementedError
 
     def validation_windows(self, size: int) -> Tensor:
-        """Pieces of the validation text that do not overlap, evenly spread: ``(count, size)`` int64."""
-        pieces = self.validation[: len(self.validation) // size * size].view(-1, size)
-        return pieces[:: max(1, pieces.numel() // EVALUATION_TOKENS)].long()
+        """Pieces of the validation text that do not overlap, evenly spread: int64 ``(count, size)``."""
+        count = self.validation_tokens // size
+        starts = torch.arange(0, count, max(1, count * size // EVALUATION_TOKENS)) * size
+        return self._validation(starts, size)
+
+    def _validation(self, starts: Tensor, size: int) -> Tensor:
+        raise NotImplementedError
+
+    def counts(self) -> Tensor:
+        """How often each token occurs in the training text: int64 ``(vocab_size,)``."""
+        raise NotImplementedError
+
+
+class TextCorpus(Corpus):
+    """A text in memory: the first nine tenths of its tokens to train on, the rest to judge by.
+
+    Training windows begin anywhere, drawn independently.
+
+    Args:
+        text: all of it.
+        tokenizer, context: see :class:`Corpus`.
+    """
+
+    def __init__(self, text: str, tokenizer: Tokenizer, context: int):
+        tokens = torch.from_numpy(tokenizer.encode_array(text).astype(np.int32))
+        cut = len(tokens) * 9 // 10
+        self.train, self.validation = tokens[:cut], tokens[cut:]
+        super().__init__(tokenizer, context, len(self.train), len(self.validation))
+        self.fingerprint = f"a text of {len(tokens):,} tokens (sha256 {digest(tokens.numpy())})"
+        self.bytes_per_token = len(tokenizer.to_bytes(self.validation.tolist())) / len(self.validation)
+
+    def windows(
+        self, batch: int, rows: slice, count: int, size: int, stride: int, generator: torch.Generator
+    ) -> Tensor:
+        starts = torch.randint(len(self.train) - size + 1, (count,), generator=generator)
+        return self.train[starts[rows, None] + torch.arange(size)].long()
+
+    def _validation(self, starts: Tensor, size: int) -> Tensor:
+        return self.validation[starts[:, None] + torch.arange(size)].long()
+
+    def counts(self) -> Tensor:
+        return torch.bincount(self.train, minlength=self.vocab_size)
+
+
+class ShardCorpus(Corpus):
+    """Token shards on disk; see :mod:`~crate_kernels.data.text_shards`.
+
+    Every epoch reads each training window once, in an order of its own: ranks never read the same window in an epoch.
+
+    Args:
+        folder: what ``crate-kernels prepare-text`` wrote.
+        context: see :class:`Corpus`.
+        seed: of the order.
+
+    Raises:
+        ValueError: the folder is damaged, or was made with a tokenizer that differs from the present one.
+    """
+
+    def __init__(self, folder: Path, context: int, seed: int):
+        self.shards = shards = TextShards(folder)
+        tokenizer, manifest = create_tokenizer(shards.manifest.tokenizer), shards.manifest
+        if (tokenizer.vocab_size, tokenizer.end_of_text) != (manifest.vocab_size, manifest.end_of_text):
+            raise ValueError(
+                f"{folder} was made with {manifest.vocab_size} tokens of the tokenizer {manifest.tokenizer}, "
+                f"which now has {tokenizer.vocab_size}"
+            )
+        super().__init__(tokenizer, context, len(shards.train), len(shards.validation))
+        self.seed, self.fingerprint = seed, shards.fingerprint()
+        self.bytes_per_token = manifest.total("validation", "bytes") / len(shards.validation)
+        self.orders: dict[tuple[int, int], WindowOrder] = {}
+
+    def windows(
+        self, batch: int, rows: slice, count: int, size: int, stride: int, generator: torch.Generator
+    ) -> Tensor:
+        if (size, stride) not in self.orders:
+            self.orders[size, stride] = WindowOrder(self.training_tokens, size, stride, self.seed)
+        first, last, _ = rows.indices(count)
+        starts = self.orders[size, stride].starts(batch * count + first, last - first)
+        return torch.from_numpy(self.shards.train.windows(starts, size).astype(np.int64))
+
+    def _validation(self, starts: Tensor, size: int) -> Tensor:
+        return torch.from_numpy(self.shards.validation.windows(starts.numpy(), size).astype(np.int64))
+
+    def counts(self) -> Tensor:
+        counts = torch.from_numpy(self.shards.counts())
+        return torch.nn.functional.pad(counts, (0, self.vocab_size - len(counts)))
+
+
+def open_corpus(path: str | None, tokenizer: str, context: int, seed: int = 0) -> Corpus:
+    """The corpus that ``--text path`` names: a text file, a folder of token shards, or the Python manual if None.
+
+    Raises:
+        ValueError: the file is no text, or the shards were made with another tokenizer.
+    """
+    if path is None:
+        return TextCorpus(python_manual(), create_tokenizer(tokenizer), context)
+    if not Path(path).is_dir():
+        return TextCorpus(read_text(Path(path)), create_tokenizer(tokenizer), context)
+    corpus = ShardCorpus(Path(path), context, seed)
+    if corpus.tokenizer.name != tokenizer:
+        raise ValueError(f"{path} was made with the tokenizer {corpus.tokenizer.name}, not with {tokenizer}")
+    return corpus

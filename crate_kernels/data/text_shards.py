@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 
 from ..models.checkpoint import write_atomically
+from .digests import digest
 from .order import epochs, seed_for, shuffled
 
 FORMAT = 1
@@ -220,13 +221,11 @@ class TextShards:
 
     def fingerprint(self) -> str:
         """What the shards hold, in words and a digest of their digests."""
-        manifest, sha256 = self.manifest, hashlib.sha256()
-        for split in SPLITS:
-            for shard in getattr(manifest, split):
-                sha256.update(f"{split} {shard.sha256}\n".encode())
+        manifest = self.manifest
+        digests = (f"{split} {shard.sha256}\n".encode() for split in SPLITS for shard in getattr(manifest, split))
         return (
             f"shards of {len(self.train):,} training and {len(self.validation):,} validation tokens "
-            f"({manifest.tokenizer}, sha256 {sha256.hexdigest()[:12]})"
+            f"({manifest.tokenizer}, sha256 {digest(*digests)})"
         )
 
     def verify(self) -> None:

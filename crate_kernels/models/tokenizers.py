@@ -7,11 +7,13 @@ import importlib.util
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
-import numpy as np
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    import numpy as np
 
 GPT2_RANKS = (("whisper", "assets/gpt2.tiktoken"),)
 """Installed packages, and the files in them, that carry GPT-2's merge ranks."""
@@ -51,6 +53,8 @@ class ByteTokenizer:
         return list(text.encode())
 
     def encode_array(self, text: str) -> np.ndarray:
+        import numpy as np  # torch alone does not need it
+
         return np.frombuffer(text.encode(), np.uint8)
 
     def to_bytes(self, tokens: Sequence[int]) -> bytes:

@@ -18,14 +18,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..data.text import Corpus, python_manual, read_text
+from ..data.text import Corpus, open_corpus
+from ..data.text_shards import Manifest, is_prepared
 from ..distributed import launch
 from ..models import CrateBert, CrateGPT, CrateModel
 from ..models.bert import mask_tokens
 from ..models.checkpoint import write_atomically
 from ..models.generation import stream_text
 from ..models.gpt import IGNORED_TARGET
-from ..models.tokenizers import TOKENIZERS, create_tokenizer, word_starts
+from ..models.tokenizers import TOKENIZERS, word_starts
 from ..ops.backends import BACKENDS
 from ..version import __version__
 from . import command
@@ -44,7 +45,9 @@ MODEL_DEFAULTS: dict[str, dict[str, Any]] = {
 class TextConfig(EngineOptions):
     """What a run does. Two runs with equal ``fixed()`` values on one machine end with equal weights."""
 
-    text: str | None = option(None, "a UTF-8 text file; the Python manual without it", "data")
+    text: str | None = option(
+        None, "a UTF-8 text file or a folder of prepare-text; without it the Python manual", "data"
+    )
     tokenizer: str = option("bytes", "bytes, or GPT-2's byte pairs", "data", choices=TOKENIZERS)
     whole_words: bool = option(False, "bert: hide whole words, not tokens", "data")
 
@@ -106,14 +109,28 @@ class TextConfig(EngineOptions):
 # -- tasks -------------------------------------------------------------------------------------------------------------
 
 
+def batch_seed(seed: int, number: int) -> int:
+    """The seed of batch ``number`` in a run with ``seed``."""
+    return seed * 1_000_003 + number
+
+
 class Task:
     """What is asked of a model: batches as the arguments of its forward, ``targets`` among them."""
 
     def __init__(self, settings: TextConfig, corpus: Corpus):
         self.settings, self.corpus = settings, corpus
 
-    def batch(self, generator: torch.Generator) -> dict[str, Tensor]:
+    def batch(self, number: int, rows: slice) -> tuple[dict[str, Tensor], float]:
+        """The ``rows`` of batch ``number``, and the weight of their mean loss among the means of all ranks' rows.
+
+        A loss is a mean over the tokens that are asked for, and ranks may ask for different numbers of them. The
+        weight is 1 on average.
+        """
         raise NotImplementedError
+
+    def generator(self, number: int) -> torch.Generator:
+        """The random numbers of batch ``number``, alike on all ranks."""
+        return torch.Generator().manual_seed(batch_seed(self.settings.seed, number))
 
     def validation(self) -> Iterator[dict[str, Tensor]]:
         raise NotImplementedError
@@ -136,8 +153,11 @@ class NextToken(Task):
             dropout=s.dropout, overcomplete=s.model == "lm",
         )  # fmt: skip
 
-    def batch(self, generator: torch.Generator) -> dict[str, Tensor]:
-        return self._asked(self.corpus.windows(self.settings.batch_size, self.settings.context + 1, generator))
+    def batch(self, number: int, rows: slice) -> tuple[dict[str, Tensor], float]:
+        s, generator = self.settings, self.generator(number)
+        # The last token of a window is only asked for: the next window begins with it.
+        windows = self.corpus.windows(number, rows, s.batch_size, s.context + 1, s.context, generator)
+        return self._asked(windows), 1.0
 
     def validation(self) -> Iterator[dict[str, Tensor]]:
         windows = self.corpus.validation_windows(self.settings.context + 1)
@@ -168,10 +188,15 @@ class MaskedToken(Task):
             dropout=s.dropout, emb_dropout=s.dropout,
         )  # fmt: skip
 
-    def batch(self, generator: torch.Generator) -> dict[str, Tensor]:
-        s = self.settings
+    def batch(self, number: int, rows: slice) -> tuple[dict[str, Tensor], float]:
+        s, generator = self.settings, self.generator(number)
         lengths = torch.randint(s.context // 2, s.context + 1, (s.batch_size,), generator=generator)
-        return self._asked(self.corpus.windows(s.batch_size, s.context - 1, generator), lengths, generator)
+        # Of all rows: the weight needs the number of hidden tokens in the whole batch.
+        windows = self.corpus.windows(number, slice(None), s.batch_size, s.context - 1, s.context - 1, generator)
+        batch = self._asked(windows, lengths, generator)
+        asked = (batch["targets"] != IGNORED_TARGET).sum(dim=1)
+        mine = {name: value[rows] for name, value in batch.items()}
+        return mine, int(asked[rows].sum()) * len(asked) / (len(mine["idx"]) * int(asked.sum()))
 
     def validation(self) -> Iterator[dict[str, Tensor]]:
         generator = torch.Generator().manual_seed(0)
@@ -226,8 +251,7 @@ class TextTrainer(Engine):
     def __init__(self, settings: TextConfig, output: Path, device: torch.device, corpus: Corpus | None = None):
         super().__init__(settings, output, device)
         if corpus is None:
-            text = python_manual() if settings.text is None else read_text(Path(settings.text))
-            corpus = Corpus(text, create_tokenizer(settings.tokenizer), settings.context)
+            corpus = open_corpus(settings.text, settings.tokenizer, settings.context, settings.seed)
         self.corpus = corpus
         self.task = TASKS[settings.model](settings, corpus)
         self.steps = settings.steps
@@ -237,7 +261,9 @@ class TextTrainer(Engine):
 
     @classmethod
     def resolve(cls, options: dict[str, Any]) -> TextConfig:
-        settings = TextConfig(**MODEL_DEFAULTS.get(options.get("model"), {}) | options)
+        shards = Path(options["text"]) if options.get("text") is not None else None
+        made_with = {"tokenizer": Manifest.read(shards).tokenizer} if shards is not None and is_prepared(shards) else {}
+        settings = TextConfig(**MODEL_DEFAULTS.get(options.get("model"), {}) | made_with | options)
         settings.check()
         return settings
 
@@ -261,28 +287,23 @@ class TextTrainer(Engine):
         return super().per_step() * self.settings.context
 
     def batches(self, start: int) -> Iterator[tuple[dict[str, Tensor], float]]:
-        """This rank's part of every batch, and the weight of its mean among those of the ranks, 1 on average.
-
-        A mean is over the tokens asked for, of which ranks may have different numbers.
-        """
+        """This rank's part of every batch, and the weight of its mean; see :meth:`Task.batch`."""
+        rows = launch.share(self.settings.batch_size)
         for number in range(start, self.steps * self.settings.accumulate):
-            batch = self.task.batch(torch.Generator().manual_seed(self.seed(number)))
-            asked = (batch["targets"] != IGNORED_TARGET).sum(dim=1)
-            weight = int(asked[launch.share(len(asked))].sum()) * launch.size() / int(asked.sum())
-            yield self.part(batch), weight
+            batch, weight = self.task.batch(number, rows)
+            yield self.on_device(batch), weight
 
-    def seed(self, number: int) -> int:
-        """Of batch ``number``."""
-        return self.settings.seed * 1_000_003 + number
+    def on_device(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {name: value.to(self.device, non_blocking=True) for name, value in batch.items()}
 
     def part(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """This rank's texts of a batch, on its device."""
         mine = launch.share(len(batch["idx"]))
-        return {name: value[mine].to(self.device, non_blocking=True) for name, value in batch.items()}
+        return self.on_device({name: value[mine] for name, value in batch.items()})
 
     def loss(self, batch: tuple[dict[str, Tensor], float], number: int) -> Tensor:
         batch, weight = batch
-        self.seed_dropout(self.seed(number))
+        self.seed_dropout(batch_seed(self.settings.seed, number))
         with self.autocast():
             _, loss = self.network(**batch)
         loss = loss * weight
@@ -317,7 +338,7 @@ class TextTrainer(Engine):
 
     def baseline(self) -> dict[str, float]:
         """The same figures for a model that knows only how frequent each token is in the training text."""
-        frequency = torch.bincount(self.corpus.train, minlength=self.corpus.vocab_size).double() + 1
+        frequency = self.corpus.counts().double() + 1
         log_probability = (frequency / frequency.sum()).log()
         targets = torch.cat([batch["targets"].flatten() for batch in self.task.validation()])
         targets = targets[targets != IGNORED_TARGET]
@@ -332,8 +353,8 @@ class TextTrainer(Engine):
     def describe(self) -> str:
         corpus, parameters = self.corpus, sum(p.numel() for p in self.model.parameters())
         return (
-            f"{self.settings.text or 'the Python manual'}: {len(corpus.train):,} training and "
-            f"{len(corpus.validation):,} validation tokens ({self.settings.tokenizer}); {parameters:,} parameters, "
+            f"{self.settings.text or 'the Python manual'}: {corpus.training_tokens:,} training and "
+            f"{corpus.validation_tokens:,} validation tokens ({self.settings.tokenizer}); {parameters:,} parameters, "
             f"{self.precision} on {self.device}"
         )
 

@@ -49,7 +49,7 @@ GRAPH = {name: imports(name, path, KNOWN) for name, path in KNOWN.items()}
 
 def unit(name: str) -> str:
     """The module or package of the top level that a module belongs to; "" is the package itself."""
-    return (name.split(".") + [""])[1]
+    return [*name.split("."), ""][1]
 
 
 def layer(name: str) -> int:

@@ -10,6 +10,7 @@ import torch
 
 from crate_kernels import cli
 from crate_kernels.training import classifier, config, dino, mae, recipes, text
+from crate_kernels.training.command import add_arguments
 
 TRAINERS = {
     trainer.command: trainer for trainer in (classifier.Trainer, mae.MAETrainer, dino.DINOTrainer, text.TextTrainer)
@@ -21,7 +22,7 @@ def settings(command, *arguments):
     """What the command line's own parser and the trainer make of the arguments."""
     trainer = TRAINERS[command]
     parser = argparse.ArgumentParser()
-    command.add_arguments(parser, trainer)
+    add_arguments(parser, trainer)
     args = parser.parse_args(list(arguments), argparse.Namespace(command=command))
     return trainer.resolve(config.given(args, trainer.options))
 

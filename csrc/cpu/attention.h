@@ -1,0 +1,435 @@
+// Subspace attention of one head: query, key and value are one tensor, so a pair of tiles (I, J), (J, I) takes one product
+// for its scores and one set of exponentials, and the backward has one output.
+//
+// Forward (arXiv 2306.01129, equation 11, with the symmetric softmax of docs/cpu.md): with c_i = scale |w_i|^2 / 2,
+// E_ij = exp(scale w_i w_j - c_i - c_j) is symmetric and at most 1, and with u_j = exp(c_j - max c)
+//   o_i = sum_j E_ij u_j v_j / sum_j E_ij u_j.
+// Heads whose c_i differ by too much, and queries that are no visible keys, take the softmax with a row maximum instead.
+//
+// A head is cut into blocks of kTokens. A block E_IJ stays in the cache while it serves both of its roles. Nothing of size
+// N x N exists, and one thread does a whole head: no two threads add to one output.
+#pragma once
+
+#include <cmath>
+
+#include "product.h"
+
+namespace crate::CRATE_ISA {
+
+constexpr int kTokens = 96;      // of a block; a multiple of kRows and of kColumns
+constexpr float kRange = 90.0f;  // largest difference of c_i, in powers of two, for which E_ij u_j cannot underflow in vain
+static_assert(kTokens % kRows == 0 && kTokens % kColumns == 0);
+
+struct Head {
+    const AttentionShape& shape;
+    int64_t batch, index;
+
+    int64_t visible() const {
+        return shape.lengths == nullptr ? shape.tokens : static_cast<const int64_t*>(shape.lengths)[batch];
+    }
+    Source rows(const Heads& h) const {
+        Source s;
+        s.data = static_cast<const char*>(h.data) + (batch * h.batch_stride + index * h.head_stride) * bytes_of(h.type);
+        s.type = h.type, s.stride = h.token_stride;
+        return s;
+    }
+    void write_row(const Heads& h, int64_t token, const float* values) const {
+        write(h.data, h.type, batch * h.batch_stride + token * h.token_stride + index * h.head_stride, shape.width, values);
+    }
+    int64_t first_row() const { return (batch * shape.heads + index) * shape.tokens; }  // in lse
+};
+
+template <class F>
+inline void for_heads(const AttentionShape& shape, F f) {
+    parallel(shape.batch * shape.heads, [&](int64_t begin, int64_t end) {
+        for (int64_t h = begin; h < end; ++h) {
+            Frame frame;
+            f(Head{shape, h / shape.heads, h % shape.heads}, frame);
+        }
+    });
+}
+
+// One head's tokens in the three orders in which the tile reads them.
+struct Operand {
+    float* rows;    // A: token by token
+    int64_t stride;
+    float* keys;    // B of scores: panels of kColumns tokens, channel by channel
+    float* values;  // B of sums: panels of kColumns channels, token by token
+};
+
+inline Operand take_operand(Frame& frame, int64_t tokens, int64_t width, bool rows, bool keys, bool values) {
+    Operand o{};
+    o.stride = padded_stride(width);
+    if (rows) o.rows = frame.take(round_up(tokens, kRows) * o.stride);
+    if (keys) o.keys = frame.take(round_up(tokens, kColumns) * width);
+    if (values) o.values = frame.take(tokens * round_up(width, kColumns));
+    return o;
+}
+
+// Keys of block J lie at keys + J.first * width; a panel of values begins every `tokens * kColumns` floats.
+inline void fill_keys(const Source& s, int64_t tokens, int64_t width, float* keys) {
+    for (int64_t j = 0; j < tokens; j += kColumns)
+        pack_panel_of_columns<false>(s, 0, width, j, tokens - j < kColumns ? tokens - j : kColumns, keys + j * width);
+}
+
+// Row i of the values is factors[i] times the source's, or `factor` times.
+inline void fill_values(const Source& s, int64_t tokens, int64_t width, const float* factors, float factor, float* values) {
+    for (int64_t c = 0; c < width; c += kColumns) {
+        float* panel = values + c * tokens;
+        pack_panel_of_rows<false>(s, 0, tokens, c, width - c < kColumns ? width - c : kColumns, panel);
+        for (int64_t i = 0; i < tokens; ++i)
+            for (int v = 0; v < kColumns; v += kLanes) {
+                float* p = panel + i * kColumns + v;
+                store(p, load(p) * (factors == nullptr ? factor : factors[i]));
+            }
+    }
+}
+
+inline void fill_rows(const Source& s, int64_t tokens, int64_t width, float factor, float* rows, int64_t stride) {
+    for (int64_t i = 0; i < tokens; ++i) {
+        float* row = rows + i * stride;
+        fetch(s, i, 0, width, row);
+        for (int64_t c = 0; c < width; c += kLanes) store(row + c, load(row + c) * factor);
+    }
+    for (int64_t i = tokens; i < round_up(tokens, kRows); ++i) std::memset(rows + i * stride, 0, size_t(stride) * 4);
+}
+
+inline Ints lane_numbers() {
+    Ints n{};
+    for (int l = 0; l < kLanes; ++l) n[l] = l;
+    return n;
+}
+
+inline float dot(const float* a, const float* b, int64_t count) {  // whole vectors, zeros behind the elements
+    Floats total{};
+    for (int64_t i = 0; i < count; i += kLanes) total += load(a + i) * load(b + i);
+    return sum(total);
+}
+
+// sums (rows of round_up(width, kColumns) floats) += A B with the values of tokens [first, first + depth) as B.
+template <bool kTransposed>
+inline void add_values(const float* a, int64_t stride, const float* values, int64_t tokens, int64_t first, int64_t depth,
+                       int64_t width, float* sums, int64_t rows) {
+    const int64_t row = round_up(width, kColumns);
+    if (depth <= 0) return;
+    for (int64_t c = 0; c < width; c += kColumns) {
+        const float* panel = values + c * tokens + first * kColumns;
+        if (rows == kRows) {
+            multiply_tile<false, kTransposed>(a, stride, panel, depth, sums + c, row, true);
+            continue;
+        }
+        alignas(64) float tile[kRows * kColumns];
+        multiply_tile<false, kTransposed>(a, stride, panel, depth, tile);
+        for (int64_t i = 0; i < rows; ++i)
+            for (int v = 0; v < kColumns; v += kLanes) {
+                float* p = sums + i * row + c + v;
+                store(p, load(p) + load(tile + i * kColumns + v));
+            }
+    }
+}
+
+// -- forward -------------------------------------------------------------------------------------------------------
+
+// E of the block (I, J) and its part of the normalizers. On the diagonal only columns up to each tile's own rows count;
+// the rest of a row is what the rows below hold, transposed.
+inline void score_block(const Operand& w, int64_t width, int64_t i_first, int64_t i_count, int64_t j_first, int64_t j_count,
+                        bool causal, const float* c, const float* u, float* e, int64_t stride, float* normalizer) {
+    const bool diagonal = i_first == j_first;
+    const bool both = !causal;  // whether J sees I, too
+    const Ints lanes = lane_numbers();
+    alignas(64) float tile[kRows * kColumns];
+    for (int64_t i = 0; i < i_count; i += kRows) {
+        const int64_t rows = i_count - i < kRows ? i_count - i : kRows;
+        const int64_t seen = diagonal ? (i + rows < j_count ? i + rows : j_count) : j_count;
+        Floats row_sums[kRows];
+        for (int r = 0; r < kRows; ++r) row_sums[r] = Floats{};
+        for (int64_t j = 0; j < seen; j += kColumns) {
+            multiply_tile<false, false>(w.rows + (i_first + i) * w.stride, w.stride, w.keys + (j_first + j) * width, width,
+                                        tile);
+#pragma GCC unroll 4
+            for (int v = 0; v < kVectors; ++v) {
+                const int64_t column = j + v * kLanes;
+                const Floats c_j = load(c + j_first + column), u_j = load(u + j_first + column);
+                const Ints number = lanes + int32_t(column);
+                const Ints counts = number < int32_t(seen);
+                const Ints counts_for_j = number < int32_t(diagonal ? i : j_count);
+                Floats column_sums{};
+                for (int r = 0; r < rows; ++r) {
+                    const Floats x = load(tile + r * kColumns + v * kLanes) - (c_j + c[i_first + i + r]);
+                    Floats value = select(counts, exp2(x), Floats{});
+                    if (causal && diagonal) value = select(number <= int32_t(i + r), value, Floats{});
+                    store(e + (i + r) * stride + column, value);
+                    row_sums[r] += value * u_j;
+                    column_sums += value * u[i_first + i + r];
+                }
+                if (both) {
+                    float* n = normalizer + j_first + column;
+                    store(n, load(n) + select(counts_for_j, column_sums, Floats{}));
+                }
+            }
+        }
+        for (int r = 0; r < rows; ++r) normalizer[i_first + i + r] += sum(row_sums[r]);
+    }
+}
+
+// Rows [first, last) with a row maximum: queries of any norm against keys [0, visible).
+inline void attend_rows(const Head& head, Frame& outer, const Operand& w, const float* values, int64_t value_tokens,
+                        int64_t first, int64_t last, int64_t visible, const float* log_u, const float* u,
+                        const Heads& out, float* lse) {
+    Frame frame;
+    const int64_t width = head.shape.width, stride = padded_stride(round_up(visible, kColumns));
+    const int64_t padded = round_up(width, kColumns);
+    float* strip = frame.take(kRows * stride);
+    float* sums = frame.take(kRows * padded);
+    const Ints lanes = lane_numbers();
+    alignas(64) float tile[kRows * kColumns];
+    (void)outer;
+    for (int64_t i = first; i < last; i += kRows) {
+        const int64_t rows = last - i < kRows ? last - i : kRows;
+        const int64_t seen = head.shape.causal && i + rows < visible ? i + rows : visible;
+        for (int64_t j = 0; j < seen; j += kColumns) {
+            multiply_tile<false, false>(w.rows + i * w.stride, w.stride, w.keys + j * width, width, tile);
+            for (int r = 0; r < kRows; ++r)
+                for (int v = 0; v < kColumns; v += kLanes) {
+                    const Ints number = lanes + int32_t(j + v);
+                    Ints hidden = number >= int32_t(seen);
+                    if (head.shape.causal) hidden |= number > int32_t(i + r);
+                    store(strip + r * stride + j + v,
+                          select(hidden, broadcast(-INFINITY), load(tile + r * kColumns + v)));
+                }
+        }
+        std::memset(sums, 0, size_t(kRows * padded) * 4);
+        float normalizers[kRows];
+        for (int r = 0; r < kRows; ++r) {
+            float* row = strip + r * stride;
+            Floats most = broadcast(-INFINITY);
+            for (int64_t j = 0; j < seen; j += kLanes) {
+                const Floats x = load(row + j);
+                most = x > most || x != x ? x : most;  // a NaN wins
+            }
+            float maximum = most[0];
+            for (int l = 1; l < kLanes; ++l) maximum = most[l] > maximum || most[l] != most[l] ? most[l] : maximum;
+            Floats total{};
+            for (int64_t j = 0; j < seen; j += kLanes) {
+                const Floats x = load(row + j);
+                // Values carry the factor u_j, so the weights are divided by it, in the exponent.
+                const Floats p = exp2(x - maximum - load(log_u + j));
+                const Floats weight = select(x == -INFINITY, Floats{}, p);
+                store(row + j, weight);
+                total += weight * load(u + j);
+            }
+            normalizers[r] = sum(total);
+            if (r < rows) lse[i + r] = (std::log2(normalizers[r]) + maximum) / kLog2E;
+        }
+        add_values<false>(strip, stride, values, value_tokens, 0, seen, width, sums, kRows);
+        for (int r = 0; r < rows; ++r) {
+            float* row = sums + r * padded;
+            for (int64_t k = 0; k < width; k += kLanes) store(row + k, load(row + k) / normalizers[r]);
+            head.write_row(out, i + r, row);
+        }
+    }
+}
+
+inline void attend(const Head& head, Frame& frame, const AttentionForward& call) {
+    const int64_t tokens = head.shape.tokens, width = head.shape.width, visible = head.visible();
+    const Source w_source = head.rows(call.w);
+    const Source v_source = call.value.data == nullptr ? w_source : head.rows(call.value);
+    const float scale = float(head.shape.scale) * kLog2E;
+    float* lse = call.lse + head.first_row();
+    Operand w = take_operand(frame, tokens, width, true, true, true);
+    const int64_t padded = round_up(visible, kColumns) + kColumns;
+    float* c = frame.take(round_up(tokens, kRows) + kColumns);
+    float* u = frame.take(padded);
+    float* log_u = frame.take(padded);
+    fill_rows(w_source, tokens, width, scale, w.rows, w.stride);
+    fill_keys(w_source, visible, width, w.keys);
+
+    float most = -INFINITY, least = INFINITY;
+    bool finite = true;
+    for (int64_t i = 0; i < round_up(tokens, kRows) + kColumns; ++i) c[i] = 0;
+    for (int64_t i = 0; i < visible; ++i) {
+        const float* row = w.rows + i * w.stride;
+        c[i] = dot(row, row, width) / (2 * scale);
+        most = c[i] > most ? c[i] : most;
+        least = c[i] < least ? c[i] : least;
+        finite = finite && std::isfinite(c[i]);
+    }
+    const bool bounded = finite && scale > 0 && most - least <= kRange;
+    for (int64_t i = 0; i < padded; ++i) log_u[i] = u[i] = 0;
+    for (int64_t i = 0; i < visible; ++i) log_u[i] = bounded ? c[i] - most : 0.0f;
+    for (int64_t i = 0; i < visible; i += kLanes) store(u + i, exp2(load(log_u + i)));
+    fill_values(v_source, visible, width, u, 1.0f, w.values);
+
+    if (!bounded) {
+        attend_rows(head, frame, w, w.values, visible, 0, tokens, visible, log_u, u, call.out, lse);
+        return;
+    }
+    const int64_t row = round_up(width, kColumns), stride = padded_stride(kTokens);
+    float* e = frame.take(kTokens * stride);
+    float* sums = frame.take(round_up(visible, kRows) * row);
+    float* normalizer = frame.take(padded);
+    std::memset(sums, 0, size_t(round_up(visible, kRows) * row) * 4);
+    std::memset(normalizer, 0, size_t(padded) * 4);
+    const bool causal = head.shape.causal;
+    for (int64_t I = 0; I < visible; I += kTokens) {
+        const int64_t i_count = visible - I < kTokens ? visible - I : kTokens;
+        for (int64_t J = 0; J <= I; J += kTokens) {
+            const int64_t j_count = visible - J < kTokens ? visible - J : kTokens;
+            score_block(w, width, I, i_count, J, j_count, causal, c, u, e, stride, normalizer);
+            for (int64_t i = 0; i < i_count; i += kRows) {
+                const int64_t rows = i_count - i < kRows ? i_count - i : kRows;
+                float* row_sums = sums + (I + i) * row;
+                const int64_t seen = I == J ? i + rows : j_count;
+                add_values<false>(e + i * stride, stride, w.values, visible, J, seen, width, row_sums, rows);
+                if (I == J && !causal)  // the rest of the row, from the rows below
+                    add_values<true>(e + seen * stride + i, stride, w.values, visible, I + seen, i_count - seen, width,
+                                     row_sums, rows);
+            }
+            if (I != J && !causal)
+                for (int64_t j = 0; j < j_count; j += kRows)
+                    add_values<true>(e + j, stride, w.values, visible, I, i_count, width, sums + (J + j) * row, kRows);
+        }
+    }
+    for (int64_t i = 0; i < visible; ++i) {
+        float* values = sums + i * row;
+        for (int64_t k = 0; k < width; k += kLanes) store(values + k, load(values + k) / normalizer[i]);
+        head.write_row(call.out, i, values);
+        lse[i] = (std::log2(normalizer[i]) + c[i] + most) / kLog2E;
+    }
+    if (visible < tokens) {
+        attend_rows(head, frame, w, w.values, visible, visible, tokens, visible, log_u, u, call.out, lse);
+    }
+}
+
+// -- backward ------------------------------------------------------------------------------------------------------
+
+// dS = P (g v - delta), dw_i = sum_j scale (dS_ij + dS_ji) w_j, dv_i = sum_j P_ji g_j; without a value dw takes both.
+inline void attend_backward(const Head& head, Frame& frame, const AttentionBackward& call) {
+    const int64_t tokens = head.shape.tokens, width = head.shape.width, visible = head.visible();
+    const bool causal = head.shape.causal, shared = call.value.data == nullptr;
+    const float scale = float(head.shape.scale);
+    const Source w_source = head.rows(call.w), g_source = head.rows(call.grad), o_source = head.rows(call.out);
+    const Source v_source = shared ? w_source : head.rows(call.value);
+    Operand w = take_operand(frame, tokens, width, true, true, true);    // rows times scale log2(e), values times scale
+    Operand g = take_operand(frame, tokens, width, true, true, true);
+    Operand v = take_operand(frame, tokens, width, true, !shared, false);
+    if (shared) v.keys = w.keys;
+    const int64_t padded_tokens = round_up(tokens, kRows) + kColumns, row = round_up(width, kColumns);
+    float* delta = frame.take(padded_tokens);
+    float* lse = frame.take(padded_tokens);
+    float* o = frame.take(row);
+    for (int64_t i = 0; i < padded_tokens; ++i) delta[i] = lse[i] = 0;
+    fill_rows(w_source, tokens, width, scale * kLog2E, w.rows, w.stride);
+    fill_rows(g_source, tokens, width, 1.0f, g.rows, g.stride);
+    fill_rows(v_source, tokens, width, 1.0f, v.rows, v.stride);
+    for (int64_t i = 0; i < tokens; ++i) {
+        fetch(o_source, i, 0, width, o);
+        delta[i] = dot(g.rows + i * g.stride, o, width);
+        lse[i] = call.lse[head.first_row() + i] * kLog2E;
+        if (i < visible) continue;
+        // A hidden token without a gradient contributes nothing, whatever it holds.
+        bool zero = true;
+        for (int64_t k = 0; k < width; ++k) zero = zero && g.rows[i * g.stride + k] == 0;
+        if (!zero) continue;
+        delta[i] = lse[i] = 0;
+        std::memset(w.rows + i * w.stride, 0, size_t(width) * 4);
+        std::memset(v.rows + i * v.stride, 0, size_t(width) * 4);
+    }
+    const Source w_rows(w.rows, w.stride), v_rows(v.rows, v.stride), g_rows(g.rows, g.stride);
+    fill_keys(w_source, visible, width, w.keys);
+    if (!shared) fill_keys(v_rows, visible, width, v.keys);
+    fill_keys(g_rows, visible, width, g.keys);
+    fill_values(w_rows, tokens, width, nullptr, 1.0f / kLog2E, w.values);
+    fill_values(g_rows, tokens, width, nullptr, 1.0f, g.values);
+
+    const int64_t stride = padded_stride(kTokens);
+    float* ds = frame.take(kTokens * stride);       // dS_ij + dS_ji
+    float* p = frame.take(kTokens * stride);        // P_ij
+    float* p_other = frame.take(kTokens * stride);  // P_ji
+    float* dw = frame.take(round_up(tokens, kRows) * row);
+    float* dv = shared ? dw : frame.take(round_up(tokens, kRows) * row);
+    std::memset(dw, 0, size_t(round_up(tokens, kRows) * row) * 4);
+    if (!shared) std::memset(dv, 0, size_t(round_up(tokens, kRows) * row) * 4);
+    alignas(64) float scores[kRows * kColumns], down[kRows * kColumns], up[kRows * kColumns];
+    const Ints lanes = lane_numbers();
+
+    // Tokens from `visible` on are queries only: their blocks begin anew there.
+    for (int64_t I = 0; I < tokens;) {
+        const bool hidden = I >= visible;
+        const int64_t end = hidden ? tokens : visible;
+        const int64_t i_count = end - I < kTokens ? end - I : kTokens;
+        for (int64_t J = 0; J <= I && J < visible; J += kTokens) {
+            const int64_t j_count = visible - J < kTokens ? visible - J : kTokens;
+            const bool diagonal = I == J, both = !causal && !hidden;  // both: J sees I, too
+            for (int64_t i = 0; i < i_count; i += kRows) {
+                const int64_t rows = i_count - i < kRows ? i_count - i : kRows;
+                const int64_t seen = diagonal ? i + rows : j_count;
+                const float* w_row = w.rows + (I + i) * w.stride;
+                for (int64_t j = 0; j < seen; j += kColumns) {
+                    multiply_tile<false, false>(w_row, w.stride, w.keys + (J + j) * width, width, scores);
+                    multiply_tile<false, false>(g.rows + (I + i) * g.stride, g.stride, v.keys + (J + j) * width, width, down);
+                    if (both || diagonal)
+                        multiply_tile<false, false>(v.rows + (I + i) * v.stride, v.stride, g.keys + (J + j) * width, width, up);
+                    for (int vector = 0; vector < kVectors; ++vector) {
+                        const int64_t column = j + vector * kLanes;
+                        const Floats lse_j = load(lse + J + column), delta_j = load(delta + J + column);
+                        const Ints number = lanes + int32_t(column), counts = number < int32_t(seen);
+                        for (int r = 0; r < rows; ++r) {
+                            const int at = r * kColumns + vector * kLanes;
+                            const Floats s = load(scores + at);
+                            Ints forward = counts, backward = counts;  // i sees j, j sees i
+                            if (causal && diagonal) {
+                                forward &= number <= int32_t(i + r);
+                                backward &= number >= int32_t(i + r);
+                            }
+                            const Floats p_ij = select(forward, exp2(s - lse[I + i + r]), Floats{});
+                            Floats sum = select(forward, p_ij * (load(down + at) - delta[I + i + r]), Floats{});
+                            if (both || diagonal) {
+                                const Floats p_ji = select(backward, exp2(s - lse_j), Floats{});
+                                sum += select(backward, p_ji * (load(up + at) - delta_j), Floats{});
+                                store(p_other + (i + r) * stride + column, p_ji);
+                            }
+                            store(p + (i + r) * stride + column, p_ij);
+                            store(ds + (i + r) * stride + column, sum);
+                        }
+                    }
+                }
+            }
+            for (int64_t i = 0; i < i_count; i += kRows) {
+                const int64_t rows = i_count - i < kRows ? i_count - i : kRows;
+                const int64_t seen = diagonal ? i + rows : j_count;
+                float* dw_row = dw + (I + i) * row;
+                float* dv_row = dv + (I + i) * row;
+                add_values<false>(ds + i * stride, stride, w.values, tokens, J, seen, width, dw_row, rows);
+                if (both || diagonal)
+                    add_values<false>(p_other + i * stride, stride, g.values, tokens, J, seen, width, dv_row, rows);
+                if (diagonal) {
+                    const int64_t rest = i_count - seen;
+                    add_values<true>(ds + seen * stride + i, stride, w.values, tokens, I + seen, rest, width, dw_row, rows);
+                    add_values<true>(p + seen * stride + i, stride, g.values, tokens, I + seen, rest, width, dv_row, rows);
+                }
+            }
+            if (!diagonal)
+                for (int64_t j = 0; j < j_count; j += kRows) {
+                    const int64_t rows = j_count - j < kRows ? j_count - j : kRows;
+                    add_values<true>(ds + j, stride, w.values, tokens, I, i_count, width, dw + (J + j) * row, rows);
+                    add_values<true>(p + j, stride, g.values, tokens, I, i_count, width, dv + (J + j) * row, rows);
+                }
+        }
+        I += i_count;
+    }
+    for (int64_t i = 0; i < tokens; ++i) {
+        head.write_row(call.dw, i, dw + i * row);
+        if (!shared) head.write_row(call.dvalue, i, dv + i * row);
+    }
+}
+
+inline void attention_forward(const AttentionForward& call) {
+    for_heads(call.shape, [&](const Head& head, Frame& frame) { attend(head, frame, call); });
+}
+
+inline void attention_backward(const AttentionBackward& call) {
+    for_heads(call.shape, [&](const Head& head, Frame& frame) { attend_backward(head, frame, call); });
+}
+
+}  // namespace crate::CRATE_ISA

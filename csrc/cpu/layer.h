@@ -1,0 +1,503 @@
+// A CRATE layer, forward and backward: z' = z + step MSSA(LN z), z" = relu(LN z' + eta LN(z') M - eta lambda) with the folded
+// dictionary M = W - WᵀW. The norms and everything elementwise happen where a product reads or writes its tiles.
+#pragma once
+
+#include <cmath>
+
+#include "attention.h"
+
+namespace crate::CRATE_ISA {
+
+// A parameter vector as floats, with zeros behind it so that whole panels may be read; null where it is absent.
+inline float* vector(Frame& frame, const Array& a, int64_t count, float factor = 1.0f) {
+    if (a.data == nullptr) return nullptr;
+    const int64_t padded = round_up(count, kColumns) + kLanes;
+    float* out = frame.take(padded);
+    for (int64_t i = 0; i < padded; i += kLanes) store(out + i, Floats{});
+    read(a.data, a.type, 0, count, out);
+    for (int64_t i = 0; i < count; ++i) out[i] *= factor;
+    return out;
+}
+
+struct Norm {
+    const float *gamma = nullptr, *beta = nullptr;
+    double eps = 0;
+    float *mean = nullptr, *rstd = nullptr;
+    Norm() = default;
+    Norm(Frame& frame, const NormParameters& p, int64_t width, const float* row_mean, const float* row_rstd)
+        : gamma(vector(frame, p.weight, width)),
+          beta(vector(frame, p.bias, width)),
+          eps(p.eps),
+          mean(const_cast<float*>(row_mean)),
+          rstd(const_cast<float*>(row_rstd)) {}
+    explicit operator bool() const { return gamma != nullptr; }
+    Source of(const Source& s) const { return gamma == nullptr ? s : s.normalized(mean, rstd, gamma, beta); }
+};
+
+// Mean and 1 / sqrt(variance + eps) of rows [first, first + count).
+inline void row_statistics(const Source& s, int64_t first, int64_t count, int64_t width, const Norm& norm) {
+    Frame frame;
+    float* row = frame.take(round_up(width, kLanes));
+    const Ints lanes = lane_numbers();
+    for (int64_t i = first; i < first + count; ++i) {
+        read(s.data, s.type, i * s.stride, width, row);
+        Floats total{};
+        for (int64_t k = 0; k < width; k += kLanes) total += load(row + k);
+        const float mean = sum(total) / float(width);
+        Floats squares{};
+        int64_t k = 0;
+        for (; k + kLanes <= width; k += kLanes) {
+            const Floats x = load(row + k) - mean;
+            squares += x * x;
+        }
+        if (k < width) {
+            const Floats x = select(lanes < int32_t(width - k), load(row + k) - mean, Floats{});
+            squares += x * x;
+        }
+        norm.mean[i] = mean;
+        norm.rstd[i] = float(1 / std::sqrt(double(sum(squares) / float(width)) + norm.eps));
+    }
+}
+
+// -- folding -------------------------------------------------------------------------------------------------------
+
+// M = W - WᵀW as floats. WᵀW is symmetric: its lower half is computed, the upper one copied.
+template <bool kPairs>
+inline void fold_dictionary(const Source& w, int64_t width, float* out, int64_t stride) {
+    Frame outer;
+    float* packed = outer.take(packed_floats<kPairs>(width, width));
+    const int64_t units = Engine<kPairs>::units(width);
+    pack_matrix<kPairs>(w, false, 0, width, width, packed);
+    const int64_t blocks = (width + kBlockRows - 1) / kBlockRows;
+    parallel(blocks, [&](int64_t begin, int64_t end) {
+        for (int64_t b = begin; b < end; ++b) {
+            const int64_t block = b % 2 ? blocks - 1 - b / 2 : b / 2;  // a short one and a long one in turn: equal work
+            const int64_t first = block * kBlockRows, count = width - first < kBlockRows ? width - first : kBlockRows;
+            Frame frame;
+            const int64_t size = kPairs ? packed_rows_floats<kPairs>(count, width)
+                                        : width * padded_stride(round_up(count, kRows));
+            const PackedRows a = pack_rows_transposed<kPairs>(w, first, count, 0, width, frame.take(size));
+            const int64_t columns = round_up(first + count, kColumns) < width ? round_up(first + count, kColumns) : width;
+            multiply_block<kPairs, !kPairs>(a, packed, units, count, columns,
+                                            [&](int64_t i, int64_t n, int64_t j, int64_t m, float* tile) {
+                                                for (int64_t r = 0; r < n; ++r)
+                                                    write(out, kFloat32, (first + i + r) * stride + j, m,
+                                                          tile + r * kColumns);
+                                            });
+        }
+    });
+    // out holds WᵀW where column <= row (and a little beyond). Squares of one vector change places with their mirror.
+    const int64_t squares = (width + kLanes - 1) / kLanes;
+    parallel(squares, [&](int64_t begin, int64_t end) {
+        for (int64_t b = begin; b < end; ++b) {
+            const int64_t i = (b % 2 ? squares - 1 - b / 2 : b / 2) * kLanes;
+            for (int64_t j = 0; j <= i; j += kLanes) {
+                const int64_t rows = width - i < kLanes ? width - i : kLanes, columns = width - j < kLanes ? width - j : kLanes;
+                Floats v[kLanes];
+                alignas(64) float buffer[kLanes];
+                for (int r = 0; r < kLanes; ++r) {
+                    v[r] = Floats{};
+                    if (r >= rows) continue;
+                    read(out, kFloat32, (i + r) * stride + j, columns, buffer);
+                    v[r] = load(buffer);
+                    if (i == j) continue;
+                    fetch(w, i + r, j, columns, buffer);
+                    store(buffer, load(buffer) - v[r]);
+                    write(out, kFloat32, (i + r) * stride + j, columns, buffer);
+                }
+                if (i == j)  // the tiles below the diagonal only are complete: mirror within the square
+                    for (int r = 0; r < kLanes; ++r)
+                        for (int c = r + 1; c < kLanes; ++c) v[r][c] = v[c][r];
+                else
+                    transpose(v);
+                for (int c = 0; c < columns; ++c) {
+                    fetch(w, j + c, i, rows, buffer);
+                    store(buffer, load(buffer) - v[c]);
+                    write(out, kFloat32, (j + c) * stride + i, rows, buffer);
+                }
+            }
+        }
+    });
+}
+
+// The folded matrix that a call needs, packed as B; `transposed` for the gradient.
+template <bool kPairs>
+inline const float* packed_fold(Frame& frame, const LayerWeights& weights, int64_t width, bool transposed) {
+    if (!transposed && weights.packed_folded != nullptr) return static_cast<const float*>(weights.packed_folded);
+    Source folded(weights.folded);
+    if (folded.data == nullptr) {
+        float* m = frame.take(width * width);
+        fold_dictionary<kPairs>(weights.dictionary, width, m, width);
+        folded = Source(m, width);
+    }
+    float* packed = frame.take(packed_floats<kPairs>(width, width));
+    pack_matrix<kPairs>(folded, transposed, 0, width, width, packed);
+    return packed;
+}
+
+// -- forward -------------------------------------------------------------------------------------------------------
+
+inline Heads heads_of(void* data, int64_t type, const AttentionShape& shape) {
+    const int64_t inner = shape.heads * shape.width;
+    return {data, type, shape.tokens * inner, inner, shape.width};
+}
+
+template <bool kPairs>
+inline void forward(const LayerForward& call) {
+    const LayerShape& shape = call.shape;
+    const AttentionShape& attention = shape.attention;
+    const int64_t width = shape.width, inner = attention.heads * attention.width;
+    const int64_t rows = attention.batch * attention.tokens;
+    const LayerWeights& weights = call.weights;
+    const bool mssa = call.halves & 1, ista = call.halves & 2;
+    Frame frame;
+    if (rows == 0) return;
+
+    if (mssa) {
+        const Norm norm(frame, weights.mssa_norm, width, call.mean_1, call.rstd_1);
+        const float* projection = static_cast<const float*>(weights.packed_projection);
+        if (projection == nullptr) {
+            float* packed = frame.take(packed_floats<kPairs>(width, inner));
+            pack_matrix<kPairs>(weights.projection, true, 0, width, inner, packed);
+            projection = packed;
+        }
+        Finish finish;
+        finish.out = call.w;
+        for_blocks_of_rows<kPairs>(rows, [&](int64_t first, int64_t count) {
+            Frame block;
+            row_statistics(call.z, first, count, width, norm);
+            const PackedRows a =
+                pack_rows<kPairs>(norm.of(call.z), first, count, 0, width, block.take(packed_rows_floats<kPairs>(count, width)));
+            multiply_block<kPairs, false>(a, projection, Engine<kPairs>::units(width), count, inner,
+                                          [&](int64_t i, int64_t n, int64_t j, int64_t m, float* tile) {
+                                              finish(first + i, n, j, m, tile);
+                                          });
+        });
+        AttentionForward attend_call{};
+        attend_call.shape = attention;
+        attend_call.w = heads_of(call.w.data, call.w.type, attention);
+        attend_call.out = heads_of(call.o.data, call.o.type, attention);
+        attend_call.lse = call.lse;
+        attention_forward(attend_call);
+    }
+
+    const float* output = nullptr;
+    Finish residual;  // middle = z + step (o Woᵀ + b)
+    if (mssa) {
+        residual.out = call.middle;
+        residual.alpha = float(shape.mssa_step_size);
+        residual.residual = call.z;
+        residual.bias = vector(frame, weights.output_bias, width, float(shape.mssa_step_size));
+        output = static_cast<const float*>(weights.packed_output);
+        if (output == nullptr && weights.output.data != nullptr) {
+            float* packed = frame.take(packed_floats<kPairs>(inner, width));
+            pack_matrix<kPairs>(weights.output, true, 0, inner, width, packed);
+            output = packed;
+        }
+    }
+    Norm norm;
+    const float* folded = nullptr;      // z" = relu(x + eta x M - eta lambda), or
+    const float* dictionary = nullptr;  // relu(x + eta (x - x Wᵀ) W - eta lambda) where rows are few
+    const float* dictionary_transposed = nullptr;
+    Finish step;
+    if (ista) {
+        norm = Norm(frame, weights.ista_norm, width, call.mean_2, call.rstd_2);
+        if (weights.packed_folded != nullptr || weights.folded.data != nullptr || 2 * rows >= width) {
+            folded = packed_fold<kPairs>(frame, weights, width, false);
+        } else {
+            float* packed = frame.take(packed_floats<kPairs>(width, width));
+            pack_matrix<kPairs>(weights.dictionary, false, 0, width, width, packed);
+            dictionary = packed;
+            packed = frame.take(packed_floats<kPairs>(width, width));
+            pack_matrix<kPairs>(weights.dictionary, true, 0, width, width, packed);
+            dictionary_transposed = packed;
+        }
+        step.out = call.out;
+        step.alpha = float(shape.step_size);
+        step.residual = norm.of(call.middle);
+        step.shift = float(shape.step_size * shape.lambd);
+        step.relu = true;
+    }
+    const int64_t depth = width > inner ? width : inner;
+    for_blocks_of_rows<kPairs>(rows, [&](int64_t first, int64_t count) {
+        Frame block;
+        float* space = block.take(packed_rows_floats<kPairs>(count, depth));
+        const auto multiply = [&](PackedRows a, const float* b, int64_t d, auto finish) {
+            multiply_block<kPairs, false>(a, b, Engine<kPairs>::units(d), count, width,
+                                          [&](int64_t i, int64_t n, int64_t j, int64_t m, float* tile) {
+                                              finish(first + i, n, j, m, tile);
+                                          });
+        };
+        if (mssa && output != nullptr) {
+            multiply(pack_rows<kPairs>(call.o, first, count, 0, inner, space), output, inner, residual);
+        } else if (mssa) {
+            float* o = block.take(round_up(width, kLanes));
+            float* z = block.take(round_up(width, kLanes));
+            for (int64_t i = first; i < first + count; ++i) {
+                read(call.o.data, call.o.type, i * call.o.stride, width, o);
+                read(call.z.data, call.z.type, i * call.z.stride, width, z);
+                for (int64_t k = 0; k < width; k += kLanes) store(z + k, load(z + k) + load(o + k) * residual.alpha);
+                write(call.middle.data, call.middle.type, i * call.middle.stride, width, z);
+            }
+        }
+        if (!ista) return;
+        if (norm) row_statistics(call.middle, first, count, width, norm);
+        const PackedRows x = pack_rows<kPairs>(norm.of(call.middle), first, count, 0, width, space);
+        if (folded != nullptr) {
+            multiply(x, folded, width, step);
+            return;
+        }
+        const int64_t padded = round_up(width, kColumns);
+        float* rest = block.take(count * padded);  // x - x Wᵀ
+        Finish difference;
+        difference.out = {rest - first * padded, kFloat32, padded};
+        difference.alpha = -1.0f;
+        difference.residual = norm.of(call.middle);
+        multiply(x, dictionary_transposed, width, difference);
+        multiply(pack_rows<kPairs>(Source(rest, padded), 0, count, 0, width, space), dictionary, width, step);
+    });
+}
+
+inline void layer_forward(const LayerForward& call) {
+    with_engine(call.shape.attention.low_precision, [&](auto kPairs) { forward<kPairs>(call); });
+}
+
+// -- backward ------------------------------------------------------------------------------------------------------
+
+// Sums over rows (of gradients of a norm and a bias): one partial row a tile, added up in order, so that no result
+// depends on the number of threads.
+struct ColumnSums {
+    int64_t units, width;  // width: whole panels
+    float* partial[3];     // (units, width)
+    ColumnSums(Frame& frame, int64_t number, int64_t columns) : units(number), width(round_up(columns, kColumns)) {
+        for (float*& p : partial) p = frame.take(units * width);
+    }
+    void finish(int index, int64_t columns, float factor, const MutableArray& out) const {
+        if (out.data == nullptr) return;
+        Frame frame;
+        float* total = frame.take(width);
+        parallel(width / kLanes, [&](int64_t begin, int64_t end) {
+            for (int64_t k = begin * kLanes; k < end * kLanes; k += kLanes) {
+                Floats s{};
+                for (int64_t u = 0; u < units; ++u) s += load(partial[index] + u * width + k);
+                store(total + k, s * factor);
+            }
+        });
+        write(out.data, out.type, 0, columns, total);
+    }
+};
+
+// A gradient dy (rows x width, floats in whole panels) of LN(x) becomes that of x; sums for the norm's own gradients.
+inline void norm_backward_row(float* dy, const float* x, float mean, float rstd, const float* gamma, int64_t width,
+                              float* dgamma, float* dbeta) {
+    Floats sum_1{}, sum_2{};
+    for (int64_t k = 0; k < width; k += kLanes) {
+        const Floats centered = (load(x + k) - mean) * rstd, y = load(dy + k), a = y * load(gamma + k);
+        sum_1 += a;
+        sum_2 += a * centered;
+        store(dgamma + k, load(dgamma + k) + y * centered);
+        store(dbeta + k, load(dbeta + k) + y);
+    }
+    const float mean_1 = sum(sum_1) / float(width), mean_2 = sum(sum_2) / float(width);
+    for (int64_t k = 0; k < width; k += kLanes) {
+        const Floats centered = (load(x + k) - mean) * rstd, a = load(dy + k) * load(gamma + k);
+        store(dy + k, (a - mean_1 - centered * mean_2) * rstd);
+    }
+}
+
+// dx = LN-backward(product A B + residual) + more, row by row, where the product is A (rows, depth) with packed B.
+// partial rows: 0 and 1 the norm's gradients, 2 the sum of dx.
+template <bool kPairs>
+inline void multiply_norm_backward(const Source& a, const float* b, int64_t rows, int64_t depth, int64_t width, float alpha,
+                                   const Source& residual, const Source& x, const Norm& norm, const Source& more,
+                                   const MutableArray& dx, const ColumnSums& sums) {
+    constexpr int kTileRows = Engine<kPairs>::rows;
+    for_blocks_of_rows<kPairs>(rows, [&](int64_t first, int64_t count) {
+        Frame frame;
+        const PackedRows packed =
+            pack_rows<kPairs>(a, first, count, 0, depth, frame.take(packed_rows_floats<kPairs>(count, depth)));
+        const int64_t padded = sums.width;
+        float* gradient = frame.take(count * padded);
+        float* row = frame.take(padded);
+        Finish finish;
+        finish.out = {gradient, kFloat32, padded};
+        finish.alpha = alpha;
+        Source shifted = residual;  // the finish counts rows from `first`
+        finish.residual = shifted;
+        finish.out.data = gradient - first * padded;
+        multiply_block<kPairs, false>(packed, b, Engine<kPairs>::units(depth), count, width,
+                                      [&](int64_t i, int64_t n, int64_t j, int64_t m, float* tile) {
+                                          finish(first + i, n, j, m, tile);
+                                      });
+        for (int64_t i = 0; i < count; ++i) {
+            const int64_t unit = (first + i) / kTileRows;
+            float* partial[3];
+            for (int p = 0; p < 3; ++p) {
+                partial[p] = sums.partial[p] + unit * padded;
+                if ((first + i) % kTileRows == 0) std::memset(partial[p], 0, size_t(padded) * 4);
+            }
+            float* dy = gradient + i * padded;
+            for (int64_t k = width; k < padded; ++k) dy[k] = 0;
+            if (norm) {
+                read(x.data, x.type, (first + i) * x.stride, width, row);
+                norm_backward_row(dy, row, norm.mean[first + i], norm.rstd[first + i], norm.gamma, width, partial[0],
+                                  partial[1]);
+            }
+            if (more.data != nullptr) {
+                read(more.data, more.type, (first + i) * more.stride, width, row);
+                for (int64_t k = 0; k < width; k += kLanes) store(dy + k, load(dy + k) + load(row + k));
+            }
+            for (int64_t k = 0; k < width; k += kLanes) store(partial[2] + k, load(partial[2] + k) + load(dy + k));
+            write(dx.data, dx.type, (first + i) * dx.stride, width, dy);
+        }
+    });
+}
+
+inline void write_matrix(const MutableArray& out, const float* values, int64_t stride, int64_t rows, int64_t columns) {
+    if (out.data == values) return;
+    for (int64_t i = 0; i < rows; ++i) write(out.data, out.type, i * out.stride, columns, values + i * stride);
+}
+
+// A float matrix in which to compute `out`: `out` itself where it holds floats.
+inline float* float_matrix(Frame& frame, const MutableArray& out, int64_t rows, int64_t columns, int64_t* stride) {
+    if (out.type == kFloat32) {
+        *stride = out.stride;
+        return static_cast<float*>(out.data);
+    }
+    *stride = round_up(columns, kLanes);
+    return frame.take(rows * *stride);
+}
+
+template <bool kPairs>
+inline void multiply_transposed_into(const Source& a, const Source& b, int64_t rows, int64_t depth, int64_t columns,
+                                     float alpha, const MutableArray& out) {
+    Frame frame;
+    int64_t stride;
+    float* values = float_matrix(frame, out, rows, columns, &stride);
+    multiply_transposed<kPairs>(a, b, rows, depth, columns, alpha, values, stride);
+    write_matrix(out, values, stride, rows, columns);
+}
+
+// dW = dM - W (dM + dMᵀ) with dM = eta xᵀ g.
+template <bool kPairs>
+inline void dictionary_gradient(const Source& x, const Source& g, const Source& w, int64_t rows, int64_t width, float eta,
+                                const MutableArray& out) {
+    Frame frame;
+    const int64_t stride = round_up(width, kLanes);
+    float* dm = frame.take(width * stride);
+    float* symmetric = frame.take(width * stride);
+    multiply_transposed<kPairs>(x, g, width, rows, width, eta, dm, stride);
+    parallel((width + kLanes - 1) / kLanes, [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin * kLanes; i < end * kLanes; i += kLanes)
+            for (int64_t j = 0; j < width; j += kLanes) {
+                Floats v[kLanes];
+                for (int r = 0; r < kLanes; ++r)
+                    v[r] = j + r < width ? load(dm + (j + r) * stride + i) : Floats{};
+                transpose(v);
+                for (int r = 0; r < kLanes && i + r < width; ++r)
+                    store(symmetric + (i + r) * stride + j, load(dm + (i + r) * stride + j) + v[r]);
+            }
+    });
+    float* packed = frame.take(packed_floats<false>(width, width));
+    pack_matrix<false>(Source(symmetric, stride), false, 0, width, width, packed);
+    Finish finish;
+    finish.out = out;
+    finish.alpha = -1.0f;
+    finish.residual = Source(dm, stride);
+    multiply<false>(w, packed, width, width, width, finish);
+}
+
+template <bool kPairs>
+inline void backward(const LayerBackward& call) {
+    const LayerShape& shape = call.shape;
+    const AttentionShape& attention = shape.attention;
+    const LayerWeights& weights = call.weights;
+    const int64_t width = shape.width, inner = attention.heads * attention.width;
+    const int64_t rows = attention.batch * attention.tokens;
+    const int64_t units = (rows + Engine<kPairs>::rows - 1) / Engine<kPairs>::rows;
+    const bool mssa = call.halves & 1, ista = call.halves & 2;
+    Frame frame;
+    const ColumnSums sums(frame, units, width);
+
+    Array dmiddle = call.grad;  // the gradient of the tokens between the halves
+    if (ista) {
+        const Norm norm(frame, weights.ista_norm, width, call.mean_2, call.rstd_2);
+        const float eta = float(shape.step_size);
+        const Source g = Source(call.grad).gated(call.out);
+        MutableArray dx = call.dz;
+        if (mssa) {
+            const int64_t stride = round_up(width, kLanes);
+            dx = {frame.take(rows * stride), kFloat32, stride};
+            dmiddle = {dx.data, dx.type, dx.stride};
+        }
+        Frame inside;
+        const float* folded = packed_fold<kPairs>(inside, weights, width, true);
+        multiply_norm_backward<kPairs>(g, folded, rows, width, width, eta, g, call.middle, norm, Source(), dx, sums);
+        sums.finish(0, width, 1.0f, call.dista_norm_weight);
+        sums.finish(1, width, 1.0f, call.dista_norm_bias);
+        if (mssa) sums.finish(2, width, float(shape.mssa_step_size), call.doutput_bias);
+        dictionary_gradient<kPairs>(norm.of(call.middle), g, weights.dictionary, rows, width, eta, call.ddictionary);
+    }
+    if (!mssa) return;
+
+    const Norm norm(frame, weights.mssa_norm, width, call.mean_1, call.rstd_1);
+    const float step = float(shape.mssa_step_size);
+    if (!ista && call.doutput_bias.data != nullptr) {
+        parallel(units, [&](int64_t begin, int64_t end) {
+            Frame inside;
+            float* row = inside.take(sums.width);
+            for (int64_t u = begin; u < end; ++u) {
+                float* partial = sums.partial[2] + u * sums.width;
+                std::memset(partial, 0, size_t(sums.width) * 4);
+                const int64_t first = u * Engine<kPairs>::rows;
+                for (int64_t i = first; i < first + Engine<kPairs>::rows && i < rows; ++i) {
+                    read(dmiddle.data, dmiddle.type, i * dmiddle.stride, width, row);
+                    for (int64_t k = 0; k < width; k += kLanes) store(partial + k, load(partial + k) + load(row + k));
+                }
+            }
+        });
+        sums.finish(2, width, step, call.doutput_bias);
+    }
+    const int64_t stride = round_up(inner, kLanes);
+    float* grad_o = frame.take(rows * stride);
+    Finish finish;
+    finish.out = {grad_o, kFloat32, stride};
+    finish.alpha = step;
+    if (weights.output.data != nullptr) {
+        Frame inside;
+        float* packed = inside.take(packed_floats<kPairs>(width, inner));
+        pack_matrix<kPairs>(weights.output, false, 0, width, inner, packed);
+        multiply<kPairs>(dmiddle, packed, rows, width, inner, finish);
+        multiply_transposed_into<kPairs>(dmiddle, call.o, width, rows, inner, step, call.doutput);
+    } else {
+        for (int64_t i = 0; i < rows; ++i) {
+            float* row = grad_o + i * stride;
+            read(dmiddle.data, dmiddle.type, i * dmiddle.stride, width, row);
+            for (int64_t k = 0; k < width; k += kLanes) store(row + k, load(row + k) * step);
+        }
+    }
+    float* dw = frame.take(rows * stride);
+    AttentionBackward attend_call{};
+    attend_call.shape = attention;
+    attend_call.w = heads_of(const_cast<void*>(call.w.data), call.w.type, attention);
+    attend_call.out = heads_of(const_cast<void*>(call.o.data), call.o.type, attention);
+    attend_call.lse = call.lse;
+    const int64_t batch_stride = attention.tokens * stride;
+    attend_call.grad = {grad_o, kFloat32, batch_stride, stride, attention.width};
+    attend_call.dw = {dw, kFloat32, batch_stride, stride, attention.width};
+    attention_backward(attend_call);
+
+    multiply_transposed_into<kPairs>(Source(dw, stride), norm.of(call.z), inner, rows, width, 1.0f, call.dprojection);
+    float* packed = frame.take(packed_floats<kPairs>(inner, width));
+    pack_matrix<kPairs>(weights.projection, false, 0, inner, width, packed);
+    multiply_norm_backward<kPairs>(Source(dw, stride), packed, rows, inner, width, 1.0f, Source(), call.z, norm, dmiddle,
+                                   call.dz, sums);
+    sums.finish(0, width, 1.0f, call.dmssa_norm_weight);
+    sums.finish(1, width, 1.0f, call.dmssa_norm_bias);
+}
+
+inline void layer_backward(const LayerBackward& call) {
+    with_engine(call.shape.attention.low_precision, [&](auto kPairs) { backward<kPairs>(call); });
+}
+
+}  // namespace crate::CRATE_ISA

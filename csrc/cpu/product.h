@@ -1,0 +1,515 @@
+// Matrix products with their surroundings: a LayerNorm or a ReLU gate in front, a residual, bias, threshold and ReLU behind.
+//
+// C = A B is computed in tiles of kRows x kColumns that stay in registers. A and B are copied into the order in which
+// the tile reads them: A row by row, B in panels of kColumns columns. The copy is the place where a norm or a gate is
+// applied and where elements are converted, so that the tile knows one format. An operand of a low-precision product
+// holds pairs of bfloat16 that are neighbours along the depth; a pair takes the place of one float ("unit" below).
+#pragma once
+
+#if defined(__AVX512BF16__)
+#include <immintrin.h>
+#endif
+
+#include <type_traits>
+
+#include "memory.h"
+
+namespace crate::CRATE_ISA {
+
+#if CRATE_LANES == 16
+constexpr int kRows = 12, kVectors = 2;  // 24 accumulators, 2 vectors of B and 1 element of A in 32 registers
+#elif CRATE_LANES == 8
+constexpr int kRows = 6, kVectors = 2;  // 12 + 2 + 1 of 16 registers
+#else
+constexpr int kRows = 6, kVectors = 4;  // 24 + 4 + 1 of 32 registers
+#endif
+constexpr int kColumns = kVectors * kLanes;
+constexpr int kMaxTileRows = 32;
+
+#if defined(__AMX_BF16__)
+constexpr bool kHasPairs = true;
+constexpr int kPairRows = 32, kPairDepth = 16;  // two tile registers of 16 rows; 16 pairs a row of a tile register
+#elif defined(__AVX512BF16__)
+constexpr bool kHasPairs = true;
+constexpr int kPairRows = kRows, kPairDepth = 1;
+#else
+constexpr bool kHasPairs = false;
+constexpr int kPairRows = kRows, kPairDepth = 1;
+#endif
+
+constexpr int kChain = 256;       // units added up in one accumulator before they join the tile: keeps rounding small
+constexpr int kBlockRows = 96;    // rows of A that one thread packs at a time: they stay in its L2 cache
+constexpr int kDepthBlock = 1024; // depth of a product over tokens that is packed at a time
+
+template <bool kPairs>
+struct Engine {
+    static constexpr int rows = kPairs ? kPairRows : kRows;
+    static int64_t units(int64_t depth) { return kPairs ? round_up((depth + 1) / 2, kPairDepth) : depth; }
+};
+
+// Calls f with whether operands are pairs of bfloat16.
+template <class F>
+inline void with_engine(bool low_precision, F f) {
+    if constexpr (kHasPairs)
+        if (low_precision) return f(std::true_type());
+    f(std::false_type());
+}
+
+// -- the tile ------------------------------------------------------------------------------------------------------
+
+template <bool kPairs>
+inline Floats multiply_add(float a, Floats b, Floats sum) {
+    if constexpr (!kPairs) {
+        return broadcast(a) * b + sum;
+    } else {
+#if defined(__AVX512BF16__)
+        int32_t pair;
+        std::memcpy(&pair, &a, 4);
+        return (Floats)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_epi32(pair), (__m512bh)(__m512)b);
+#else
+        return sum;
+#endif
+    }
+}
+
+// out (kRows x kColumns) = or += A B. Element (i, k) of A is a[i * stride + k], or a[k * stride + i] if transposed.
+template <bool kPairs, bool kTransposed>
+__attribute__((noinline)) void multiply_chain(const float* a, int64_t stride, const float* b, int64_t units, float* out,
+                                              int64_t out_stride, bool add) {
+    constexpr int kGroup = 3;  // rows that share one pointer, so that the addresses fit the registers
+    static_assert(kRows % kGroup == 0);
+    Floats sums[kRows][kVectors];
+    const float* rows[kRows / kGroup];
+    for (int i = 0; i < kRows; ++i)
+        for (int v = 0; v < kVectors; ++v) sums[i][v] = Floats{};
+    for (int i = 0; i < kRows / kGroup; ++i) rows[i] = a + i * kGroup * stride;
+    for (int64_t k = 0; k < units; ++k) {
+        Floats columns[kVectors];
+#pragma GCC unroll 4
+        for (int v = 0; v < kVectors; ++v) columns[v] = load(b + v * kLanes);
+#pragma GCC unroll 16
+        for (int i = 0; i < kRows; ++i) {
+            const float element = kTransposed ? a[i] : rows[i / kGroup][(i % kGroup) * stride];
+#pragma GCC unroll 4
+            for (int v = 0; v < kVectors; ++v) sums[i][v] = multiply_add<kPairs>(element, columns[v], sums[i][v]);
+        }
+        b += kColumns;
+        if constexpr (kTransposed) {
+            a += stride;
+        } else {
+#pragma GCC unroll 16
+            for (int i = 0; i < kRows / kGroup; ++i) ++rows[i];
+        }
+    }
+    for (int i = 0; i < kRows; ++i)
+        for (int v = 0; v < kVectors; ++v) {
+            float* p = out + i * out_stride + v * kLanes;
+            store(p, add ? load(p) + sums[i][v] : sums[i][v]);
+        }
+}
+
+#if defined(__AMX_BF16__)
+// The same in tile registers, for 32 x 32 elements: two by two tiles of 16 x 16.
+__attribute__((noinline)) inline void multiply_pairs_amx(const float* a, int64_t stride, const float* b, int64_t units,
+                                                         float* tile) {
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+    for (int64_t k = 0; k < units; k += kPairDepth) {
+        _tile_loadd(4, a + k, stride * 4);
+        _tile_loadd(5, a + 16 * stride + k, stride * 4);
+        _tile_loadd(6, b + k * kColumns, kColumns * 4);
+        _tile_loadd(7, b + k * kColumns + 16, kColumns * 4);
+        _tile_dpbf16ps(0, 4, 6);
+        _tile_dpbf16ps(1, 4, 7);
+        _tile_dpbf16ps(2, 5, 6);
+        _tile_dpbf16ps(3, 5, 7);
+    }
+    _tile_stored(0, tile, kColumns * 4);
+    _tile_stored(1, tile + 16, kColumns * 4);
+    _tile_stored(2, tile + 16 * kColumns, kColumns * 4);
+    _tile_stored(3, tile + 16 * kColumns + 16, kColumns * 4);
+}
+#endif
+
+// Tile registers are set up while an instance lives, and given back so that the thread's context stays small.
+struct TileRegisters {
+#if defined(__AMX_BF16__)
+    TileRegisters() {
+        struct alignas(64) {
+            uint8_t palette = 1, start_row = 0, reserved[14] = {};
+            uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+            uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+        } configuration;
+        _tile_loadconfig(&configuration);
+    }
+    ~TileRegisters() { _tile_release(); }
+#else
+    TileRegisters() {}
+#endif
+};
+
+// out = A B over the whole depth; with `add`, out += A B.
+template <bool kPairs, bool kTransposed>
+inline void multiply_tile(const float* a, int64_t stride, const float* b, int64_t units, float* out,
+                          int64_t out_stride = kColumns, bool add = false) {
+#if defined(__AMX_BF16__)
+    if constexpr (kPairs) return multiply_pairs_amx(a, stride, b, units, out);
+#endif
+    int64_t k = 0;
+    do {
+        const int64_t chain = units - k < kChain ? units - k : kChain;
+        multiply_chain<kPairs, kTransposed>(a + (kTransposed ? k * stride : k), stride, b + k * kColumns, chain, out,
+                                            out_stride, add || k > 0);
+        k += chain;
+    } while (k < units);
+}
+
+// -- operands ------------------------------------------------------------------------------------------------------
+
+// A row-major matrix that is seen through a LayerNorm of its rows, or with zeros where another matrix is not positive.
+struct Source {
+    const void* data = nullptr;
+    int64_t type = kFloat32, stride = 0;
+    const float *mean = nullptr, *rstd = nullptr;   // of each row; no norm if null
+    const float *gamma = nullptr, *beta = nullptr;  // of each column
+    const void* gate = nullptr;
+    int64_t gate_type = kFloat32, gate_stride = 0;
+
+    Source() = default;
+    Source(const Array& a) : data(a.data), type(a.type), stride(a.stride) {}
+    Source(const MutableArray& a) : data(a.data), type(a.type), stride(a.stride) {}
+    Source(const float* p, int64_t row_stride) : data(p), stride(row_stride) {}
+
+    Source normalized(const float* row_mean, const float* row_rstd, const float* weight, const float* bias) const {
+        Source s = *this;
+        s.mean = row_mean, s.rstd = row_rstd, s.gamma = weight, s.beta = bias;
+        return s;
+    }
+    Source gated(const Array& by) const {
+        Source s = *this;
+        s.gate = by.data, s.gate_type = by.type, s.gate_stride = by.stride;
+        return s;
+    }
+};
+
+inline bool plain_floats(const Source& s) { return s.type == kFloat32 && s.mean == nullptr && s.gate == nullptr; }
+
+inline const float* float_row(const Source& s, int64_t row, int64_t column) {
+    return static_cast<const float*>(s.data) + row * s.stride + column;
+}
+
+// `count` elements of a row as floats; the last vector is filled up with zeros.
+inline void fetch(const Source& s, int64_t row, int64_t column, int64_t count, float* out) {
+    read(s.data, s.type, row * s.stride + column, count, out);
+    if (s.mean != nullptr) {
+        const Floats mean = broadcast(s.mean[row]), rstd = broadcast(s.rstd[row]);
+        for (int64_t i = 0; i < count; i += kLanes) {
+            const Floats x = (load(out + i) - mean) * rstd;
+            store(out + i, x * load(s.gamma + column + i) + load(s.beta + column + i));
+        }
+        if (count % kLanes)
+            for (int64_t i = count; i % kLanes; ++i) out[i] = 0;
+    }
+    if (s.gate != nullptr) {
+        with_type(s.gate_type, [&](auto kType) {
+            int64_t i = 0;
+            for (; i + kLanes <= count; i += kLanes) {
+                const Floats gate = load_as<kType>(s.gate, row * s.gate_stride + column + i);
+                store(out + i, gate <= 0.0f ? Floats{} : load(out + i));
+            }
+            if (i < count) {
+                alignas(64) float gate[kLanes];
+                read(s.gate, s.gate_type, row * s.gate_stride + column + i, count - i, gate);
+                store(out + i, load(gate) <= 0.0f ? Floats{} : load(out + i));
+            }
+        });
+    }
+}
+
+// Two rows of floats as pairs of bfloat16, the first row in the low half.
+inline Floats pair_up(Floats low, Floats high) { return as_floats(to_bfloat16(low) | (to_bfloat16(high) << 16)); }
+
+// `count` floats of a row as pairs of neighbours. Reads and writes whole vectors of pairs.
+inline void pair_neighbors(const float* row, int64_t count, float* out) {
+    uint16_t* halves = reinterpret_cast<uint16_t*>(out);
+    for (int64_t i = 0; i < count; i += kLanes) store_as<kBfloat16>(halves, i, load(row + i));
+}
+
+// Rows and columns of a square of vectors change places.
+inline void transpose(Floats v[kLanes]) {
+#pragma GCC unroll 8
+    for (int step = 1; step < kLanes; step *= 2) {
+        Ints low, high;
+        for (int l = 0; l < kLanes; ++l) {
+            low[l] = l & step ? kLanes + l - step : l;
+            high[l] = l & step ? kLanes + l : l + step;
+        }
+#pragma GCC unroll 16
+        for (int r = 0; r < kLanes; ++r) {
+            if (r & step) continue;
+            const Floats a = v[r], b = v[r + step];
+            v[r] = __builtin_shuffle(a, b, low);
+            v[r + step] = __builtin_shuffle(a, b, high);
+        }
+    }
+}
+
+template <bool kPairs>
+inline int64_t packed_floats(int64_t depth, int64_t columns) {
+    return round_up(columns, kColumns) * Engine<kPairs>::units(depth);
+}
+
+// One panel of B: units x kColumns. Row k of the source is row `depth_first + k` of B.
+template <bool kPairs>
+inline void pack_panel_of_rows(const Source& s, int64_t first, int64_t depth, int64_t column, int64_t count, float* out) {
+    alignas(64) float low[kColumns], high[kColumns];
+    for (int64_t k = 0; k < Engine<kPairs>::units(depth); ++k, out += kColumns) {
+        if constexpr (kPairs) {
+            for (int v = 0; v < kColumns; v += kLanes) store(low + v, Floats{}), store(high + v, Floats{});
+            if (2 * k < depth) fetch(s, first + 2 * k, column, count, low);
+            if (2 * k + 1 < depth) fetch(s, first + 2 * k + 1, column, count, high);
+            for (int v = 0; v < kColumns; v += kLanes) store(out + v, pair_up(load(low + v), load(high + v)));
+        } else {
+            if (count < kColumns)
+                for (int v = 0; v < kColumns; v += kLanes) store(out + v, Floats{});
+            fetch(s, first + k, column, count, out);
+        }
+    }
+}
+
+// The same where B is stored transposed: row j of the source is column j of B, from depth `first` on.
+template <bool kPairs>
+inline void pack_panel_of_columns(const Source& s, int64_t first, int64_t depth, int64_t column, int64_t count,
+                                  float* out) {
+    constexpr int kElements = kPairs ? 2 * kLanes : kLanes;  // elements of the depth in one vector of units
+    const int64_t units = Engine<kPairs>::units(depth);
+    for (int64_t k = 0; k < units; k += kLanes) {
+        const int64_t element = k * (kPairs ? 2 : 1);
+        const int64_t present = depth - element < kElements ? depth - element : kElements;
+        for (int group = 0; group < kColumns; group += kLanes) {
+            Floats v[kLanes];
+            alignas(64) float row[kElements];
+            for (int j = 0; j < kLanes; ++j) {
+                v[j] = Floats{};
+                if (group + j >= count || present <= 0) continue;
+                if (!kPairs && present == kLanes && plain_floats(s)) {
+                    v[j] = load(float_row(s, column + group + j, first + element));
+                    continue;
+                }
+                for (int e = 0; e < kElements; e += kLanes) store(row + e, Floats{});
+                fetch(s, column + group + j, first + element, present, row);
+                if constexpr (kPairs) {
+                    alignas(64) float pairs[kLanes];
+                    pair_neighbors(row, kElements, pairs);
+                    v[j] = load(pairs);
+                } else {
+                    v[j] = load(row);
+                }
+            }
+            transpose(v);
+            for (int64_t i = 0; i < kLanes && k + i < units; ++i) store(out + (k + i) * kColumns + group, v[i]);
+        }
+    }
+}
+
+// Packs B (depth x columns) on all threads. `transposed`: the source holds it as (columns, depth).
+template <bool kPairs>
+inline void pack_matrix(const Source& s, bool transposed, int64_t first, int64_t depth, int64_t columns, float* out) {
+    const int64_t panel = Engine<kPairs>::units(depth) * kColumns;
+    parallel((columns + kColumns - 1) / kColumns, [&](int64_t begin, int64_t end) {
+        for (int64_t p = begin; p < end; ++p) {
+            const int64_t column = p * kColumns, count = columns - column < kColumns ? columns - column : kColumns;
+            if (transposed)
+                pack_panel_of_columns<kPairs>(s, first, depth, column, count, out + p * panel);
+            else
+                pack_panel_of_rows<kPairs>(s, first, depth, column, count, out + p * panel);
+        }
+    });
+}
+
+// Rows of A, packed by one thread: element (i, k) is data[i * stride + k], or data[k * stride + i] if transposed.
+struct PackedRows {
+    float* data;
+    int64_t stride;
+};
+
+// The stride is no multiple of a large power of two, so that rows do not fall into the same sets of a cache.
+inline int64_t padded_stride(int64_t units) { return round_up(units, 16) + 16; }
+
+template <bool kPairs>
+inline int64_t packed_rows_floats(int64_t rows, int64_t depth) {
+    return round_up(rows, Engine<kPairs>::rows) * padded_stride(Engine<kPairs>::units(depth));
+}
+
+// Rows [first, first + rows) of A, where the source holds A as it is.
+template <bool kPairs>
+inline PackedRows pack_rows(const Source& s, int64_t first, int64_t rows, int64_t column, int64_t depth, float* out) {
+    const int64_t units = Engine<kPairs>::units(depth), stride = padded_stride(units);
+    for (int64_t i = 0; i < rows; ++i) {
+        float* row = out + i * stride;
+        if constexpr (kPairs) {
+            Frame frame;
+            float* buffer = frame.take(round_up(2 * units, 2 * kLanes));
+            fetch(s, first + i, column, depth, buffer);
+            for (int64_t k = round_up(depth, kLanes); k < round_up(2 * units, 2 * kLanes); ++k) buffer[k] = 0;
+            pair_neighbors(buffer, round_up(2 * units, 2 * kLanes), row);
+        } else {
+            fetch(s, first + i, column, depth, row);
+        }
+    }
+    for (int64_t i = rows; i < round_up(rows, Engine<kPairs>::rows); ++i)
+        std::memset(out + i * stride, 0, size_t(stride) * 4);
+    return {out, stride};
+}
+
+// Rows [first, first + rows) of A, where the source holds A transposed: its row k is column `start + k` of A.
+// Floats stay transposed; pairs are turned, because a pair must hold neighbours along the depth.
+template <bool kPairs>
+inline PackedRows pack_rows_transposed(const Source& s, int64_t first, int64_t rows, int64_t start, int64_t depth,
+                                       float* out) {
+    if constexpr (!kPairs) {
+        const int64_t stride = padded_stride(round_up(rows, kRows));
+        for (int64_t k = 0; k < depth; ++k) {
+            float* row = out + k * stride;
+            fetch(s, start + k, first, rows, row);
+            for (int64_t i = round_up(rows, kLanes); i < round_up(rows, kRows); ++i) row[i] = 0;
+        }
+        return {out, stride};
+    } else {
+        const int64_t units = Engine<kPairs>::units(depth), stride = padded_stride(units);
+        const int64_t width = round_up(rows, kLanes);
+        Frame frame;
+        float* low = frame.take(width);
+        float* high = frame.take(width);
+        float* pairs = frame.take(width * kLanes);
+        for (int64_t k = 0; k < units; k += kLanes) {
+            for (int t = 0; t < kLanes; ++t) {
+                const int64_t element = 2 * (k + t);
+                for (int64_t i = 0; i < width; i += kLanes) store(low + i, Floats{}), store(high + i, Floats{});
+                if (element < depth) fetch(s, start + element, first, rows, low);
+                if (element + 1 < depth) fetch(s, start + element + 1, first, rows, high);
+                for (int64_t i = 0; i < width; i += kLanes)
+                    store(pairs + t * width + i, pair_up(load(low + i), load(high + i)));
+            }
+            for (int64_t i = 0; i < width; i += kLanes) {
+                Floats v[kLanes];
+                for (int t = 0; t < kLanes; ++t) v[t] = load(pairs + t * width + i);
+                transpose(v);
+                for (int64_t r = 0; r < kLanes && i + r < round_up(rows, Engine<kPairs>::rows); ++r)
+                    store(out + (i + r) * stride + k, v[r]);
+            }
+        }
+        for (int64_t i = width; i < round_up(rows, Engine<kPairs>::rows); ++i)
+            std::memset(out + i * stride, 0, size_t(stride) * 4);
+        return {out, stride};
+    }
+}
+
+// -- products ------------------------------------------------------------------------------------------------------
+
+// For every tile of rows x columns: finish(first row, rows, first column, columns, tile with rows of kColumns floats).
+template <bool kPairs, bool kTransposed, class Finish>
+inline void multiply_block(PackedRows a, const float* b, int64_t units, int64_t rows, int64_t columns, Finish finish) {
+    constexpr int kTileRows = Engine<kPairs>::rows;
+    alignas(64) float tile[kMaxTileRows * kColumns];
+    [[maybe_unused]] typename std::conditional<kPairs, TileRegisters, int>::type registers{};
+    for (int64_t j = 0; j < columns; j += kColumns) {
+        const float* panel = b + j * units;
+        for (int64_t i = 0; i < rows; i += kTileRows) {
+            multiply_tile<kPairs, kTransposed>(a.data + (kTransposed ? i : i * a.stride), a.stride, panel, units, tile);
+            finish(i, rows - i < kTileRows ? rows - i : kTileRows, j, columns - j < kColumns ? columns - j : kColumns,
+                   tile);
+        }
+    }
+}
+
+// Calls f(first row, rows) for blocks of rows on all threads. Blocks begin at multiples of the tile's rows.
+template <bool kPairs, class F>
+inline void for_blocks_of_rows(int64_t rows, F f) {
+    constexpr int kTileRows = Engine<kPairs>::rows;
+    parallel((rows + kTileRows - 1) / kTileRows, [&](int64_t begin, int64_t end) {
+        const int64_t stop = end * kTileRows < rows ? end * kTileRows : rows;
+        for (int64_t i = begin * kTileRows; i < stop; i += kBlockRows)
+            f(i, stop - i < kBlockRows ? stop - i : int64_t(kBlockRows));
+    });
+}
+
+// What happens to a tile: out = relu(alpha * product + residual + bias - shift), each part where it is given.
+struct Finish {
+    MutableArray out;
+    float alpha = 1.0f, shift = 0.0f, residual_factor = 1.0f;
+    const float* bias = nullptr;
+    Source residual;
+    bool relu = false;
+
+    void operator()(int64_t row, int64_t rows, int64_t column, int64_t columns, float* tile) const {
+        alignas(64) float buffer[kColumns];
+        for (int64_t i = 0; i < rows; ++i) {
+            float* values = tile + i * kColumns;
+            if (residual.data != nullptr) {
+                if (columns < kColumns)
+                    for (int v = 0; v < kColumns; v += kLanes) store(buffer + v, Floats{});
+                fetch(residual, row + i, column, columns, buffer);
+            }
+#pragma GCC unroll 4
+            for (int v = 0; v < kColumns; v += kLanes) {
+                Floats x = load(values + v) * alpha;
+                if (residual.data != nullptr) x += load(buffer + v);
+                if (bias != nullptr) x += load(bias + column + v);
+                x -= shift;
+                if (relu) x = x <= 0.0f ? Floats{} : x;  // NaN stays
+                store(values + v, x);
+            }
+            write(out.data, out.type, (row + i) * out.stride + column, columns, values);
+        }
+    }
+};
+
+// out = Finish(A B) with A as the source holds it (rows, depth) and B packed.
+template <bool kPairs>
+inline void multiply(const Source& a, const float* b, int64_t rows, int64_t depth, int64_t columns, const Finish& finish) {
+    for_blocks_of_rows<kPairs>(rows, [&](int64_t first, int64_t count) {
+        Frame frame;
+        const PackedRows packed =
+            pack_rows<kPairs>(a, first, count, 0, depth, frame.take(packed_rows_floats<kPairs>(count, depth)));
+        multiply_block<kPairs, false>(packed, b, Engine<kPairs>::units(depth), count, columns,
+                                      [&](int64_t i, int64_t n, int64_t j, int64_t m, float* tile) {
+                                          finish(first + i, n, j, m, tile);
+                                      });
+    });
+}
+
+// out (rows, columns) float = alpha AᵀB, where the sources hold A (depth, rows) and B (depth, columns).
+template <bool kPairs>
+inline void multiply_transposed(const Source& a, const Source& b, int64_t rows, int64_t depth, int64_t columns,
+                                float alpha, float* out, int64_t stride) {
+    Frame outer;
+    const int64_t most = depth < kDepthBlock ? depth : kDepthBlock;
+    float* packed_b = outer.take(packed_floats<kPairs>(most, columns));
+    if (depth == 0)
+        for (int64_t i = 0; i < rows; ++i) std::memset(out + i * stride, 0, size_t(columns) * 4);
+    for (int64_t start = 0; start < depth; start += kDepthBlock) {
+        const int64_t part = depth - start < kDepthBlock ? depth - start : kDepthBlock;
+        const int64_t units = Engine<kPairs>::units(part);
+        pack_matrix<kPairs>(b, false, start, part, columns, packed_b);
+        for_blocks_of_rows<kPairs>(rows, [&](int64_t first, int64_t count) {
+            Frame frame;
+            const int64_t size = kPairs ? packed_rows_floats<kPairs>(count, part)
+                                        : part * padded_stride(round_up(count, kRows));
+            const PackedRows packed = pack_rows_transposed<kPairs>(a, first, count, start, part, frame.take(size));
+            multiply_block<kPairs, !kPairs>(
+                packed, packed_b, units, count, columns,
+                [&](int64_t i, int64_t n, int64_t j, int64_t m, float* tile) {
+                    for (int64_t r = 0; r < n; ++r) {
+                        float* row = out + (first + i + r) * stride + j;
+                        const float* values = tile + r * kColumns;
+                        for (int64_t c = 0; c < m; ++c) row[c] = alpha * values[c] + (start ? row[c] : 0.0f);
+                    }
+                });
+        });
+    }
+}
+
+}  // namespace crate::CRATE_ISA

@@ -203,3 +203,101 @@ def attention_backward(
         *_heads(w), *_heads(value), *_heads(grad), *_heads(o), lse.data_ptr(), *_heads(dw), *_heads(dvalue),
     )  # fmt: skip
     return dw, dvalue
+
+
+class Layer:
+    """The parameters of a layer, or of one of its halves, as the library takes them; computes forward and backward.
+
+    ``halves``: 1 for the attention half, 2 for the ISTA half, 3 for both. A parameter of the other half is None. Without
+    ``ista_norm_weight`` the ISTA half is the step alone.
+    """
+
+    def __init__(
+        self,
+        halves: int,
+        *,
+        mssa_norm_weight: Tensor | None = None,
+        mssa_norm_bias: Tensor | None = None,
+        u_weight: Tensor | None = None,
+        out_weight: Tensor | None = None,
+        out_bias: Tensor | None = None,
+        ista_norm_weight: Tensor | None = None,
+        ista_norm_bias: Tensor | None = None,
+        weight: Tensor | None = None,
+        folded: Tensor | None = None,
+        lengths: Tensor | None = None,
+        heads: int = 1,
+        scale: float = 1.0,
+        causal: bool = False,
+        mssa_step_size: float = 1.0,
+        step_size: float = 0.0,
+        lambd: float = 0.0,
+        mssa_eps: float = 0.0,
+        ista_eps: float = 0.0,
+        compute: torch.dtype = torch.float32,
+    ):
+        # Kept here as well: the library is given addresses, and a copy made below must live through the call.
+        self.tensors = [
+            _last_contiguous(t)
+            for t in (
+                mssa_norm_weight, mssa_norm_bias, u_weight, out_weight, out_bias,
+                ista_norm_weight, ista_norm_bias, weight, folded, _int64(lengths),
+            )
+        ]  # fmt: skip
+        self.halves, self.heads, self.scale, self.causal = halves, heads, scale, causal
+        self.steps = mssa_step_size, step_size, lambd
+        self.eps = mssa_eps, ista_eps
+        self.compute = compute
+        self.inner = u_weight.shape[0] if halves & 1 else 0
+
+    def _shape(self, batch: int, tokens: int, width: int) -> tuple:
+        lengths = self.tensors[9]
+        return (
+            batch, tokens, self.heads, self.inner // self.heads, _pointer(lengths), self.causal, self.scale,
+            low_precision(self.compute), width, *self.steps,
+        )  # fmt: skip
+
+    def _weights(self, packed=(0, 0, 0)) -> tuple:
+        norm_1, bias_1, u, out, out_bias, norm_2, bias_2, weight, folded = map(_rows, self.tensors[:9])
+        mssa_eps, ista_eps = self.eps
+        return (*norm_1, *bias_1, mssa_eps, *u, *out, *out_bias, *norm_2, *bias_2, ista_eps, *weight, *folded, *packed)
+
+    def forward(self, z: Tensor, packed=(0, 0, 0)) -> tuple[Tensor | None, ...]:
+        """``z (B, N, d)`` contiguous -> ``out, w, o, lse, mean_1, rstd_1, middle, mean_2, rstd_2``.
+
+        ``w, o (B, N, H, p)`` in the dtype of computation, ``lse (B, H, N)``, statistics ``(B, N)``, all float32;
+        ``middle (B, N, d)`` are the tokens between the halves. What the halves do not need is None.
+        """
+        batch, tokens, width = z.shape
+        out = torch.empty(z.shape, dtype=z.dtype)
+        w = o = lse = mean_1 = rstd_1 = mean_2 = rstd_2 = None
+        middle = z
+        if self.halves & 1:
+            w = torch.empty((batch, tokens, self.heads, self.inner // self.heads), dtype=self.compute)
+            o = torch.empty_like(w)
+            lse = torch.empty((batch, self.heads, tokens), dtype=torch.float32)
+            mean_1, rstd_1 = torch.empty((2, batch, tokens), dtype=torch.float32)
+            middle = torch.empty(z.shape, dtype=z.dtype) if self.halves & 2 else out
+        if self.halves & 2:
+            mean_2, rstd_2 = torch.empty((2, batch, tokens), dtype=torch.float32)
+        heads = (lambda t: _ABSENT if t is None else (t.data_ptr(), TYPES[t.dtype], self.inner))
+        _layer_forward(
+            *self._shape(batch, tokens, width), *self._weights(packed), *_rows(z), *heads(w), *heads(o), _pointer(lse),
+            *_rows(middle), *_rows(out), *map(_pointer, (mean_1, rstd_1, mean_2, rstd_2)), self.halves,
+        )  # fmt: skip
+        return out, w, o, lse, mean_1, rstd_1, middle, mean_2, rstd_2
+
+    def backward(self, grad: Tensor, z, w, o, lse, mean_1, rstd_1, middle, mean_2, rstd_2, out) -> list[Tensor | None]:
+        """-> ``dz`` and the gradients of the eight parameters in the order of the constructor; None where absent."""
+        reference = middle if z is None else z
+        batch, tokens, width = reference.shape
+        dz = torch.empty(reference.shape, dtype=reference.dtype)
+        parameters = self.tensors[:8]
+        gradients = [None if t is None else torch.empty(t.shape, dtype=t.dtype) for t in parameters]
+        heads = (lambda t: _ABSENT if t is None else (t.data_ptr(), TYPES[t.dtype], self.inner))
+        _layer_backward(
+            *self._shape(batch, tokens, width), *self._weights(), *_rows(grad), *_rows(z), *heads(w), *heads(o),
+            _pointer(lse), *_rows(middle), *_rows(out), *map(_pointer, (mean_1, rstd_1, mean_2, rstd_2)),
+            *_rows(dz), *(field for t in gradients for field in _rows(t)), self.halves,
+        )  # fmt: skip
+        return [dz, *gradients]

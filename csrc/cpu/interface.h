@@ -80,30 +80,32 @@ struct LayerShape {
     double mssa_step_size, step_size, lambd;
 };
 
+// What only the backward reads (lse, middle, statistics) may be null: then it is not written.
 struct LayerForward {
     LayerShape shape;
     LayerWeights weights;
-    Array z;           // (rows, d)
-    MutableArray w, o; // (rows, heads * head width)
+    int64_t halves;       // 1: attention, 2: ISTA, 3: both
+    Array z;              // (rows, d)
+    MutableArray w, o;    // (rows, heads * head width)
     float* lse;
     MutableArray middle;  // the tokens between the halves, (rows, d)
     MutableArray out;     // (rows, d)
-    float *mean_1, *rstd_1, *mean_2, *rstd_2;  // (rows,)
-    int64_t halves;  // 1: MSSA only, 2: ISTA only (reads middle), 3: both
+    float *mean_1, *rstd_1, *mean_2, *rstd_2;  // (rows,), of the first and the second norm
 };
 
+// Gradients whose data is null are not computed.
 struct LayerBackward {
     LayerShape shape;
     LayerWeights weights;
-    Array grad;  // (rows, d), of the output
+    int64_t halves;
+    Array grad, out;  // (rows, d), of the result
     Array z, w, o;
     const float* lse;
-    Array middle, out;
+    Array middle;     // z where the ISTA half stands alone
     const float *mean_1, *rstd_1, *mean_2, *rstd_2;
     MutableArray dz;
     MutableArray dmssa_norm_weight, dmssa_norm_bias, dprojection, doutput, doutput_bias;
     MutableArray dista_norm_weight, dista_norm_bias, ddictionary;
-    int64_t halves;
 };
 
 struct OvercompleteForward {

@@ -30,6 +30,9 @@ struct Norm {
           eps(p.eps),
           mean(const_cast<float*>(row_mean)),
           rstd(const_cast<float*>(row_rstd)) {}
+    void keep_statistics(Frame& frame, int64_t rows) {  // where the caller does not want them
+        if (mean == nullptr) mean = frame.take(rows), rstd = frame.take(rows);
+    }
     explicit operator bool() const { return gamma != nullptr; }
     Source of(const Source& s) const { return gamma == nullptr ? s : s.normalized(mean, rstd, gamma, beta); }
 };
@@ -154,7 +157,8 @@ inline void forward(const LayerForward& call) {
     if (rows == 0) return;
 
     if (mssa) {
-        const Norm norm(frame, weights.mssa_norm, width, call.mean_1, call.rstd_1);
+        Norm norm(frame, weights.mssa_norm, width, call.mean_1, call.rstd_1);
+        norm.keep_statistics(frame, rows);
         const float* projection = static_cast<const float*>(weights.packed_projection);
         if (projection == nullptr) {
             float* packed = frame.take(packed_floats<kPairs>(width, inner));
@@ -177,18 +181,15 @@ inline void forward(const LayerForward& call) {
         attend_call.shape = attention;
         attend_call.w = heads_of(call.w.data, call.w.type, attention);
         attend_call.out = heads_of(call.o.data, call.o.type, attention);
-        attend_call.lse = call.lse;
+        attend_call.lse = call.lse != nullptr ? call.lse : frame.take(attention.batch * attention.heads * attention.tokens);
         attention_forward(attend_call);
     }
 
-    const float* output = nullptr;
-    Finish residual;  // middle = z + step (o Woᵀ + b)
+    const float* output = static_cast<const float*>(weights.packed_output);
+    const float* output_bias = nullptr;
+    const float step_1 = float(shape.mssa_step_size);
     if (mssa) {
-        residual.out = call.middle;
-        residual.alpha = float(shape.mssa_step_size);
-        residual.residual = call.z;
-        residual.bias = vector(frame, weights.output_bias, width, float(shape.mssa_step_size));
-        output = static_cast<const float*>(weights.packed_output);
+        output_bias = vector(frame, weights.output_bias, width, step_1);
         if (output == nullptr && weights.output.data != nullptr) {
             float* packed = frame.take(packed_floats<kPairs>(inner, width));
             pack_matrix<kPairs>(weights.output, true, 0, inner, width, packed);
@@ -199,9 +200,9 @@ inline void forward(const LayerForward& call) {
     const float* folded = nullptr;      // z" = relu(x + eta x M - eta lambda), or
     const float* dictionary = nullptr;  // relu(x + eta (x - x Wᵀ) W - eta lambda) where rows are few
     const float* dictionary_transposed = nullptr;
-    Finish step;
     if (ista) {
         norm = Norm(frame, weights.ista_norm, width, call.mean_2, call.rstd_2);
+        if (norm) norm.keep_statistics(frame, rows);
         if (weights.packed_folded != nullptr || weights.folded.data != nullptr || 2 * rows >= width) {
             folded = packed_fold<kPairs>(frame, weights, width, false);
         } else {
@@ -212,47 +213,65 @@ inline void forward(const LayerForward& call) {
             pack_matrix<kPairs>(weights.dictionary, true, 0, width, width, packed);
             dictionary_transposed = packed;
         }
-        step.out = call.out;
-        step.alpha = float(shape.step_size);
-        step.residual = norm.of(call.middle);
-        step.shift = float(shape.step_size * shape.lambd);
-        step.relu = true;
     }
-    const int64_t depth = width > inner ? width : inner;
+    const int64_t padded = round_up(width, kColumns);
     for_blocks_of_rows<kPairs>(rows, [&](int64_t first, int64_t count) {
         Frame block;
-        float* space = block.take(packed_rows_floats<kPairs>(count, depth));
-        const auto multiply = [&](PackedRows a, const float* b, int64_t d, auto finish) {
-            multiply_block<kPairs, false>(a, b, Engine<kPairs>::units(d), count, width,
+        float* space = block.take(packed_rows_floats<kPairs>(count, width > inner ? width : inner));
+        const auto multiply = [&](PackedRows a, const float* b, int64_t depth, const Finish& finish) {
+            multiply_block<kPairs, false>(a, b, Engine<kPairs>::units(depth), count, width,
                                           [&](int64_t i, int64_t n, int64_t j, int64_t m, float* tile) {
                                               finish(first + i, n, j, m, tile);
                                           });
         };
-        if (mssa && output != nullptr) {
-            multiply(pack_rows<kPairs>(call.o, first, count, 0, inner, space), output, inner, residual);
-        } else if (mssa) {
-            float* o = block.take(round_up(width, kLanes));
-            float* z = block.take(round_up(width, kLanes));
-            for (int64_t i = first; i < first + count; ++i) {
-                read(call.o.data, call.o.type, i * call.o.stride, width, o);
-                read(call.z.data, call.z.type, i * call.z.stride, width, z);
-                for (int64_t k = 0; k < width; k += kLanes) store(z + k, load(z + k) + load(o + k) * residual.alpha);
-                write(call.middle.data, call.middle.type, i * call.middle.stride, width, z);
+        Source middle = call.z;  // of the ISTA half
+        if (mssa) {
+            // The tokens between the halves stay in this thread's cache as floats; what is saved may be narrower.
+            MutableArray to = call.out;
+            if (ista) {
+                float* tokens = block.take(count * padded) - first * padded;
+                to = {tokens, kFloat32, padded};
+                middle = Source(tokens, padded);
             }
+            if (output != nullptr) {
+                Finish residual;  // z + step (o Woᵀ + b)
+                residual.out = to;
+                residual.alpha = step_1;
+                residual.residual = call.z;
+                residual.bias = output_bias;
+                multiply(pack_rows<kPairs>(call.o, first, count, 0, inner, space), output, inner, residual);
+            } else {
+                float* o = block.take(round_up(width, kLanes));
+                float* z = block.take(round_up(width, kLanes));
+                for (int64_t i = first; i < first + count; ++i) {
+                    read(call.o.data, call.o.type, i * call.o.stride, width, o);
+                    read(call.z.data, call.z.type, i * call.z.stride, width, z);
+                    for (int64_t k = 0; k < width; k += kLanes) store(z + k, load(z + k) + load(o + k) * step_1);
+                    write(to.data, to.type, i * to.stride, width, z);
+                }
+            }
+            if (ista && call.middle.data != nullptr)
+                for (int64_t i = first; i < first + count; ++i)
+                    write(call.middle.data, call.middle.type, i * call.middle.stride, width, float_row(middle, i, 0));
         }
         if (!ista) return;
-        if (norm) row_statistics(call.middle, first, count, width, norm);
-        const PackedRows x = pack_rows<kPairs>(norm.of(call.middle), first, count, 0, width, space);
+        Finish step;
+        step.out = call.out;
+        step.alpha = float(shape.step_size);
+        step.residual = norm.of(middle);
+        step.shift = float(shape.step_size * shape.lambd);
+        step.relu = true;
+        if (norm) row_statistics(middle, first, count, width, norm);
+        const PackedRows x = pack_rows<kPairs>(norm.of(middle), first, count, 0, width, space);
         if (folded != nullptr) {
             multiply(x, folded, width, step);
             return;
         }
-        const int64_t padded = round_up(width, kColumns);
         float* rest = block.take(count * padded);  // x - x Wᵀ
         Finish difference;
         difference.out = {rest - first * padded, kFloat32, padded};
         difference.alpha = -1.0f;
-        difference.residual = norm.of(call.middle);
+        difference.residual = norm.of(middle);
         multiply(x, dictionary_transposed, width, difference);
         multiply(pack_rows<kPairs>(Source(rest, padded), 0, count, 0, width, space), dictionary, width, step);
     });

@@ -95,13 +95,10 @@ try:
     _attention_backward = _Function(
         _library, "attention_backward", _ATTENTION_SHAPE + 4 * _HEADS + "q" + 2 * _HEADS
     )
-    _layer_forward = _Function(
-        _library, "layer_forward", _LAYER_SHAPE + _LAYER_WEIGHTS + 3 * _ARRAY + "q" + 2 * _ARRAY + "qqqqq"
-    )
+    _layer = _LAYER_SHAPE + _LAYER_WEIGHTS + "q"
+    _layer_forward = _Function(_library, "layer_forward", _layer + 3 * _ARRAY + "q" + 2 * _ARRAY + "qqqq")
     _layer_backward = _Function(
-        _library,
-        "layer_backward",
-        _LAYER_SHAPE + _LAYER_WEIGHTS + 4 * _ARRAY + "q" + 2 * _ARRAY + "qqqq" + 9 * _ARRAY + "q",
+        _library, "layer_backward", _layer + 5 * _ARRAY + "q" + _ARRAY + "qqqq" + 9 * _ARRAY
     )
     _overcomplete_forward = _Function(_library, "overcomplete_forward", "qqqddq" + 6 * _ARRAY)
     _overcomplete_backward = _Function(_library, "overcomplete_backward", "qqqdq" + 9 * _ARRAY)
@@ -136,11 +133,6 @@ def _rows(t: Tensor | None) -> tuple[int, int, int]:
     if t is None:
         return _ABSENT
     return t.data_ptr(), TYPES[t.dtype], t.stride(-2) if t.dim() > 1 else 0
-
-
-def rows_first(t: Tensor) -> Tensor:
-    """``t`` with a contiguous last axis and rows at one distance from each other; a copy where that is not so."""
-    return t if t.is_contiguous() else t.contiguous()
 
 
 def _heads(t: Tensor | None) -> tuple[int, int, int, int, int]:
@@ -205,99 +197,156 @@ def attention_backward(
     return dw, dvalue
 
 
-class Layer:
-    """The parameters of a layer, or of one of its halves, as the library takes them; computes forward and backward.
+def _inner_rows(t: Tensor | None, inner: int) -> tuple[int, int, int]:
+    """Tokens of all heads ``(B, N, H, p)``, contiguous, as rows of H·p."""
+    return _ABSENT if t is None else (t.data_ptr(), TYPES[t.dtype], inner)
 
-    ``halves``: 1 for the attention half, 2 for the ISTA half, 3 for both. A parameter of the other half is None. Without
-    ``ista_norm_weight`` the ISTA half is the step alone.
+
+Weights = tuple[Tensor | None, ...]
+"""Norm weight and bias, Uᵀ, output weight and bias of the attention half; norm weight and bias, dictionary, folded
+dictionary of the ISTA half. Those of a half that does not run are None."""
+
+NO_ATTENTION = (None,) * 5
+NO_ISTA = (None,) * 4
+
+
+def layer_forward(
+    z: Tensor,
+    weights: Weights,
+    lengths: Tensor | None,
+    heads: int,
+    scale: float,
+    causal: bool,
+    steps: tuple[float, float, float],
+    eps: tuple[float, float],
+    save: bool = True,
+    packed: tuple[int, int, int] = (0, 0, 0),
+) -> tuple[Tensor | None, ...]:
+    """A layer, or the half whose weights are given.
+
+    ``z (B, N, d)``, ``steps`` = step size of the attention half, step size and lambda of the ISTA half ->
+    ``out, w, o, lse, mean_1, rstd_1, between, mean_2, rstd_2``: ``out`` in the dtype of ``z``; ``w, o (B, N, H, p)`` and
+    the tokens ``between`` the halves ``(B, N, d)`` in the dtype of the matrices; ``lse (B, H, N)`` and the statistics
+    ``(B, N)`` in float32. What the halves do not have is None, and so is what is not to be saved.
+
+    ``packed``: addresses of the packed projection, output projection and folded dictionary, 0 where there is none.
     """
+    z, lengths = z.contiguous(), _int64(lengths)
+    weights = tuple(map(_last_contiguous, weights))
+    batch, tokens, width = z.shape
+    attention, ista = weights[2] is not None, weights[7] is not None
+    compute = (weights[2] if attention else weights[7]).dtype
+    inner = weights[2].shape[0] if attention else 0
+    out = torch.empty(z.shape, dtype=z.dtype)
+    w = o = lse = mean_1 = rstd_1 = between = mean_2 = rstd_2 = None
+    if attention:
+        w = torch.empty((batch, tokens, heads, inner // heads), dtype=compute)
+        o = torch.empty(w.shape, dtype=compute)
+        if save:
+            lse = torch.empty((batch, heads, tokens), dtype=torch.float32)
+            mean_1 = torch.empty((batch, tokens), dtype=torch.float32)
+            rstd_1 = torch.empty((batch, tokens), dtype=torch.float32)
+            between = torch.empty(z.shape, dtype=compute) if ista else None
+    if ista and save and weights[5] is not None:
+        mean_2 = torch.empty((batch, tokens), dtype=torch.float32)
+        rstd_2 = torch.empty((batch, tokens), dtype=torch.float32)
+    _layer_forward(
+        batch, tokens, heads, inner // heads, _pointer(lengths), causal, scale, low_precision(compute), width, *steps,
+        *_weight_fields(weights, eps), *packed, attention + 2 * ista,
+        *_rows(z), *_inner_rows(w, inner), *_inner_rows(o, inner), _pointer(lse), *_rows(between), *_rows(out),
+        _pointer(mean_1), _pointer(rstd_1), _pointer(mean_2), _pointer(rstd_2),
+    )  # fmt: skip
+    return out, w, o, lse, mean_1, rstd_1, between, mean_2, rstd_2
 
-    def __init__(
-        self,
-        halves: int,
-        *,
-        mssa_norm_weight: Tensor | None = None,
-        mssa_norm_bias: Tensor | None = None,
-        u_weight: Tensor | None = None,
-        out_weight: Tensor | None = None,
-        out_bias: Tensor | None = None,
-        ista_norm_weight: Tensor | None = None,
-        ista_norm_bias: Tensor | None = None,
-        weight: Tensor | None = None,
-        folded: Tensor | None = None,
-        lengths: Tensor | None = None,
-        heads: int = 1,
-        scale: float = 1.0,
-        causal: bool = False,
-        mssa_step_size: float = 1.0,
-        step_size: float = 0.0,
-        lambd: float = 0.0,
-        mssa_eps: float = 0.0,
-        ista_eps: float = 0.0,
-        compute: torch.dtype = torch.float32,
-    ):
-        # Kept here as well: the library is given addresses, and a copy made below must live through the call.
-        self.tensors = [
-            _last_contiguous(t)
-            for t in (
-                mssa_norm_weight, mssa_norm_bias, u_weight, out_weight, out_bias,
-                ista_norm_weight, ista_norm_bias, weight, folded, _int64(lengths),
-            )
-        ]  # fmt: skip
-        self.halves, self.heads, self.scale, self.causal = halves, heads, scale, causal
-        self.steps = mssa_step_size, step_size, lambd
-        self.eps = mssa_eps, ista_eps
-        self.compute = compute
-        self.inner = u_weight.shape[0] if halves & 1 else 0
 
-    def _shape(self, batch: int, tokens: int, width: int) -> tuple:
-        lengths = self.tensors[9]
-        return (
-            batch, tokens, self.heads, self.inner // self.heads, _pointer(lengths), self.causal, self.scale,
-            low_precision(self.compute), width, *self.steps,
-        )  # fmt: skip
+def layer_backward(
+    grad: Tensor,
+    z: Tensor,
+    weights: Weights,
+    lengths: Tensor | None,
+    out: Tensor | None,
+    w: Tensor | None,
+    o: Tensor | None,
+    lse: Tensor | None,
+    mean_1: Tensor | None,
+    rstd_1: Tensor | None,
+    between: Tensor | None,
+    mean_2: Tensor | None,
+    rstd_2: Tensor | None,
+    scale: float,
+    causal: bool,
+    steps: tuple[float, float, float],
+    eps: tuple[float, float],
+) -> list[Tensor | None]:
+    """-> the gradient of ``z`` and of the first eight weights, each in its dtype; None where there is no such weight."""
+    grad, z, lengths = grad.contiguous(), z.contiguous(), _int64(lengths)
+    weights = tuple(map(_last_contiguous, weights))
+    batch, tokens, width = z.shape
+    attention, ista = weights[2] is not None, weights[7] is not None
+    inner, heads = (weights[2].shape[0], w.shape[2]) if attention else (0, 1)
+    gradients = [torch.empty(z.shape, dtype=z.dtype)]
+    gradients += [None if t is None else torch.empty(t.shape, dtype=t.dtype) for t in weights[:8]]
+    compute = (weights[2] if attention else weights[7]).dtype
+    _layer_backward(
+        batch, tokens, heads, inner // heads, _pointer(lengths), causal, scale, low_precision(compute), width, *steps,
+        *_weight_fields(weights, eps), 0, 0, 0, attention + 2 * ista,
+        *_rows(grad), *_rows(out), *_rows(z), *_inner_rows(w, inner), *_inner_rows(o, inner), _pointer(lse),
+        *_rows(between if attention else z), _pointer(mean_1), _pointer(rstd_1), _pointer(mean_2), _pointer(rstd_2),
+        *(field for t in gradients for field in _rows(t)),
+    )  # fmt: skip
+    return gradients
 
-    def _weights(self, packed=(0, 0, 0)) -> tuple:
-        norm_1, bias_1, u, out, out_bias, norm_2, bias_2, weight, folded = map(_rows, self.tensors[:9])
-        mssa_eps, ista_eps = self.eps
-        return (*norm_1, *bias_1, mssa_eps, *u, *out, *out_bias, *norm_2, *bias_2, ista_eps, *weight, *folded, *packed)
 
-    def forward(self, z: Tensor, packed=(0, 0, 0)) -> tuple[Tensor | None, ...]:
-        """``z (B, N, d)`` contiguous -> ``out, w, o, lse, mean_1, rstd_1, middle, mean_2, rstd_2``.
+def _weight_fields(weights: Weights, eps: tuple[float, float]) -> tuple:
+    fields = [field for t in weights for field in _rows(t)]
+    return (*fields[:6], eps[0], *fields[6:21], eps[1], *fields[21:])
 
-        ``w, o (B, N, H, p)`` in the dtype of computation, ``lse (B, H, N)``, statistics ``(B, N)``, all float32;
-        ``middle (B, N, d)`` are the tokens between the halves. What the halves do not need is None.
-        """
-        batch, tokens, width = z.shape
-        out = torch.empty(z.shape, dtype=z.dtype)
-        w = o = lse = mean_1 = rstd_1 = mean_2 = rstd_2 = None
-        middle = z
-        if self.halves & 1:
-            w = torch.empty((batch, tokens, self.heads, self.inner // self.heads), dtype=self.compute)
-            o = torch.empty_like(w)
-            lse = torch.empty((batch, self.heads, tokens), dtype=torch.float32)
-            mean_1, rstd_1 = torch.empty((2, batch, tokens), dtype=torch.float32)
-            middle = torch.empty(z.shape, dtype=z.dtype) if self.halves & 2 else out
-        if self.halves & 2:
-            mean_2, rstd_2 = torch.empty((2, batch, tokens), dtype=torch.float32)
-        heads = (lambda t: _ABSENT if t is None else (t.data_ptr(), TYPES[t.dtype], self.inner))
-        _layer_forward(
-            *self._shape(batch, tokens, width), *self._weights(packed), *_rows(z), *heads(w), *heads(o), _pointer(lse),
-            *_rows(middle), *_rows(out), *map(_pointer, (mean_1, rstd_1, mean_2, rstd_2)), self.halves,
-        )  # fmt: skip
-        return out, w, o, lse, mean_1, rstd_1, middle, mean_2, rstd_2
 
-    def backward(self, grad: Tensor, z, w, o, lse, mean_1, rstd_1, middle, mean_2, rstd_2, out) -> list[Tensor | None]:
-        """-> ``dz`` and the gradients of the eight parameters in the order of the constructor; None where absent."""
-        reference = middle if z is None else z
-        batch, tokens, width = reference.shape
-        dz = torch.empty(reference.shape, dtype=reference.dtype)
-        parameters = self.tensors[:8]
-        gradients = [None if t is None else torch.empty(t.shape, dtype=t.dtype) for t in parameters]
-        heads = (lambda t: _ABSENT if t is None else (t.data_ptr(), TYPES[t.dtype], self.inner))
-        _layer_backward(
-            *self._shape(batch, tokens, width), *self._weights(), *_rows(grad), *_rows(z), *heads(w), *heads(o),
-            _pointer(lse), *_rows(middle), *_rows(out), *map(_pointer, (mean_1, rstd_1, mean_2, rstd_2)),
-            *_rows(dz), *(field for t in gradients for field in _rows(t)), self.halves,
-        )  # fmt: skip
-        return [dz, *gradients]
+def overcomplete_forward(
+    x: Tensor, D: Tensor, D1: Tensor | None, step_size: float, lambd: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``x (n, d)``, ``D, D1 (d, m)`` -> ``out (n, d)`` and the codes ``z1, z2 (n, m)``."""
+    x, D = _last_contiguous(x), _last_contiguous(D)
+    D1 = D if D1 is None else _last_contiguous(D1)
+    z1 = torch.empty((x.shape[0], D.shape[1]), dtype=x.dtype)
+    out, z2 = torch.empty(x.shape, dtype=x.dtype), torch.empty_like(z1)
+    _overcomplete_forward(
+        *x.shape, D.shape[1], step_size, lambd, low_precision(D.dtype),
+        *_rows(x), *_rows(D), *_rows(D1), *_rows(z1), *_rows(z2), *_rows(out),
+    )  # fmt: skip
+    return out, z1, z2
+
+
+def overcomplete_backward(
+    grad: Tensor, x: Tensor, D: Tensor, D1: Tensor | None, z1: Tensor, z2: Tensor, step_size: float
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """-> ``(dx, dD, dD1)``; ``dD1`` is None where the dictionaries are tied, its part is then in ``dD``."""
+    grad, x, D = _last_contiguous(grad), _last_contiguous(x), _last_contiguous(D)
+    decoder = D if D1 is None else _last_contiguous(D1)
+    dx, dD, dD1 = (torch.empty(t.shape, dtype=t.dtype) for t in (x, D, decoder))
+    _overcomplete_backward(
+        *x.shape, D.shape[1], step_size, low_precision(D.dtype),
+        *_rows(grad), *_rows(x), *_rows(D), *_rows(decoder), *_rows(z1), *_rows(z2), *_rows(dx), *_rows(dD), *_rows(dD1),
+    )  # fmt: skip
+    return (dx, dD + dD1, None) if D1 is None else (dx, dD, dD1)
+
+
+def fold(weight: Tensor) -> Tensor:
+    """``W − WᵀW`` for ``weight (d, d)``, in its dtype, summed in float32."""
+    weight = _last_contiguous(weight)
+    out = torch.empty(weight.shape, dtype=weight.dtype)
+    _fold(weight.shape[0], low_precision(weight.dtype), *_rows(weight), *_rows(out))
+    return out
+
+
+def pack(matrix: Tensor, transposed: bool) -> Tensor:
+    """A weight in the order in which the products read it, for the instruction set that runs.
+
+    ``matrix (depth, columns)``, or ``(columns, depth)`` if ``transposed``: as in ``x @ matrix`` or ``x @ matrix.T``.
+    """
+    matrix = _last_contiguous(matrix)
+    columns, depth = matrix.shape if transposed else matrix.shape[::-1]
+    low = low_precision(matrix.dtype)
+    out = torch.empty(_library.crate_cpu_packed_bytes(_packed_size(depth, columns, low)), dtype=torch.uint8)
+    _pack(*_rows(matrix), transposed, depth, columns, low, out.data_ptr())
+    return out

@@ -74,14 +74,15 @@ inline void fill_keys(const Source& s, int64_t tokens, int64_t width, float* key
 
 // Row i of the values is factors[i] times the source's, or `factor` times.
 inline void fill_values(const Source& s, int64_t tokens, int64_t width, const float* factors, float factor, float* values) {
-    for (int64_t c = 0; c < width; c += kColumns) {
-        float* panel = values + c * tokens;
-        pack_panel_of_rows<false>(s, 0, tokens, c, width - c < kColumns ? width - c : kColumns, panel);
-        for (int64_t i = 0; i < tokens; ++i)
-            for (int v = 0; v < kColumns; v += kLanes) {
-                float* p = panel + i * kColumns + v;
-                store(p, load(p) * (factors == nullptr ? factor : factors[i]));
-            }
+    Frame frame;
+    const int64_t padded = round_up(width, kColumns);
+    float* row = frame.take(padded);
+    for (int64_t c = round_up(width, kLanes); c < padded; c += kLanes) store(row + c, Floats{});
+    for (int64_t i = 0; i < tokens; ++i) {
+        fetch(s, i, 0, width, row);
+        const float times = factors == nullptr ? factor : factors[i];
+        for (int64_t c = 0; c < padded; c += kColumns)
+            for (int v = 0; v < kColumns; v += kLanes) store(values + c * tokens + i * kColumns + v, load(row + c + v) * times);
     }
 }
 

@@ -40,26 +40,29 @@ struct Norm {
 // Mean and 1 / sqrt(variance + eps) of rows [first, first + count).
 inline void row_statistics(const Source& s, int64_t first, int64_t count, int64_t width, const Norm& norm) {
     Frame frame;
-    float* row = frame.take(round_up(width, kLanes));
+    float* buffer = frame.take(round_up(width, kLanes));
     const Ints lanes = lane_numbers();
+    const bool direct = plain_floats(s) && width % kLanes == 0;
+    const int64_t whole = width / kLanes * kLanes;
+    const float share = 1.0f / float(width), eps = float(norm.eps);
     for (int64_t i = first; i < first + count; ++i) {
-        read(s.data, s.type, i * s.stride, width, row);
-        Floats total{};
+        const float* row = direct ? float_row(s, i, 0) : buffer;
+        if (!direct) read(s.data, s.type, i * s.stride, width, buffer);
+        Floats total{}, squares{};
         for (int64_t k = 0; k < width; k += kLanes) total += load(row + k);
-        const float mean = sum(total) / float(width);
-        Floats squares{};
-        int64_t k = 0;
-        for (; k + kLanes <= width; k += kLanes) {
+        const float mean = sum(total) * share;
+        for (int64_t k = 0; k < whole; k += kLanes) {
             const Floats x = load(row + k) - mean;
             squares += x * x;
         }
-        if (k < width) {
-            const Floats x = select(lanes < int32_t(width - k), load(row + k) - mean, Floats{});
+        if (whole < width) {
+            const Floats x = select(lanes < int32_t(width - whole), load(row + whole) - mean, Floats{});
             squares += x * x;
         }
         norm.mean[i] = mean;
-        norm.rstd[i] = float(1 / std::sqrt(double(sum(squares) / float(width)) + norm.eps));
+        norm.rstd[i] = sum(squares) * share;
     }
+    for (int64_t i = first; i < first + count; ++i) norm.rstd[i] = 1.0f / std::sqrt(norm.rstd[i] + eps);
 }
 
 // -- folding -------------------------------------------------------------------------------------------------------
@@ -263,6 +266,7 @@ inline void forward(const LayerForward& call) {
         step.relu = true;
         if (norm) row_statistics(middle, first, count, width, norm);
         const PackedRows x = pack_rows<kPairs>(norm.of(middle), first, count, 0, width, space);
+        if (!kPairs && folded != nullptr) step.residual = Source(x.data - first * x.stride, x.stride);  // just that
         if (folded != nullptr) {
             multiply(x, folded, width, step);
             return;
@@ -339,11 +343,11 @@ inline void multiply_norm_backward(const Source& a, const float* b, int64_t rows
         float* gradient = frame.take(count * padded);
         float* row = frame.take(padded);
         Finish finish;
-        finish.out = {gradient, kFloat32, padded};
+        finish.out = {gradient - first * padded, kFloat32, padded};
         finish.alpha = alpha;
-        Source shifted = residual;  // the finish counts rows from `first`
-        finish.residual = shifted;
-        finish.out.data = gradient - first * padded;
+        finish.residual = residual;
+        if (!kPairs && residual.data != nullptr && residual.data == a.data)  // packed a moment ago, gate and all
+            finish.residual = Source(packed.data - first * packed.stride, packed.stride);
         multiply_block<kPairs, false>(packed, b, Engine<kPairs>::units(depth), count, width,
                                       [&](int64_t i, int64_t n, int64_t j, int64_t m, float* tile) {
                                           finish(first + i, n, j, m, tile);

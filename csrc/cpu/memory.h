@@ -70,13 +70,7 @@ inline void with_type(int64_t type, F f) {
     else f(std::integral_constant<int64_t, kFloat16>());
 }
 
-// `count` elements from `first` on as floats. The whole last vector of `out` is written: zeros behind the elements.
-inline void read(const void* data, int64_t type, int64_t first, int64_t count, float* out) {
-    if (type == kFloat32 && count % kLanes == 0) {  // by far the most frequent case, small enough to be inlined
-        const float* from = static_cast<const float*>(data) + first;
-        for (int64_t i = 0; i < count; i += kLanes) store(out + i, load(from + i));
-        return;
-    }
+__attribute__((noinline)) inline void read_any(const void* data, int64_t type, int64_t first, int64_t count, float* out) {
     with_type(type, [&](auto kType) {
         int64_t i = 0;
         for (; i + kLanes <= count; i += kLanes) store(out + i, load_as<kType>(data, first + i));
@@ -89,13 +83,14 @@ inline void read(const void* data, int64_t type, int64_t first, int64_t count, f
     });
 }
 
-// The first `count` of `values`, whose last vector must be whole.
-inline void write(void* data, int64_t type, int64_t first, int64_t count, const float* values) {
-    if (type == kFloat32 && count % kLanes == 0) {
-        float* to = static_cast<float*>(data) + first;
-        for (int64_t i = 0; i < count; i += kLanes) store(to + i, load(values + i));
-        return;
-    }
+// `count` elements from `first` on as floats. The whole last vector of `out` is written: zeros behind the elements.
+inline void read(const void* data, int64_t type, int64_t first, int64_t count, float* out) {
+    if (type != kFloat32 || count % kLanes) return read_any(data, type, first, count, out);
+    const float* from = static_cast<const float*>(data) + first;
+    for (int64_t i = 0; i < count; i += kLanes) store(out + i, load(from + i));
+}
+
+__attribute__((noinline)) inline void write_any(void* data, int64_t type, int64_t first, int64_t count, const float* values) {
     with_type(type, [&](auto kType) {
         int64_t i = 0;
         for (; i + kLanes <= count; i += kLanes) store_as<kType>(data, first + i, load(values + i));
@@ -105,6 +100,13 @@ inline void write(void* data, int64_t type, int64_t first, int64_t count, const 
             std::memcpy(static_cast<char*>(data) + (first + i) * bytes_of(kType), last, (count - i) * bytes_of(kType));
         }
     });
+}
+
+// The first `count` of `values`, whose last vector must be whole.
+inline void write(void* data, int64_t type, int64_t first, int64_t count, const float* values) {
+    if (type != kFloat32 || count % kLanes) return write_any(data, type, first, count, values);
+    float* to = static_cast<float*>(data) + first;
+    for (int64_t i = 0; i < count; i += kLanes) store(to + i, load(values + i));
 }
 
 // -- scratch -------------------------------------------------------------------------------------------------------

@@ -24,7 +24,6 @@ constexpr int kRows = 6, kVectors = 2;  // 12 + 2 + 1 of 16 registers
 constexpr int kRows = 6, kVectors = 4;  // 24 + 4 + 1 of 32 registers
 #endif
 constexpr int kColumns = kVectors * kLanes;
-constexpr int kMaxTileRows = 32;
 
 #if defined(__AMX_BF16__)
 constexpr bool kHasPairs = true;
@@ -37,7 +36,7 @@ constexpr bool kHasPairs = false;
 constexpr int kPairRows = kRows, kPairDepth = 1;
 #endif
 
-constexpr int kChain = 256;       // units added up in one accumulator before they join the tile: keeps rounding small
+constexpr int kChain = 192;       // units added up in one accumulator before they join the tile: keeps rounding small
 constexpr int kBlockRows = 96;    // rows of A that one thread packs at a time: they stay in its L2 cache
 constexpr int kDepthBlock = 1024; // depth of a product over tokens that is packed at a time
 
@@ -110,8 +109,9 @@ __attribute__((noinline)) void multiply_chain(const float* a, int64_t stride, co
 
 #if defined(__AMX_BF16__)
 // The same in tile registers, for 32 x 32 elements: two by two tiles of 16 x 16.
-__attribute__((noinline)) inline void multiply_pairs_amx(const float* a, int64_t stride, const float* b, int64_t units,
-                                                         float* tile) {
+template <>
+__attribute__((noinline)) inline void multiply_chain<true, false>(const float* a, int64_t stride, const float* b,
+                                                                  int64_t units, float* tile, int64_t, bool) {
     _tile_zero(0);
     _tile_zero(1);
     _tile_zero(2);
@@ -131,6 +131,14 @@ __attribute__((noinline)) inline void multiply_pairs_amx(const float* a, int64_t
     _tile_stored(2, tile + 16 * kColumns, kColumns * 4);
     _tile_stored(3, tile + 16 * kColumns + 16, kColumns * 4);
 }
+#endif
+
+#if defined(__AMX_BF16__)
+template <bool kPairs>
+constexpr bool kTileRegisters = kPairs;  // they hold the sum over any depth
+#else
+template <bool kPairs>
+constexpr bool kTileRegisters = false;
 #endif
 
 // Tile registers are set up while an instance lives, and given back so that the thread's context stays small.
@@ -154,12 +162,9 @@ struct TileRegisters {
 template <bool kPairs, bool kTransposed>
 inline void multiply_tile(const float* a, int64_t stride, const float* b, int64_t units, float* out,
                           int64_t out_stride = kColumns, bool add = false) {
-#if defined(__AMX_BF16__)
-    if constexpr (kPairs) return multiply_pairs_amx(a, stride, b, units, out);
-#endif
     int64_t k = 0;
     do {
-        const int64_t chain = units - k < kChain ? units - k : kChain;
+        const int64_t chain = kTileRegisters<kPairs> || units - k < kChain ? units - k : kChain;
         multiply_chain<kPairs, kTransposed>(a + (kTransposed ? k * stride : k), stride, b + k * kColumns, chain, out,
                                             out_stride, add || k > 0);
         k += chain;
@@ -228,6 +233,13 @@ inline void fetch(const Source& s, int64_t row, int64_t column, int64_t count, f
     }
 }
 
+// Rows that a copy will read soon: neighbours in a column lie on different pages, where the processor does not look ahead.
+inline void prefetch(const Source& s, int64_t row, int64_t column, int64_t count) {
+    const char* p = static_cast<const char*>(s.data) + (row * s.stride + column) * bytes_of(s.type);
+    for (int64_t byte = 0; byte < count * bytes_of(s.type); byte += 64) __builtin_prefetch(p + byte);
+}
+constexpr int kAhead = 8;
+
 // Two rows of floats as pairs of bfloat16, the first row in the low half.
 inline Floats pair_up(Floats low, Floats high) { return as_floats(to_bfloat16(low) | (to_bfloat16(high) << 16)); }
 
@@ -261,25 +273,32 @@ inline int64_t packed_floats(int64_t depth, int64_t columns) {
     return round_up(columns, kColumns) * Engine<kPairs>::units(depth);
 }
 
-// One panel of B: units x kColumns. Row k of the source is row `depth_first + k` of B.
+// Units [begin, end) of B, in all panels. Row k of the source is row k - first of B.
 template <bool kPairs>
-inline void pack_panel_of_rows(const Source& s, int64_t first, int64_t depth, int64_t column, int64_t count, float* out) {
-    alignas(64) float low[kColumns], high[kColumns];
-    for (int64_t k = 0; k < Engine<kPairs>::units(depth); ++k, out += kColumns) {
-        if constexpr (kPairs) {
-            for (int v = 0; v < kColumns; v += kLanes) store(low + v, Floats{}), store(high + v, Floats{});
-            if (2 * k < depth) fetch(s, first + 2 * k, column, count, low);
-            if (2 * k + 1 < depth) fetch(s, first + 2 * k + 1, column, count, high);
-            for (int v = 0; v < kColumns; v += kLanes) store(out + v, pair_up(load(low + v), load(high + v)));
-        } else {
-            if (count < kColumns)
-                for (int v = 0; v < kColumns; v += kLanes) store(out + v, Floats{});
-            fetch(s, first + k, column, count, out);
-        }
+inline void pack_units_of_rows(const Source& s, int64_t first, int64_t depth, int64_t columns, int64_t begin, int64_t end,
+                               float* out) {
+    const int64_t panel = Engine<kPairs>::units(depth) * kColumns, padded = round_up(columns, kColumns);
+    Frame frame;
+    float* low = frame.take(padded);
+    float* high = frame.take(padded);
+    for (int64_t k = begin; k < end; ++k) {
+        const int64_t row = kPairs ? 2 * k : k;
+        for (int64_t c = round_up(columns, kLanes); c < padded; c += kLanes) store(low + c, Floats{}), store(high + c, Floats{});
+        const auto fetch_row = [&](int64_t r, float* to) {
+            if (r < depth) fetch(s, first + r, 0, columns, to);
+            else std::memset(to, 0, size_t(padded) * 4);
+        };
+        fetch_row(row, low);
+        if (kPairs) fetch_row(row + 1, high);
+        for (int64_t c = 0; c < padded; c += kColumns)
+            for (int v = 0; v < kColumns; v += kLanes) {
+                const Floats x = load(low + c + v);
+                store(out + c / kColumns * panel + k * kColumns + v, kPairs ? pair_up(x, load(high + c + v)) : x);
+            }
     }
 }
 
-// The same where B is stored transposed: row j of the source is column j of B, from depth `first` on.
+// One panel of B, units x kColumns, where B is stored transposed: row j of the source is column j of B, from depth `first` on.
 template <bool kPairs>
 inline void pack_panel_of_columns(const Source& s, int64_t first, int64_t depth, int64_t column, int64_t count,
                                   float* out) {
@@ -317,14 +336,17 @@ inline void pack_panel_of_columns(const Source& s, int64_t first, int64_t depth,
 // Packs B (depth x columns) on all threads. `transposed`: the source holds it as (columns, depth).
 template <bool kPairs>
 inline void pack_matrix(const Source& s, bool transposed, int64_t first, int64_t depth, int64_t columns, float* out) {
-    const int64_t panel = Engine<kPairs>::units(depth) * kColumns;
+    const int64_t units = Engine<kPairs>::units(depth);
+    if (!transposed) {
+        parallel(units, [&](int64_t begin, int64_t end) {
+            pack_units_of_rows<kPairs>(s, first, depth, columns, begin, end, out);
+        });
+        return;
+    }
     parallel((columns + kColumns - 1) / kColumns, [&](int64_t begin, int64_t end) {
         for (int64_t p = begin; p < end; ++p) {
             const int64_t column = p * kColumns, count = columns - column < kColumns ? columns - column : kColumns;
-            if (transposed)
-                pack_panel_of_columns<kPairs>(s, first, depth, column, count, out + p * panel);
-            else
-                pack_panel_of_rows<kPairs>(s, first, depth, column, count, out + p * panel);
+            pack_panel_of_columns<kPairs>(s, first, depth, column, count, out + p * units * kColumns);
         }
     });
 }
@@ -373,6 +395,7 @@ inline PackedRows pack_rows_transposed(const Source& s, int64_t first, int64_t r
         const int64_t stride = padded_stride(round_up(rows, kRows));
         for (int64_t k = 0; k < depth; ++k) {
             float* row = out + k * stride;
+            prefetch(s, start + (k + kAhead < depth ? k + kAhead : k), first, rows);
             fetch(s, start + k, first, rows, row);
             for (int64_t i = round_up(rows, kLanes); i < round_up(rows, kRows); ++i) row[i] = 0;
         }
@@ -410,18 +433,25 @@ inline PackedRows pack_rows_transposed(const Source& s, int64_t first, int64_t r
 // -- products ------------------------------------------------------------------------------------------------------
 
 // For every tile of rows x columns: finish(first row, rows, first column, columns, tile with rows of kColumns floats).
+// A piece of a panel of B that fits the first-level cache serves all rows before the next piece is touched.
 template <bool kPairs, bool kTransposed, class Finish>
 inline void multiply_block(PackedRows a, const float* b, int64_t units, int64_t rows, int64_t columns, Finish finish) {
-    constexpr int kTileRows = Engine<kPairs>::rows;
-    alignas(64) float tile[kMaxTileRows * kColumns];
+    constexpr int kTileRows = Engine<kPairs>::rows, kTile = kTileRows * kColumns;
+    alignas(64) float tiles[(kBlockRows + kTileRows - 1) / kTileRows * kTile];
     [[maybe_unused]] typename std::conditional<kPairs, TileRegisters, int>::type registers{};
     for (int64_t j = 0; j < columns; j += kColumns) {
         const float* panel = b + j * units;
-        for (int64_t i = 0; i < rows; i += kTileRows) {
-            multiply_tile<kPairs, kTransposed>(a.data + (kTransposed ? i : i * a.stride), a.stride, panel, units, tile);
+        int64_t k = 0;
+        do {
+            const int64_t chain = kTileRegisters<kPairs> || units - k < kChain ? units - k : kChain;
+            for (int64_t i = 0; i < rows; i += kTileRows)
+                multiply_chain<kPairs, kTransposed>(a.data + (kTransposed ? k * a.stride + i : i * a.stride + k), a.stride,
+                                                    panel + k * kColumns, chain, tiles + i * kColumns, kColumns, k > 0);
+            k += chain;
+        } while (k < units);
+        for (int64_t i = 0; i < rows; i += kTileRows)
             finish(i, rows - i < kTileRows ? rows - i : kTileRows, j, columns - j < kColumns ? columns - j : kColumns,
-                   tile);
-        }
+                   tiles + i * kColumns);
     }
 }
 
@@ -439,30 +469,49 @@ inline void for_blocks_of_rows(int64_t rows, F f) {
 // What happens to a tile: out = relu(alpha * product + residual + bias - shift), each part where it is given.
 struct Finish {
     MutableArray out;
-    float alpha = 1.0f, shift = 0.0f, residual_factor = 1.0f;
+    float alpha = 1.0f, shift = 0.0f;
     const float* bias = nullptr;
     Source residual;
     bool relu = false;
 
     void operator()(int64_t row, int64_t rows, int64_t column, int64_t columns, float* tile) const {
-        alignas(64) float buffer[kColumns];
-        for (int64_t i = 0; i < rows; ++i) {
-            float* values = tile + i * kColumns;
-            if (residual.data != nullptr) {
-                if (columns < kColumns)
-                    for (int v = 0; v < kColumns; v += kLanes) store(buffer + v, Floats{});
-                fetch(residual, row + i, column, columns, buffer);
-            }
+        if (columns == kColumns && residual.gate == nullptr)
+            with_type(out.type, [&](auto kOut) {
+                with_type(residual.type, [&](auto kResidual) { whole_tile<kOut, kResidual>(row, rows, column, tile); });
+            });
+        else
+            any_tile(row, rows, column, columns, tile);
+    }
+
+    Floats value(Floats product, Floats other, int64_t column) const {
+        Floats x = product * alpha + other;
+        if (bias != nullptr) x += load(bias + column);
+        x -= shift;
+        return relu ? (x <= 0.0f ? Floats{} : x) : x;  // NaN stays
+    }
+
+    template <int64_t kOut, int64_t kResidual>
+    void whole_tile(int64_t row, int64_t rows, int64_t column, const float* tile) const {
+        for (int64_t i = row; i < row + rows; ++i, tile += kColumns)
 #pragma GCC unroll 4
             for (int v = 0; v < kColumns; v += kLanes) {
-                Floats x = load(values + v) * alpha;
-                if (residual.data != nullptr) x += load(buffer + v);
-                if (bias != nullptr) x += load(bias + column + v);
-                x -= shift;
-                if (relu) x = x <= 0.0f ? Floats{} : x;  // NaN stays
-                store(values + v, x);
+                Floats other{};
+                if (residual.data != nullptr) {
+                    other = load_as<kResidual>(residual.data, i * residual.stride + column + v);
+                    if (residual.mean != nullptr)
+                        other = (other - residual.mean[i]) * residual.rstd[i] * load(residual.gamma + column + v) +
+                                load(residual.beta + column + v);
+                }
+                store_as<kOut>(out.data, i * out.stride + column + v, value(load(tile + v), other, column + v));
             }
-            write(out.data, out.type, (row + i) * out.stride + column, columns, values);
+    }
+
+    void any_tile(int64_t row, int64_t rows, int64_t column, int64_t columns, float* tile) const {
+        alignas(64) float other[kColumns] = {};
+        for (int64_t i = row; i < row + rows; ++i, tile += kColumns) {
+            if (residual.data != nullptr) fetch(residual, i, column, columns, other);
+            for (int v = 0; v < kColumns; v += kLanes) store(tile + v, value(load(tile + v), load(other + v), column + v));
+            write(out.data, out.type, i * out.stride + column, columns, tile);
         }
     }
 };
@@ -502,11 +551,11 @@ inline void multiply_transposed(const Source& a, const Source& b, int64_t rows, 
             multiply_block<kPairs, !kPairs>(
                 packed, packed_b, units, count, columns,
                 [&](int64_t i, int64_t n, int64_t j, int64_t m, float* tile) {
-                    for (int64_t r = 0; r < n; ++r) {
-                        float* row = out + (first + i + r) * stride + j;
-                        const float* values = tile + r * kColumns;
-                        for (int64_t c = 0; c < m; ++c) row[c] = alpha * values[c] + (start ? row[c] : 0.0f);
-                    }
+                    Finish finish;  // sums of the blocks before it are its residual
+                    finish.out = {out, kFloat32, stride};
+                    finish.alpha = alpha;
+                    if (start > 0) finish.residual = Source(out, stride);
+                    finish(first + i, n, j, m, tile);
                 });
         });
     }

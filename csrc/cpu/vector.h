@@ -41,8 +41,12 @@ inline Ints as_ints(Floats v) { return (Ints)v; }
 
 // The sum of all lanes, in a fixed order.
 inline float sum(Floats v) {
-    for (int half = kLanes / 2; half > 0; half /= 2)
-        for (int i = 0; i < half; ++i) v[i] += v[i + half];
+#pragma GCC unroll 4
+    for (int half = kLanes / 2; half > 0; half /= 2) {
+        Ints other;
+        for (int l = 0; l < kLanes; ++l) other[l] = l ^ half;
+        v += __builtin_shuffle(v, other);
+    }
     return v[0];
 }
 

@@ -239,21 +239,31 @@ inline void attend(const Head& head, Frame& frame, const AttentionForward& call)
     float* lse = call.lse + head.first_row();
     Operand w = take_operand(frame, tokens, width, true, true, true);
     const int64_t padded = round_up(visible, kColumns) + kColumns;
-    float* c = frame.take(round_up(tokens, kRows) + kColumns);
+    float* c = frame.take(round_up(tokens, kRows) + 2 * kColumns);
     float* u = frame.take(padded);
     float* log_u = frame.take(padded);
     fill_rows(w_source, tokens, width, scale, w.rows, w.stride);
     fill_keys(w_source, visible, width, w.keys);
 
-    float most = -INFINITY, least = INFINITY;
+    Floats mosts = broadcast(-INFINITY), leasts = broadcast(INFINITY);
     bool finite = true;
+    const Ints lanes = lane_numbers();
     for (int64_t i = 0; i < round_up(tokens, kRows) + kColumns; ++i) c[i] = 0;
-    for (int64_t i = 0; i < visible; ++i) {
-        const float* row = w.rows + i * w.stride;
-        c[i] = dot(row, row, width) / (2 * scale);
-        most = c[i] > most ? c[i] : most;
-        least = c[i] < least ? c[i] : least;
-        finite = finite && std::isfinite(c[i]);
+    for (int64_t i = 0; i < visible; i += kLanes) {  // |w_i|^2, for a vector of tokens at a time
+        const float* keys = w.keys + i / kColumns * kColumns * width + i % kColumns;
+        Floats squares{};
+        for (int64_t k = 0; k < width; ++k) squares += load(keys + k * kColumns) * load(keys + k * kColumns);
+        const Floats x = squares * (0.5f * scale);
+        const Ints present = lanes < int32_t(visible - i);
+        mosts = max(mosts, select(present, x, mosts));
+        leasts = select(present & (x < leasts), x, leasts);
+        finite = finite && std::isfinite(sum(x));
+        store(c + i, select(present, x, Floats{}));
+    }
+    float most = mosts[0], least = leasts[0];
+    for (int l = 1; l < kLanes; ++l) {
+        most = mosts[l] > most ? mosts[l] : most;
+        least = leasts[l] < least ? leasts[l] : least;
     }
     const bool bounded = finite && scale > 0 && most - least <= kRange;
     for (int64_t i = 0; i < padded; ++i) log_u[i] = u[i] = 0;

@@ -85,9 +85,11 @@ __attribute__((noinline)) inline void read_any(const void* data, int64_t type, i
 
 // `count` elements from `first` on as floats. The whole last vector of `out` is written: zeros behind the elements.
 inline void read(const void* data, int64_t type, int64_t first, int64_t count, float* out) {
-    if (type != kFloat32 || count % kLanes) return read_any(data, type, first, count, out);
+    if (type != kFloat32) return read_any(data, type, first, count, out);
     const float* from = static_cast<const float*>(data) + first;
-    for (int64_t i = 0; i < count; i += kLanes) store(out + i, load(from + i));
+    int64_t i = 0;
+    for (; i + kLanes <= count; i += kLanes) store(out + i, load(from + i));
+    if (i < count) store(out + i, load_first(from + i, int(count - i)));
 }
 
 __attribute__((noinline)) inline void write_any(void* data, int64_t type, int64_t first, int64_t count, const float* values) {
@@ -104,9 +106,11 @@ __attribute__((noinline)) inline void write_any(void* data, int64_t type, int64_
 
 // The first `count` of `values`, whose last vector must be whole.
 inline void write(void* data, int64_t type, int64_t first, int64_t count, const float* values) {
-    if (type != kFloat32 || count % kLanes) return write_any(data, type, first, count, values);
+    if (type != kFloat32) return write_any(data, type, first, count, values);
     float* to = static_cast<float*>(data) + first;
-    for (int64_t i = 0; i < count; i += kLanes) store(to + i, load(values + i));
+    int64_t i = 0;
+    for (; i + kLanes <= count; i += kLanes) store(to + i, load(values + i));
+    if (i < count) store_first(to + i, load(values + i), int(count - i));
 }
 
 // -- scratch -------------------------------------------------------------------------------------------------------

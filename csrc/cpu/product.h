@@ -249,25 +249,6 @@ inline void pair_neighbors(const float* row, int64_t count, float* out) {
     for (int64_t i = 0; i < count; i += kLanes) store_as<kBfloat16>(halves, i, load(row + i));
 }
 
-// Rows and columns of a square of vectors change places.
-inline void transpose(Floats v[kLanes]) {
-#pragma GCC unroll 8
-    for (int step = 1; step < kLanes; step *= 2) {
-        Ints low, high;
-        for (int l = 0; l < kLanes; ++l) {
-            low[l] = l & step ? kLanes + l - step : l;
-            high[l] = l & step ? kLanes + l : l + step;
-        }
-#pragma GCC unroll 16
-        for (int r = 0; r < kLanes; ++r) {
-            if (r & step) continue;
-            const Floats a = v[r], b = v[r + step];
-            v[r] = __builtin_shuffle(a, b, low);
-            v[r + step] = __builtin_shuffle(a, b, high);
-        }
-    }
-}
-
 template <bool kPairs>
 inline int64_t packed_floats(int64_t depth, int64_t columns) {
     return round_up(columns, kColumns) * Engine<kPairs>::units(depth);
@@ -313,8 +294,9 @@ inline void pack_panel_of_columns(const Source& s, int64_t first, int64_t depth,
             for (int j = 0; j < kLanes; ++j) {
                 v[j] = Floats{};
                 if (group + j >= count || present <= 0) continue;
-                if (!kPairs && present == kLanes && plain_floats(s)) {
-                    v[j] = load(float_row(s, column + group + j, first + element));
+                if (!kPairs && plain_floats(s)) {
+                    const float* p = float_row(s, column + group + j, first + element);
+                    v[j] = present == kLanes ? load(p) : load_first(p, int(present));
                     continue;
                 }
                 for (int e = 0; e < kElements; e += kLanes) store(row + e, Floats{});

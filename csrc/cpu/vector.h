@@ -1,12 +1,18 @@
 // A vector of floats as wide as the instruction set, in the compiler's own vector extensions.
 //
 // Every kernel file includes this header inside a translation unit that is compiled once for each instruction set, with
-// CRATE_ISA as the name of its namespace. Nothing below names an instruction: the compiler chooses.
+// CRATE_ISA as the name of its namespace. The compiler chooses the instructions; only the loads and stores of the first
+// lanes, and the products of bfloat16 in product.h, name them.
 #pragma once
+
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
 
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <utility>
 
 #if defined(__AVX512F__)
 #define CRATE_LANES 16
@@ -33,21 +39,74 @@ inline Floats load(const float* p) { return *reinterpret_cast<const LooseFloats*
 inline void store(float* p, Floats v) { *reinterpret_cast<LooseFloats*>(p) = v; }
 inline Floats broadcast(float x) { return x - Floats{}; }
 inline Ints broadcast(int32_t x) { return x - Ints{}; }
+
+// The first `count` lanes, 0 < count < kLanes: memory behind them is not touched. The other lanes are zero.
+inline Floats load_first(const float* p, int count) {
+#if defined(__AVX512F__)
+    return (Floats)_mm512_maskz_loadu_ps(__mmask16((1u << count) - 1), p);
+#elif defined(__AVX2__)
+    const __m256i lanes = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+    return (Floats)_mm256_maskload_ps(p, _mm256_cmpgt_epi32(_mm256_set1_epi32(count), lanes));
+#else
+    Floats v{};
+    std::memcpy(&v, p, 4 * count);
+    return v;
+#endif
+}
+inline void store_first(float* p, Floats v, int count) {
+#if defined(__AVX512F__)
+    _mm512_mask_storeu_ps(p, __mmask16((1u << count) - 1), (__m512)v);
+#elif defined(__AVX2__)
+    const __m256i lanes = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+    _mm256_maskstore_ps(p, _mm256_cmpgt_epi32(_mm256_set1_epi32(count), lanes), (__m256)v);
+#else
+    std::memcpy(p, &v, 4 * count);
+#endif
+}
+
 inline Floats select(Ints condition, Floats yes, Floats no) { return condition ? yes : no; }
 inline Floats max(Floats a, Floats b) { return a > b ? a : b; }
 // The same bits: a cast between vectors of one size converts nothing.
 inline Floats as_floats(Ints v) { return (Floats)v; }
 inline Ints as_ints(Floats v) { return (Ints)v; }
 
+using Lanes = std::make_integer_sequence<int, kLanes>;
+
+// Lane l of a, or of b, by number: lanes of b are counted from kLanes on. The numbers are constants of the program.
+template <class Number, int... l>
+inline Floats shuffle(Floats a, Floats b, Number number, std::integer_sequence<int, l...>) {
+    return __builtin_shuffle(a, b, Ints{number(l)...});
+}
+
+template <int kHalf>
+inline Floats add_halves(Floats v) {
+    return v + shuffle(v, v, [](int l) { return l ^ kHalf; }, Lanes());
+}
+
 // The sum of all lanes, in a fixed order.
 inline float sum(Floats v) {
-#pragma GCC unroll 4
-    for (int half = kLanes / 2; half > 0; half /= 2) {
-        Ints other;
-        for (int l = 0; l < kLanes; ++l) other[l] = l ^ half;
-        v += __builtin_shuffle(v, other);
+    if constexpr (kLanes >= 16) v = add_halves<8>(v);
+    if constexpr (kLanes >= 8) v = add_halves<4>(v);
+    return add_halves<1>(add_halves<2>(v))[0];
+}
+
+// Rows and columns of a square of vectors change places.
+template <int kStep>
+inline void transpose_step(Floats v[kLanes]) {
+#pragma GCC unroll 16
+    for (int r = 0; r < kLanes; ++r) {
+        if (r & kStep) continue;
+        const Floats a = v[r], b = v[r + kStep];
+        v[r] = shuffle(a, b, [](int l) { return l & kStep ? kLanes + l - kStep : l; }, Lanes());
+        v[r + kStep] = shuffle(a, b, [](int l) { return l & kStep ? kLanes + l : l + kStep; }, Lanes());
     }
-    return v[0];
+}
+
+inline void transpose(Floats v[kLanes]) {
+    transpose_step<1>(v);
+    transpose_step<2>(v);
+    if constexpr (kLanes >= 8) transpose_step<4>(v);
+    if constexpr (kLanes >= 16) transpose_step<8>(v);
 }
 
 constexpr float kLog2E = 1.44269504088896340736f;

@@ -89,6 +89,7 @@ inline void fill_values(const Source& s, int64_t tokens, int64_t width, const fl
 inline void fill_rows(const Source& s, int64_t tokens, int64_t width, float factor, float* rows, int64_t stride) {
     for (int64_t i = 0; i < tokens; ++i) {
         float* row = rows + i * stride;
+        prefetch(s, i + kAhead < tokens ? i + kAhead : i, 0, width);
         fetch(s, i, 0, width, row);
         for (int64_t c = 0; c < width; c += kLanes) store(row + c, load(row + c) * factor);
     }
@@ -334,6 +335,7 @@ inline void attend_backward(const Head& head, Frame& frame, const AttentionBackw
     fill_rows(g_source, tokens, width, 1.0f, g.rows, g.stride);
     fill_rows(v_source, tokens, width, 1.0f, v.rows, v.stride);
     for (int64_t i = 0; i < tokens; ++i) {
+        prefetch(o_source, i + kAhead < tokens ? i + kAhead : i, 0, width);
         fetch(o_source, i, 0, width, o);
         delta[i] = dot(g.rows + i * g.stride, o, width);
         lse[i] = call.lse[head.first_row() + i] * kLog2E;

@@ -238,7 +238,7 @@ inline void prefetch(const Source& s, int64_t row, int64_t column, int64_t count
     const char* p = static_cast<const char*>(s.data) + (row * s.stride + column) * bytes_of(s.type);
     for (int64_t byte = 0; byte < count * bytes_of(s.type); byte += 64) __builtin_prefetch(p + byte);
 }
-constexpr int kAhead = 8;
+constexpr int kAhead = 12;
 
 // Two rows of floats as pairs of bfloat16, the first row in the low half.
 inline Floats pair_up(Floats low, Floats high) { return as_floats(to_bfloat16(low) | (to_bfloat16(high) << 16)); }

@@ -92,14 +92,10 @@ try:
     _pack = _Function(_library, "pack", _ARRAY + "qqqqq")
     _fold = _Function(_library, "fold", "qq" + 2 * _ARRAY)
     _attention_forward = _Function(_library, "attention_forward", _ATTENTION_SHAPE + 3 * _HEADS + "q")
-    _attention_backward = _Function(
-        _library, "attention_backward", _ATTENTION_SHAPE + 4 * _HEADS + "q" + 2 * _HEADS
-    )
+    _attention_backward = _Function(_library, "attention_backward", _ATTENTION_SHAPE + 4 * _HEADS + "q" + 2 * _HEADS)
     _layer = _LAYER_SHAPE + _LAYER_WEIGHTS + "q"
     _layer_forward = _Function(_library, "layer_forward", _layer + 3 * _ARRAY + "q" + 2 * _ARRAY + "qqqq")
-    _layer_backward = _Function(
-        _library, "layer_backward", _layer + 5 * _ARRAY + "q" + _ARRAY + "qqqq" + 9 * _ARRAY
-    )
+    _layer_backward = _Function(_library, "layer_backward", _layer + 5 * _ARRAY + "q" + _ARRAY + "qqqq" + 9 * _ARRAY)
     _overcomplete_forward = _Function(_library, "overcomplete_forward", "qqqddq" + 6 * _ARRAY)
     _overcomplete_backward = _Function(_library, "overcomplete_backward", "qqqdq" + 9 * _ARRAY)
 except (OSError, AttributeError) as error:

@@ -44,6 +44,17 @@ def backward(
     """-> ``(dz, dnorm_weight, dnorm_bias, dweight)``."""
     weights = (*cpu_kernels.NO_ATTENTION, norm_weight, norm_bias, weight, folded)
     dz, *_, dnorm_weight, dnorm_bias, dweight = cpu_kernels.layer_backward(
-        grad[None], z[None], weights, None, out[None], *(None,) * 6, mean, rstd, 1.0, False, (1.0, step_size, 0.0), (0.0, eps)
+        grad[None],
+        z[None],
+        weights,
+        None,
+        out[None],
+        *(None,) * 6,
+        mean,
+        rstd,
+        1.0,
+        False,
+        (1.0, step_size, 0.0),
+        (0.0, eps),
     )
     return dz[0], dnorm_weight, dnorm_bias, dweight

@@ -65,7 +65,7 @@ def backward(
     weights = (norm_weight, norm_bias, u_weight, out_weight, out_bias, *cpu_kernels.NO_ISTA)
     saved = (None, w, o, lse, mean, rstd, None, None, None)
     return tuple(
-        cpu_kernels.layer_backward(
-            grad, z, weights, lengths, *saved, scale, causal, (step_size, 0.0, 0.0), (eps, 0.0)
-        )[:6]
+        cpu_kernels.layer_backward(grad, z, weights, lengths, *saved, scale, causal, (step_size, 0.0, 0.0), (eps, 0.0))[
+            :6
+        ]
     )

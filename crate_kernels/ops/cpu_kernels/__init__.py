@@ -221,8 +221,8 @@ def layer_forward(
     """A layer, or the half whose weights are given.
 
     ``z (B, N, d)``, ``steps`` = step size of the attention half, step size and lambda of the ISTA half ->
-    ``out, w, o, lse, mean_1, rstd_1, between, mean_2, rstd_2``: ``out`` in the dtype of ``z``; ``w, o (B, N, H, p)`` and
-    the tokens ``between`` the halves ``(B, N, d)`` in the dtype of the matrices; ``lse (B, H, N)`` and the statistics
+    ``out, w, o, lse, mean_1, rstd_1, between, mean_2, rstd_2``: ``out`` in the dtype of ``z``; ``w, o (B, N, H, p)``
+    and the tokens ``between`` the halves ``(B, N, d)`` in the dtype of the matrices; ``lse (B, H, N)`` and the statistics
     ``(B, N)`` in float32. What the halves do not have is None, and so is what is not to be saved.
 
     ``packed``: addresses of the packed projection, output projection and folded dictionary, 0 where there is none.
@@ -274,7 +274,7 @@ def layer_backward(
     steps: tuple[float, float, float],
     eps: tuple[float, float],
 ) -> list[Tensor | None]:
-    """-> the gradient of ``z`` and of the first eight weights, each in its dtype; None where there is no such weight."""
+    """-> the gradients of ``z`` and of the first eight weights, each in its dtype; None for an absent weight."""
     grad, z, lengths = grad.contiguous(), z.contiguous(), _int64(lengths)
     weights = tuple(map(_last_contiguous, weights))
     batch, tokens, width = z.shape
@@ -322,7 +322,8 @@ def overcomplete_backward(
     dx, dD, dD1 = (torch.empty(t.shape, dtype=t.dtype) for t in (x, D, decoder))
     _overcomplete_backward(
         *x.shape, D.shape[1], step_size, low_precision(D.dtype),
-        *_rows(grad), *_rows(x), *_rows(D), *_rows(decoder), *_rows(z1), *_rows(z2), *_rows(dx), *_rows(dD), *_rows(dD1),
+        *_rows(grad), *_rows(x), *_rows(D), *_rows(decoder), *_rows(z1), *_rows(z2),
+        *_rows(dx), *_rows(dD), *_rows(dD1),
     )  # fmt: skip
     return (dx, dD + dD1, None) if D1 is None else (dx, dD, dD1)
 

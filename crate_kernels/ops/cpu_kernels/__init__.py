@@ -222,8 +222,8 @@ def layer_forward(
 
     ``z (B, N, d)``, ``steps`` = step size of the attention half, step size and lambda of the ISTA half ->
     ``out, w, o, lse, mean_1, rstd_1, between, mean_2, rstd_2``: ``out`` in the dtype of ``z``; ``w, o (B, N, H, p)``
-    and the tokens ``between`` the halves ``(B, N, d)`` in the dtype of the matrices; ``lse (B, H, N)`` and the statistics
-    ``(B, N)`` in float32. What the halves do not have is None, and so is what is not to be saved.
+    and the tokens ``between`` the halves ``(B, N, d)`` in the dtype of the matrices; ``lse (B, H, N)`` and the
+    statistics ``(B, N)`` in float32. What the halves do not have is None, and so is what is not to be saved.
 
     ``packed``: addresses of the packed projection, output projection and folded dictionary, 0 where there is none.
     """

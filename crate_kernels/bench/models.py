@@ -19,9 +19,13 @@ from ..models.crate import SIZES
 from ..nn import prepare_for_inference
 from ..ops import use_backend
 from ..ops.products import FASTER_WITH_ONEDNN
+from . import deployment
 
 REFERENCE, COMPILED, OURS, PREPARED = "reference", "reference compiled", "crate_kernels", "crate_kernels prepared"
 OURS_WITH_MKL = "crate_kernels on MKL"
+FROZEN = "reference compiled, frozen"
+ONNX_RUNTIME, OPENVINO, OPENVINO_BF16 = "ONNX Runtime", "OpenVINO", "OpenVINO bf16"
+REFERENCE_BF16, OURS_BF16, PREPARED_BF16 = (f"{name}, bf16 autocast" for name in (REFERENCE, OURS, PREPARED))
 VIT, VIT_COMPILED = "timm ViT", "timm ViT compiled"
 TASKS = ("forward", "training step")
 JUDGED_IMAGES = 2
@@ -38,21 +42,25 @@ TINY = dict(dim=32, depth=2, heads=2)
 @dataclass
 class Contender:
     """One model under one backend; ``backend`` None is the automatic choice. Without ``onednn`` products of matrices on
-    the CPU are MKL's, as in the literal equations."""
+    the CPU are MKL's, as in the reference. ``low`` is the dtype in which it computes where that is not the run's: by
+    autocast, or by its own runtime if ``autocast`` is False."""
 
     model: nn.Module
     backend: str | None
     is_crate: bool = True
     onednn: bool = True
+    low: torch.dtype | None = None
+    autocast: bool = True
     optimizer: torch.optim.Optimizer | None = None
 
     @contextlib.contextmanager
-    def running(self) -> Iterator[None]:
-        """Its backend and library, inside the ``with`` block."""
+    def running(self, backward: bool = False) -> Iterator[None]:
+        """Its backend, library and autocast, inside the ``with`` block; no autocast for a backward."""
         before = torch.backends.mkldnn.enabled
         torch.backends.mkldnn.enabled = before and self.onednn
+        low = self.low if self.autocast and not backward else None
         try:
-            with use_backend(self.backend):
+            with use_backend(self.backend), torch.autocast("cpu", low) if low else contextlib.nullcontext():
                 yield
         finally:
             torch.backends.mkldnn.enabled = before
@@ -102,6 +110,22 @@ def contenders(
         found[OURS_WITH_MKL] = lambda: Contender(fresh(master), None, onednn=False)
     if not training:
         found[PREPARED] = lambda: Contender(prepare_for_inference(fresh(master)), None)
+    if device.type == "cpu" and dtype == torch.float32:
+        low = torch.bfloat16
+        found[REFERENCE_BF16] = lambda: Contender(fresh(master), "reference", low=low)
+        found[OURS_BF16] = lambda: Contender(fresh(master), None, low=low)
+        if not training:
+            found[PREPARED_BF16] = lambda: Contender(prepare_for_inference(fresh(master)), None, low=low)
+            frozen = {"freezing": True}
+            found[FROZEN] = lambda: Contender(torch.compile(fresh(master), dynamic=False, options=frozen), "reference")
+            if deployment.missing("onnxscript") is None:
+                if deployment.missing("onnxruntime") is None:
+                    found[ONNX_RUNTIME] = lambda: Contender(deployment.onnx_runtime(fresh(master)), None)
+                if deployment.missing("openvino") is None:
+                    found[OPENVINO] = lambda: Contender(deployment.openvino(fresh(master), "f32"), None)
+                    found[OPENVINO_BF16] = lambda: Contender(
+                        deployment.openvino(fresh(master), "bf16"), None, low=low, autocast=False
+                    )
     if device.type == "cuda":
         for backend in ("eager", "triton", "cuda"):
             found[backend] = lambda backend=backend: Contender(fresh(master), backend)
@@ -129,7 +153,7 @@ def runner(
 
     def step():
         loss, _ = training_loss(contender, images, targets, dtype)
-        with contender.running():
+        with contender.running(backward=True):
             loss.backward()
         if contender.optimizer is not None:
             contender.optimizer.step()
@@ -175,7 +199,9 @@ def judged(
     exact_model = Contender(copy.deepcopy(master.model).double(), "reference")
     exact = outputs(exact_model, task, part[0].double(), part[1], torch.float64)
     del exact_model
-    literal = outputs(master, task, *part, dtype)
+    errors = {None: outputs(master, task, *part, dtype)}  # the reference's own, by the dtype it computes in
+    if any(contender.low for contender in found.values()):
+        errors[torch.bfloat16] = outputs(Contender(master.model, "reference", low=torch.bfloat16), task, *part, dtype)
     passed, records = {}, {}
     for name, contender in found.items():
         try:
@@ -184,7 +210,8 @@ def judged(
             records[name] = {"skipped": str(error).strip().splitlines()[0][:300]}
             continue
         if contender.is_crate:
-            verdict = agreement.judge(got, exact, literal, dtype, kinks=True, together=True)
+            low = contender.low
+            verdict = agreement.judge(got, exact, errors[low], low or dtype, kinks=True, together=True)
             records[name] = {"share_of_budget": verdict.share, "check": verdict.detail}
             if not verdict.passed:
                 records[name]["refused"] = verdict.detail

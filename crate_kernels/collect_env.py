@@ -28,7 +28,11 @@ def example_inputs(operator: str, device: torch.device, dtype: torch.dtype) -> t
         "overcomplete_ista": (tokens[0], torch.cat([matrix] * 4, dim=1), None),
         "mssa_block": (tokens, vector, vector, matrix, matrix, vector, None, heads, 0.125, False, 1.0, 1e-5),
         "ista_block": (tokens[0], vector, vector, matrix),
-    }[operator]
+        "crate_layer": (
+            tokens, vector, vector, matrix, matrix, vector, vector, vector, matrix, None, None,
+            heads, 0.125, False, 1.0, 0.1, 0.1, 1e-5, 1e-5,
+        ),
+    }[operator]  # fmt: skip
 
 
 def backend_report(device: torch.device | None = None) -> dict[str, dict[str, str]]:
@@ -37,7 +41,7 @@ def backend_report(device: torch.device | None = None) -> dict[str, dict[str, st
     return {
         operator: {
             backend: backends.why_not(
-                importlib.import_module(f"{ops.__name__}.{operator}.op").IMPLEMENTATIONS,
+                importlib.import_module(f"{ops.__name__}.{operator}.op").operator.implementations,
                 backend,
                 *example_inputs(operator, device, torch.bfloat16),
             )

@@ -335,7 +335,47 @@ class CrateBlock(nn.Module):
         """
         if z.dim() == 4:
             return _as_map(self.forward(_as_tokens(z), lengths), z)
-        return self.sparsify(self.compress(z, lengths))
+        mssa, ista = self.mssa, self.ista
+        if not self._one_operator or self.shrink or not mssa.fusible or not ista.fusible:
+            return self.sparsify(self.compress(z, lengths))
+        first, second, output = self.mssa_norm, self.ista_norm, mssa.output
+        linear = not isinstance(output, nn.Identity)
+        return ops.crate_layer(
+            z,
+            first.weight,
+            first.bias,
+            mssa.projection.weight,
+            output.weight if linear else None,
+            output.bias if linear else None,
+            second.weight,
+            second.bias,
+            ista.weight,
+            heads=mssa.heads,
+            scale=mssa.scale,
+            causal=mssa.causal,
+            lengths=lengths,
+            mssa_step_size=self.mssa_step_size,
+            step_size=ista.step_size,
+            lambd=ista.lambd,
+            mssa_eps=first.eps,
+            ista_eps=second.eps,
+            folded=ista.folded(),
+        )
+
+    @property
+    def _one_operator(self) -> bool:
+        """Whether both half-steps are this class's own, so that one operator may stand for them.
+
+        A subclass may define another half-step, and a caller may put a watching one on an instance.
+        """
+        own = self.__dict__
+        cls = type(self)
+        return (
+            cls.compress is CrateBlock.compress
+            and cls.sparsify is CrateBlock.sparsify
+            and "compress" not in own
+            and "sparsify" not in own
+        )
 
 
 class OvercompleteISTA(nn.Module):

@@ -2,6 +2,7 @@
 
 from .backends import requested_backend as requested_backend
 from .backends import use_backend as use_backend
+from .crate_layer import crate_layer as crate_layer
 from .ista_block import ista_block as ista_block
 from .ista_step import fold as fold
 from .ista_step import ista_step as ista_step

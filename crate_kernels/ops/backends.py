@@ -12,6 +12,7 @@ import contextlib
 import importlib
 import importlib.util
 import os
+import threading
 from collections.abc import Iterator, Mapping
 from types import ModuleType
 
@@ -20,10 +21,10 @@ from torch import Tensor
 
 from . import measured
 
-BACKENDS = ("cuda", "triton", "eager", "reference")
+BACKENDS = ("cuda", "triton", "cpu", "eager", "reference")
 """The names of the backends. The file of that name beside an operator's ``op.py`` implements it."""
 
-AUTOMATIC = {"cuda": ("triton", "cuda", "eager")}
+AUTOMATIC = {"cuda": ("triton", "cuda", "eager"), "cpu": ("cpu", "eager")}
 """Device type -> order of the automatic choice where nothing was measured. Any other device takes ``eager``.
 
 The CUDA kernels have run under the emulator only; until hardware has verified them they are taken on request, and where
@@ -33,31 +34,38 @@ ENVIRONMENT_VARIABLE = "CRATE_KERNELS_BACKEND"
 
 
 def _checked_name(name: str | None, source: str) -> str | None:
-    if name is None or name in BACKENDS:
+    if name is None or (isinstance(name, str) and name in BACKENDS):
         return name
-    raise ValueError(f"{source}: unknown backend {name!r}; accepted are {', '.join(BACKENDS)}")
+    error = ValueError if isinstance(name, str) else TypeError
+    raise error(f"{source}: unknown backend {name!r}; accepted are {', '.join(BACKENDS)}")
 
 
-_requested = _checked_name(os.environ.get(ENVIRONMENT_VARIABLE) or None, ENVIRONMENT_VARIABLE)
+class _Request(threading.local):
+    """The backend requested by ``use_backend`` in this thread."""
+
+    name = _checked_name(os.environ.get(ENVIRONMENT_VARIABLE) or None, ENVIRONMENT_VARIABLE)
+
+
+_request = _Request()
 
 
 @contextlib.contextmanager
 def use_backend(name: str | None) -> Iterator[None]:
-    """Request one backend for every operator called inside the ``with`` block; ``None`` restores automatic choice.
+    """Request one backend for every operator that this thread calls inside the ``with`` block.
 
-    The choice is made in the forward call; the backward of that call uses the same backend wherever it runs.
+    ``None`` restores the automatic choice. The choice is made in the forward call; the backward of that call uses the
+    same backend in whatever thread it runs.
     """
-    global _requested
-    previous, _requested = _requested, _checked_name(name, "use_backend")
+    previous, _request.name = _request.name, _checked_name(name, "use_backend")
     try:
         yield
     finally:
-        _requested = previous
+        _request.name = previous
 
 
 def requested_backend() -> str | None:
-    """The backend requested by ``use_backend`` or ``CRATE_KERNELS_BACKEND``; ``None`` if the choice is automatic."""
-    return _requested
+    """The backend that ``use_backend`` or ``CRATE_KERNELS_BACKEND`` requests; None if the choice is automatic."""
+    return _request.name
 
 
 def implementations(package: str) -> dict[str, ModuleType | str]:
@@ -81,33 +89,41 @@ def why_not(found: Mapping[str, ModuleType | str], backend: str, *inputs) -> str
 
 
 def resolve(
-    found: Mapping[str, ModuleType | str], requested: str | None, *inputs, size: int, causal: bool = False
+    found: Mapping[str, ModuleType | str],
+    requested: str | None,
+    *inputs,
+    size: int,
+    rows: int,
+    causal: bool = False,
 ) -> str:
     """Name the backend that runs an operator on ``inputs``: the arguments of its ``why_not``, a tensor first.
 
-    ``size`` and ``causal`` are what the measured order is keyed by: N for the attention operators, d for the others.
+    The measured order is looked up by ``size`` (N for the attention operators, d for the others), ``rows`` (B·N) and
+    ``causal``.
     """
-    name = _checked_name(requested, "backend") or _requested
+    name = _checked_name(requested, "backend") or requested_backend()
     if name is not None:
         reason = why_not(found, name, *inputs)
         if reason is not None:
             raise RuntimeError(f"backend {name!r} cannot run these inputs: {reason}")
         return name
-    for name in automatic_order(found, inputs[0], size, causal):
+    for name in automatic_order(found, inputs[0], size, rows, causal):
         if why_not(found, name, *inputs) is None:
             return name
     return "eager"
 
 
-def automatic_order(found: Mapping[str, ModuleType | str], tensor: Tensor, size: int, causal: bool) -> tuple[str, ...]:
+def automatic_order(
+    found: Mapping[str, ModuleType | str], tensor: Tensor, size: int, rows: int, causal: bool
+) -> tuple[str, ...]:
     """The backends to try for a call, fastest first: as measured on this kind of device, else ``AUTOMATIC``."""
     order = AUTOMATIC.get(tensor.device.type, ())
     if measured.ORDER and tensor.device.type == "cuda":
         capability = "sm_" + "".join(map(str, torch.cuda.get_device_capability(tensor.device)))
         operator = found["eager"].__package__.rpartition(".")[2]
         dtype = str(tensor.dtype).removeprefix("torch.")
-        for limit, ranking in measured.ORDER.get((capability, operator, dtype, causal), ()):
-            if size <= limit:
+        for most, most_rows, ranking in measured.ORDER.get((capability, operator, dtype, causal), ()):
+            if size <= most and rows <= most_rows:
                 # A backend that nobody measured (it refused the measured shapes) is still worth asking.
                 return ranking + tuple(name for name in order if name not in ranking)
     return order
@@ -146,9 +162,17 @@ def cast(dtype: torch.dtype, *tensors: Tensor | None) -> list[Tensor | None]:
 def run(function, tensor: Tensor, *arguments):
     """Call ``function(tensor, *arguments)`` with autocast off: dtypes are already decided when a kernel runs."""
     if autocast_is_on(tensor):
-        with torch.autocast(tensor.device.type, enabled=False):
-            return function(tensor, *arguments)
+        return without_autocast(tensor.device.type, function, tensor, *arguments)
     return function(tensor, *arguments)
+
+
+def without_autocast(device: str, function, *arguments):
+    """Call ``function(*arguments)`` with autocast off for a device type for which it is on."""
+    torch.set_autocast_enabled(device, False)
+    try:
+        return function(*arguments)
+    finally:
+        torch.set_autocast_enabled(device, True)
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:

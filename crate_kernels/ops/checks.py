@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import numbers
 
 import torch
@@ -22,6 +23,9 @@ def tensor(
     """
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: expected a torch.Tensor, got {type(value).__name__}")
+    if value.is_nested or value.layout != torch.strided:
+        layout = "nested" if value.is_nested else str(value.layout).removeprefix("torch.")
+        raise TypeError(f"{name}: expected a dense tensor, got a {layout} one")
     if value.dtype not in dtypes:
         accepted = ", ".join(str(d).removeprefix("torch.") for d in dtypes)
         raise TypeError(f"{name}: dtype {value.dtype} is not supported; accepted are {accepted}")
@@ -51,6 +55,25 @@ def same_dtype(dtype: torch.dtype, also: tuple[torch.dtype, ...] = (), **values:
             )
 
 
+def positive_int(name: str, value):
+    """``value`` is an integer of at least 1 (a symbolic size counts)."""
+    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+        raise TypeError(f"{name}: expected an integer, got {type(value).__name__}")
+    if value < 1:
+        raise ValueError(f"{name}: expected at least 1, got {value}")
+
+
+def number(name: str, value, *, minimum: float | None = None) -> float:
+    """``value`` as a float; finite, not a tensor, not below ``minimum``."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
+    if not -math.inf < value < math.inf:  # math.isfinite cannot be traced
+        raise ValueError(f"{name}: expected a finite number, got {value}")
+    if minimum is not None and value < minimum:
+        raise ValueError(f"{name}: expected at least {minimum}, got {value}")
+    return float(value)
+
+
 def integer(name: str, value, *, minimum: int = 0):
     """``value`` is an integer of at least ``minimum`` (a symbolic size counts)."""
     if isinstance(value, bool) or not isinstance(value, (numbers.Integral, torch.SymInt)):
@@ -59,30 +82,33 @@ def integer(name: str, value, *, minimum: int = 0):
         raise ValueError(f"{name}: expected at least {minimum}, got {value}")
 
 
-def positive_int(name: str, value):
-    """``value`` is an integer of at least 1 (a symbolic size counts)."""
-    integer(name, value, minimum=1)
-
-
 def positive_ints(**values):
     """Every value, given under its name, is an integer of at least 1."""
     for name, value in values.items():
         positive_int(name, value)
 
 
-def number(name: str, value, *, minimum: float | None = None) -> float:
-    """``value`` as a float; not a tensor, not below ``minimum``."""
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
-    if minimum is not None and value < minimum:
-        raise ValueError(f"{name}: expected at least {minimum}, got {value}")
-    return float(value)
-
-
 def dropout(name: str, value):
     """``value`` is a probability: a number in 0..1."""
     if not 0 <= number(name, value) <= 1:
         raise ValueError(f"{name}: expected a probability in 0..1, got {value}")
+
+
+def flag(name: str, value) -> bool:
+    """``value`` is True or False; a number or a string would be read as True by mistake."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}: expected True or False, got {value!r}")
+    return value
+
+
+def rows(name: str, value) -> Tensor:
+    """``value (..., d)`` as a matrix ``(n, d)`` of its rows."""
+    if isinstance(value, Tensor) and not value.is_nested and value.dim() == 2 and value.shape[1] > 0:
+        return value
+    tensor(name, value)
+    if value.dim() < 1 or value.shape[-1] < 1:
+        raise ValueError(f"{name}: expected shape (..., d) with d at least 1, got {tuple(value.shape)}")
+    return value.reshape(-1, value.shape[-1])
 
 
 def lengths(value: Tensor | None, batch: int, like: Tensor):
@@ -100,12 +126,16 @@ def length_values(value: Tensor | None, tokens: int):
         raise ValueError(f"lengths: values must lie in 1..{tokens} (the number of tokens), got {int(low)}..{int(high)}")
 
 
-def norm(z: Tensor, norm_weight: Tensor, norm_bias: Tensor, eps: float):
-    """``z (..., d)`` and the LayerNorm parameters ``(d,)`` beside it, which may be float32 under a narrower ``z``."""
+def norm(z: Tensor, norm_weight: Tensor, norm_bias: Tensor, eps: float, prefix: str = ""):
+    """``z (..., d)`` and the LayerNorm parameters ``(d,)`` beside it, which may be float32 under a narrower ``z``.
+
+    ``prefix`` stands before the names of the parameters in messages.
+    """
     tensor("z", z)
     if z.dim() < 1 or z.shape[-1] < 1:
         raise ValueError(f"z: expected shape (..., d) with d at least 1, got {tuple(z.shape)}")
-    tensor("norm_weight", norm_weight, (z.shape[-1],), like=z)
-    tensor("norm_bias", norm_bias, (z.shape[-1],), like=z)
-    same_dtype(z.dtype, (torch.float32,), norm_weight=norm_weight, norm_bias=norm_bias)
-    number("eps", eps, minimum=0.0)
+    parameters = {f"{prefix}norm_weight": norm_weight, f"{prefix}norm_bias": norm_bias}
+    for name, value in parameters.items():
+        tensor(name, value, (z.shape[-1],), like=z)
+    same_dtype(z.dtype, (torch.float32,), **parameters)
+    number(f"{prefix}eps", eps, minimum=0.0)

@@ -36,8 +36,10 @@ FASTER_WITH_ONEDNN = _faster_with_onednn()
 def multiply(a: Tensor, b: Tensor, start: Tensor | None = None, alpha: float = 1.0) -> Tensor:
     """``start + alpha·a b`` for ``a (m, k)``, ``b (k, n)``, ``start (m, n)`` or None, of one dtype -> new ``(m, n)``.
 
-    Equivalent to ``torch.addmm(start, a, b, alpha=alpha)``.
+    Equivalent to ``torch.addmm(start, a, b, alpha=alpha)``. ``start`` and with it the result may be of a wider dtype.
     """
+    if start is not None and start.dtype != a.dtype:
+        return torch.add(start, multiply(a, b), alpha=alpha)
     if not _takes_onednn(a, b):
         if start is not None:
             return torch.addmm(start, a, b, alpha=alpha)

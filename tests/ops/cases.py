@@ -33,9 +33,13 @@ class Case:
         weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(7), dtype=torch.float64).to(out.dtype)
         return [out.detach(), *torch.autograd.grad(out, [t for t in leaves if t is not None], weights)]
 
+    def has_kinks(self) -> bool:
+        """Whether the gradients pass a ReLU."""
+        return self.operator not in (ops.subspace_attention, ops.mssa_block)
+
     def largest_score(self) -> float:
         """The largest score an attention in this call takes the exponential of, ``scale·max‖w‖²``; 0 without one."""
-        if self.operator is ops.mssa_block:
+        if self.operator in (ops.mssa_block, ops.crate_layer):
             z, norm_weight, norm_bias, u_weight, *_ = self.tensors
             x = torch.nn.functional.layer_norm(z, z.shape[-1:], norm_weight, norm_bias, self.options.get("eps", 1e-5))
             w = (x @ u_weight.T).unflatten(-1, (self.options["heads"], -1))
@@ -110,6 +114,22 @@ def cases() -> list[Case]:
     for batch, tokens, width in ((2, 33, 12), (1, 3, 12), (0, 3, 12)):
         tensors = (normal(batch, tokens, width), *norm(width), matrix(width, width))
         found.append(Case(f"ista_block-{batch}x{tokens}x{width}", ops.ista_block, tensors))
+
+    def layer(name, batch, tokens, width, heads, p, output=True, bias=True, **options):
+        out_weight = matrix(width, heads * p) if output else None
+        out_bias = normal(width) if output and bias else None
+        attention = (normal(batch, tokens, width), *norm(width), matrix(heads * p, width), out_weight, out_bias)
+        tensors = (*attention, *norm(width), matrix(width, width))
+        found.append(Case(f"layer-{name}", ops.crate_layer, tensors, dict(heads=heads, **options)))
+
+    layer("plain", 2, 33, 24, 3, 8)
+    layer("one-token", 3, 1, 12, 2, 6)
+    layer("few-rows", 1, 5, 48, 2, 24)
+    layer("odd", 3, 19, 17, 2, 7, causal=True, lengths=torch.tensor([5, 19, 1]), mssa_eps=1e-3, ista_eps=1e-4)
+    layer("identity-output", 2, 9, 12, 1, 12, output=False)
+    layer("no-bias", 2, 9, 12, 3, 4, bias=False, mssa_step_size=-1.0, step_size=0.3, lambd=0.2)
+    layer("long", 1, 130, 40, 1, 40)
+    layer("empty", 0, 9, 12, 3, 4)
     return found
 
 
@@ -118,6 +138,6 @@ CASES = {case.name: case for case in cases()}
 SMALL = [
     "attention-N2", "attention-odd-width", "attention-value-causal-lengths", "ista-7x8", "ista-50x8",
     "overcomplete-7x8", "overcomplete-decoupled", "mssa-decoder", "mssa-identity-output", "mssa-causal-lengths",
-    "ista_block-2x33x12",
+    "ista_block-2x33x12", "layer-odd", "layer-identity-output",
 ]  # fmt: skip
 """A smaller list, still one of every operator and option, for what is slow."""

@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import Tensor
 
+from crate_kernels import ops
 from crate_kernels.agreement import judge
+from crate_kernels.ops import cpu_kernels
 
 from .cases import Case
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def skip_without(backend: str) -> None:
+    """Skip the test where the compiled CPU library is missing and ``backend`` needs it."""
+    if backend == "cpu" and cpu_kernels.MISSING:
+        pytest.skip(cpu_kernels.MISSING)
 
 
 def run(case: Case, backend: str, dtype: torch.dtype, device: str = DEVICE) -> list[Tensor]:
@@ -29,7 +38,8 @@ def run(case: Case, backend: str, dtype: torch.dtype, device: str = DEVICE) -> l
 def check(case: Case, dtype: torch.dtype, backend: str) -> None:
     """The output and all gradients of ``backend`` are within the error budget: see ``crate_kernels.agreement``.
 
-    No allowance for flipped ReLU units is needed: the cases keep clear of the threshold.
+    Gradients of a whole layer pass a ReLU behind long sums, so units may flip there. The other cases keep clear of the
+    threshold and need no allowance.
     """
     rounded = case.to(dtype)
     exact, reference, got = (
@@ -38,7 +48,7 @@ def check(case: Case, dtype: torch.dtype, backend: str) -> None:
     )
     assert all(result.dtype == dtype for result in got)
     score = abs(rounded.to(torch.float64).largest_score()) if case.tensors[0].numel() else 0.0
-    verdict = judge(got, exact, reference, dtype, kinks=False, score=score)
+    verdict = judge(got, exact, reference, dtype, kinks=case.operator is ops.crate_layer, score=score)
     assert verdict.passed, verdict.detail
 
 

@@ -37,18 +37,24 @@ def test_the_argument_outranks_the_context_and_the_context_is_restored():
         pass
 
 
-def test_the_measured_order_is_followed_and_completed(monkeypatch):
-    table = {("sm_90", "ista_step", "bfloat16", False): ((512, ("triton", "eager")), (float("inf"), ("eager", "cuda")))}
-    monkeypatch.setattr(backends.measured, "ORDER", table)
+def test_the_measured_order_is_followed_by_size_and_rows_and_completed(monkeypatch):
+    inf = float("inf")
+    entries = ((512, 300, ("eager",)), (512, inf, ("triton", "eager")), (inf, inf, ("eager", "cuda")))
+    monkeypatch.setattr(backends.measured, "ORDER", {("sm_90", "ista_step", "bfloat16", False): entries})
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     found = {"eager": ista_step_eager}
     x = SimpleNamespace(device=torch.device("cuda"), dtype=torch.bfloat16)
-    assert backends.automatic_order(found, x, size=512, causal=False) == ("triton", "eager", "cuda")
-    assert backends.automatic_order(found, x, size=513, causal=False) == ("eager", "cuda", "triton")
-    assert backends.automatic_order(found, x, size=64, causal=True) == backends.AUTOMATIC["cuda"]
+
+    def order(tensor=x, size=512, rows=301, causal=False):
+        return backends.automatic_order(found, tensor, size, rows, causal)
+
+    assert order() == ("triton", "eager", "cuda")
+    assert order(rows=300) == ("eager", "triton", "cuda")
+    assert order(size=513) == ("eager", "cuda", "triton")
+    assert order(causal=True) == backends.AUTOMATIC["cuda"]
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
-    assert backends.automatic_order(found, x, size=64, causal=False) == backends.AUTOMATIC["cuda"]
-    assert backends.automatic_order(found, torch.empty(1), size=64, causal=False) == ()
+    assert order() == backends.AUTOMATIC["cuda"]
+    assert order(torch.empty(1)) == ("cpu", "eager")
 
 
 def run_python(code, **environment):
@@ -62,7 +68,10 @@ def test_the_environment_variable():
     assert run_python(code, CRATE_KERNELS_BACKEND="reference").stdout.strip() == "reference"
     wrong = run_python(code, CRATE_KERNELS_BACKEND="quick")
     assert wrong.returncode != 0
-    assert "CRATE_KERNELS_BACKEND: unknown backend 'quick'; accepted are cuda, triton, eager, reference" in wrong.stderr
+    assert (
+        "CRATE_KERNELS_BACKEND: unknown backend 'quick'; accepted are cuda, triton, cpu, eager, reference"
+        in wrong.stderr
+    )
 
 
 def test_importing_works_without_triton():
@@ -70,8 +79,8 @@ def test_importing_works_without_triton():
 import importlib.util
 find_spec = importlib.util.find_spec
 importlib.util.find_spec = lambda name, *a: None if name == "triton" else find_spec(name, *a)
-from crate_kernels.ops.subspace_attention.op import IMPLEMENTATIONS
-print(IMPLEMENTATIONS["triton"])
+from crate_kernels.ops.subspace_attention.op import operator
+print(operator.implementations["triton"])
 """
     assert run_python(code).stdout.strip() == "the package triton is not installed"
 

@@ -1,4 +1,4 @@
-"""Values and gradients of every operator: eager against the literal reference, and both against finite differences."""
+"""Values and gradients of every operator: eager against the reference, and both against finite differences."""
 
 import pytest
 import torch

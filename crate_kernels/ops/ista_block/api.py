@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from .. import backends, checks
+from .. import checks
 from ..ista_step.api import check_dictionary, check_step
-from . import reference
-from .op import IMPLEMENTATIONS
-from .op import ista_block as operator
+from .op import operator
 
 
 def ista_block(
@@ -44,13 +42,12 @@ def ista_block(
     Raises:
         TypeError, ValueError, RuntimeError: as for :func:`crate_kernels.ops.subspace_attention`.
     """
+    rows = checks.rows("z", z)
+    out = operator(_check, backend, (rows, norm_weight, norm_bias, weight, folded), (step_size, lambd, eps))
+    return out if rows is z else out.view(z.shape)
+
+
+def _check(z, norm_weight, norm_bias, weight, folded, step_size, lambd, eps) -> tuple[float, float, float]:
     checks.norm(z, norm_weight, norm_bias, eps)
     check_dictionary(weight, folded, z)
-    step_size, lambd = check_step(step_size, lambd)
-    rows, weight, folded = backends.cast(backends.autocast_dtype(z), z.reshape(-1, z.shape[-1]), weight, folded)
-    name = backends.resolve(IMPLEMENTATIONS, backend, rows, norm_weight, norm_bias, weight, size=z.shape[-1])
-    if name == "reference":
-        out = backends.run(reference.ista_block, rows, norm_weight, norm_bias, weight, step_size, lambd, eps)
-    else:
-        out = operator(rows, norm_weight, norm_bias, weight, folded, step_size, lambd, eps, name)[0]
-    return out.reshape(z.shape)
+    return *check_step(step_size, lambd), float(eps)

@@ -13,8 +13,15 @@ def why_not(z: Tensor, *_) -> None:
 
 
 def ista_block(
-    z: Tensor, norm_weight: Tensor, norm_bias: Tensor, weight: Tensor, step_size: float, lambd: float, eps: float
+    z: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    weight: Tensor,
+    folded: Tensor | None,
+    step_size: float,
+    lambd: float,
+    eps: float,
 ) -> Tensor:
     """``ista_step(LN(z))``; ``z (n, d)`` -> ``(n, d)``."""
     x = torch.nn.functional.layer_norm(z, z.shape[-1:], norm_weight.to(z.dtype), norm_bias.to(z.dtype), eps)
-    return ista_step(x, weight, step_size, lambd)
+    return ista_step(x, weight, folded, step_size, lambd)

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from .. import backends, checks
-from . import folding, reference
-from .op import IMPLEMENTATIONS
-from .op import ista_step as operator
+from .. import checks
+from . import folding
+from .op import operator
 
 
 def ista_step(
@@ -41,18 +40,14 @@ def ista_step(
     Raises:
         TypeError, ValueError, RuntimeError: as for :func:`crate_kernels.ops.subspace_attention`.
     """
-    checks.tensor("x", x)
-    if x.dim() < 1 or x.shape[-1] < 1:
-        raise ValueError(f"x: expected shape (..., d) with d at least 1, got {tuple(x.shape)}")
+    rows = checks.rows("x", x)
+    out = operator(_check, backend, (rows, weight, folded), (step_size, lambd))
+    return out if rows is x else out.view(x.shape)
+
+
+def _check(x, weight, folded, step_size, lambd) -> tuple[float, float]:
     check_dictionary(weight, folded, x)
-    step_size, lambd = check_step(step_size, lambd)
-    rows, weight, folded = backends.cast(backends.autocast_dtype(x), x.reshape(-1, x.shape[-1]), weight, folded)
-    name = backends.resolve(IMPLEMENTATIONS, backend, rows, weight, size=x.shape[-1])
-    if name == "reference":
-        out = backends.run(reference.ista_step, rows, weight, step_size, lambd)
-    else:
-        out = operator(rows, weight, folded, step_size, lambd, name)
-    return out.reshape(x.shape)
+    return check_step(step_size, lambd)
 
 
 def fold(weight: Tensor) -> Tensor:

@@ -8,15 +8,21 @@ from torch import Tensor
 from ..products import multiply
 from .folding import fold, folds, residual, residual_backward, weight_backward
 
+MIXED = True
+"""The stream may be float32 beside narrower matrices, as it is under autocast."""
+
 
 def why_not(x: Tensor, *_) -> None:
     return None
 
 
 def forward(x: Tensor, weight: Tensor, folded: Tensor | None, step_size: float, lambd: float) -> Tensor:
-    """``x (n, d)``, ``weight (d, d)``, ``folded`` = ``fold(weight)`` if known -> ``(n, d)``."""
+    """``x (n, d)``, ``weight (d, d)``, ``folded`` = ``fold(weight)`` if known -> ``(n, d)`` in the dtype of ``x``.
+
+    The products have the dtype of ``weight``.
+    """
     # x stays outside the matrix, in the product's accumulator: I + step·M would round it away in low precision.
-    shifted = x - step_size * lambd
+    shifted, x = x - step_size * lambd, x.to(weight.dtype)
     if folds(x, folded):
         return multiply(x, fold(weight) if folded is None else folded, shifted, alpha=step_size).relu_()
     return multiply(residual(x, weight), weight, shifted, alpha=step_size).relu_()
@@ -29,5 +35,7 @@ def backward(
     g = torch.ops.aten.threshold_backward(grad, out, 0)
     if folds(x, folded):
         m = fold(weight) if folded is None else folded
-        return multiply(g, m.T, g, alpha=step_size), weight_backward(x, g, weight, step_size)
+        narrow = g.to(weight.dtype)
+        dx = multiply(narrow, m.T, g, alpha=step_size)
+        return dx, weight_backward(x.to(weight.dtype), narrow, weight, step_size)
     return residual_backward(g, x, weight, step_size)

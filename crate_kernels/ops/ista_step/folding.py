@@ -35,7 +35,8 @@ def weight_backward(x: Tensor, g: Tensor, weight: Tensor, step_size: float) -> T
 
 def residual_backward(g: Tensor, x: Tensor, weight: Tensor, step_size: float) -> tuple[Tensor, Tensor]:
     """``(dx, dweight)`` of the residual route, given the gradient ``g`` before the ReLU; overwrites ``g``."""
+    x, narrow = x.to(weight.dtype), g.to(weight.dtype)
     r = residual(x, weight)
-    dr = multiply(g, weight.T, alpha=step_size)
-    dweight = multiply(dr.T, x, multiply(r.T, g, alpha=step_size), alpha=-1)
+    dr = multiply(narrow, weight.T, alpha=step_size)
+    dweight = multiply(dr.T, x, multiply(r.T, narrow, alpha=step_size), alpha=-1)
     return multiply(dr, weight, g.add_(dr), alpha=-1), dweight

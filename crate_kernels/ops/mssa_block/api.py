@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from .. import backends, checks
-from . import reference
-from .op import IMPLEMENTATIONS
-from .op import mssa_block as operator
+from .. import checks
+from .op import operator
 
 
 def mssa_block(
@@ -53,7 +51,21 @@ def mssa_block(
     Raises:
         TypeError, ValueError, RuntimeError: as for :func:`crate_kernels.ops.subspace_attention`.
     """
+    tensors = (z, norm_weight, norm_bias, u_weight, out_weight, out_bias, lengths)
+    return operator(_check, backend, tensors, (heads, scale, causal, step_size, eps))
+
+
+def _check(
+    z, norm_weight, norm_bias, u_weight, out_weight, out_bias, lengths, heads, scale, causal, step_size, eps
+) -> tuple[int, float, bool, float, float]:
     checks.norm(z, norm_weight, norm_bias, eps)
+    check_attention(z, u_weight, out_weight, out_bias, lengths, heads)
+    scale = (u_weight.shape[0] // heads) ** -0.5 if scale is None else checks.number("scale", scale)
+    return heads, scale, checks.flag("causal", causal), checks.number("step_size", step_size), float(eps)
+
+
+def check_attention(z, u_weight, out_weight, out_bias, lengths, heads) -> None:
+    """The tensors of the compressing half fit ``z (B, N, d)`` and each other."""
     checks.tensor("z", z, ("B", "N", "d"))
     batch, tokens, width = z.shape
     if tokens < 1:
@@ -74,14 +86,3 @@ def mssa_block(
             checks.tensor("out_bias", out_bias, (width,), like=z)
     checks.same_dtype(z.dtype, u_weight=u_weight, out_weight=out_weight, out_bias=out_bias)
     checks.lengths(lengths, batch, z)
-    scale = (inner // heads) ** -0.5 if scale is None else checks.number("scale", scale)
-    step_size = checks.number("step_size", step_size)
-    z, u_weight, out_weight, out_bias = backends.cast(backends.autocast_dtype(z), z, u_weight, out_weight, out_bias)
-    arguments = (
-        z, norm_weight, norm_bias, u_weight, out_weight, out_bias, lengths,
-        heads, scale, bool(causal), step_size, float(eps),
-    )  # fmt: skip
-    name = backends.resolve(IMPLEMENTATIONS, backend, *arguments, size=tokens, causal=bool(causal))
-    if name == "reference":
-        return backends.run(reference.mssa_block, *arguments)
-    return operator(*arguments, name)[0]

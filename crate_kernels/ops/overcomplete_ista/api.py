@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from .. import backends, checks
+from .. import checks
 from ..ista_step.api import check_step
-from . import reference
-from .op import IMPLEMENTATIONS
-from .op import overcomplete_ista as operator
+from .op import operator
 
 
 def overcomplete_ista(
@@ -44,19 +42,16 @@ def overcomplete_ista(
     Raises:
         TypeError, ValueError, RuntimeError: as for :func:`crate_kernels.ops.subspace_attention`.
     """
-    checks.tensor("x", x)
-    if x.dim() < 1 or x.shape[-1] < 1:
-        raise ValueError(f"x: expected shape (..., d) with d at least 1, got {tuple(x.shape)}")
+    rows = checks.rows("x", x)
+    out = operator(_check, backend, (rows, D, D1), (step_size, lambd))
+    return out if rows is x else out.view(x.shape)
+
+
+def _check(x, D, D1, step_size, lambd) -> tuple[float, float]:
     checks.tensor("D", D, (x.shape[-1], "m"), like=x)
+    if D.shape[1] < 1:
+        raise ValueError(f"D: expected shape (d, m) with m at least 1, got {tuple(D.shape)}")
     if D1 is not None:
         checks.tensor("D1", D1, tuple(D.shape), like=x)
     checks.same_dtype(x.dtype, D=D, D1=D1)
-    step_size, lambd = check_step(step_size, lambd)
-    rows, D, D1 = backends.cast(backends.autocast_dtype(x), x.reshape(-1, x.shape[-1]), D, D1)
-    arguments = (rows, D, D1, step_size, lambd)
-    name = backends.resolve(IMPLEMENTATIONS, backend, rows, D, D1, size=x.shape[-1])
-    if name == "reference":
-        out = backends.run(reference.overcomplete_ista, *arguments)
-    else:
-        out = operator(*arguments, name)[0]
-    return out.reshape(x.shape)
+    return check_step(step_size, lambd)

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from .. import backends, checks
-from . import reference
-from .op import IMPLEMENTATIONS
-from .op import subspace_attention as operator
+from .. import checks
+from .op import operator
 
 
 def subspace_attention(
@@ -45,6 +43,10 @@ def subspace_attention(
         ValueError: a shape, device or value does not fit.
         RuntimeError: the backend asked for cannot run these inputs; the message says why.
     """
+    return operator(_check, backend, (w, value, lengths), (scale, causal))
+
+
+def _check(w, value, lengths, scale, causal) -> tuple[float, bool]:
     checks.tensor("w", w, ("B", "N", "H", "p"))
     batch, tokens, heads, width = w.shape
     for name, size in (("N", tokens), ("H", heads), ("p", width)):
@@ -57,10 +59,4 @@ def subspace_attention(
         checks.same_dtype(w.dtype, value=value)
     checks.lengths(lengths, batch, w)
     scale = width**-0.5 if scale is None else checks.number("scale", scale)
-    w, value = backends.cast(backends.autocast_dtype(w), w, value)
-    arguments = (w, value, lengths, scale, bool(causal))
-    name = backends.resolve(IMPLEMENTATIONS, backend, *arguments, size=tokens, causal=bool(causal))
-    if name == "reference":
-        # Not through the operator: the oracle's gradient is torch's own, independent of the one the kernels share.
-        return backends.run(reference.subspace_attention, *arguments).contiguous()
-    return operator(*arguments, name)[0]
+    return scale, checks.flag("causal", causal)

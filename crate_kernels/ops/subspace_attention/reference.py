@@ -15,7 +15,7 @@ def why_not(w: Tensor, *_) -> None:
 def subspace_attention(w: Tensor, value: Tensor | None, lengths: Tensor | None, scale: float, causal: bool) -> Tensor:
     """``softmax(scale * w wᵀ) value`` per head; ``w, value (B, N, H, p)`` -> ``(B, N, H, p)``."""
     value = w if value is None else value
-    return (attention_maps(w, scale, causal, lengths) @ value.transpose(1, 2)).transpose(1, 2)
+    return (attention_maps(w, scale, causal, lengths) @ value.transpose(1, 2)).transpose(1, 2).contiguous()
 
 
 def attention_maps(w: Tensor, scale: float, causal: bool = False, lengths: Tensor | None = None) -> Tensor:

@@ -1,0 +1,1 @@
+from .api import crate_layer as crate_layer

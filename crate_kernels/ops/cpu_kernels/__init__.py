@@ -24,6 +24,8 @@ MISSING: str | None = None
 """Why the library is not there."""
 BUILT: tuple[str, ...] = ()
 """The instruction sets that the library was built for, slowest first."""
+RUNNABLE: tuple[str, ...] = ()
+"""Those of them that this processor runs."""
 ISA: str | None = None
 """The instruction set that runs."""
 
@@ -100,6 +102,15 @@ try:
     _overcomplete_backward = _Function(_library, "overcomplete_backward", "qqqdq" + 9 * _ARRAY)
 except (OSError, AttributeError) as error:
     MISSING = f"the CPU kernels are not there: {error}"
+
+
+def use_instruction_set(name: str | None) -> None:
+    """Run the kernels of another instruction set from now on; None: the fastest. For tests and measurements.
+
+    Weights that were packed before are in the order of the set that packed them, and must be packed again.
+    """
+    global ISA
+    _, ISA = _open(_path, name)
 
 
 def why_not(*tensors: Tensor | None) -> str | None:

@@ -1,0 +1,171 @@
+"""The compiled CPU kernels: every operator against the reference, on every instruction set of this processor."""
+
+import multiprocessing
+import os
+import resource
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from crate_kernels import ops
+from crate_kernels.ops import cpu_kernels
+from tests.ops import oracle
+from tests.ops.builders import attention, mssa
+from tests.ops.cases import CASES, SMALL
+
+pytestmark = pytest.mark.skipif(cpu_kernels.MISSING is not None, reason=str(cpu_kernels.MISSING))
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+@pytest.fixture(params=cpu_kernels.RUNNABLE)
+def instruction_set(request):
+    """Every set that this processor runs, in turn; afterwards the fastest one again."""
+    cpu_kernels.use_instruction_set(request.param)
+    yield request.param
+    cpu_kernels.use_instruction_set(None)
+
+
+@pytest.fixture
+def threads():
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", [n for n in CASES if CASES[n].tensors[0].numel()])
+def test_values_and_gradients_are_as_exact_as_the_reference(name, dtype, instruction_set):
+    oracle.check(CASES[name], dtype, "cpu")
+
+
+SHAPES = {
+    "two blocks of tokens": attention(1, 197, 2, 64),
+    "a block and one token": attention(2, 97, 1, 48),
+    "the last block is full": attention(1, 192, 1, 24),
+    "causal over blocks": attention(1, 257, 1, 32, causal=True),
+    "hidden tokens over blocks": attention(2, 200, 2, 16, lengths=torch.tensor([96, 101])),
+    "value, causal, hidden": attention(2, 130, 1, 33, value=True, causal=True, lengths=torch.tensor([1, 97])),
+    "norms beyond the guard": attention(1, 110, 2, 16, spread=9.0),
+    "norms beyond the guard, hidden": attention(2, 110, 1, 16, spread=9.0, lengths=torch.tensor([60, 110])),
+    "wide head": attention(1, 20, 1, 256),
+    "block of a vision model": mssa(2, 65, 96, 4, 24),
+    "decoder": mssa(1, 100, 40, 1, 40, step_size=-1.0),
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+@pytest.mark.parametrize("name", SHAPES)
+def test_shapes_at_the_edges_of_the_blocks(name, dtype, instruction_set):
+    oracle.check(SHAPES[name], dtype, "cpu")
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_results_are_bitwise_the_same_for_any_number_of_threads(name, threads):
+    case = CASES[name].to(torch.float32)
+    expected = case.run(backend="cpu")
+    for count in (1, 2, 3, 4):
+        threads(count)
+        for got, want in zip(case.run(backend="cpu"), expected, strict=True):
+            assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("tokens", [40, 200])
+def test_hidden_tokens_of_any_value_reach_no_visible_row(bad, tokens):
+    lengths = torch.tensor([21, tokens])
+    w = torch.randn(2, tokens, 2, 16, generator=torch.Generator().manual_seed(0))
+    grad = torch.randn(w.shape, generator=torch.Generator().manual_seed(1))
+    grad[0, 21:] = 0
+    poisoned = w.clone()
+    poisoned[0, 21:] = bad
+    results = []
+    for x in (w.requires_grad_(), poisoned.requires_grad_()):
+        out = ops.subspace_attention(x, lengths=lengths, backend="cpu")
+        (dx,) = torch.autograd.grad(out, x, grad)
+        results.append((out[0, :21].detach(), out[1].detach(), dx[0, :21], dx[1]))
+    for clean, other in zip(*results, strict=True):
+        assert clean.isfinite().all()
+        assert torch.equal(clean, other)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize(
+    "name", ["attention-N2", "ista-50x8", "ista-7x8", "overcomplete-7x8", "mssa-plain", "layer-plain"]
+)
+def test_not_finite_values_reach_the_rows_that_they_reach_in_the_reference(name, bad):
+    case = CASES[name].to(torch.float32)
+    tensors = [None if t is None else t.clone() for t in case.tensors]
+    tensors[0].flatten()[1] = bad
+    reference, got = (case.operator(*tensors, **case.options, backend=b) for b in ("reference", "cpu"))
+    rows = [~(out if out.dim() == 2 else out.flatten(2)).isfinite().all(-1) for out in (reference, got)]
+    assert rows[0].any()
+    assert torch.equal(*rows)
+
+
+def test_packed_weights_change_no_bit():
+    z, *weights = CASES["layer-plain"].to(torch.float32).tensors
+    options = (None, 3, 8**-0.5, False, (1.0, 0.1, 0.1), (1e-5, 1e-5))
+    folded = cpu_kernels.fold(weights[7])
+    weights = (*weights, folded)
+    expected = cpu_kernels.layer_forward(z, weights, *options, save=False)[0]
+    packed = [cpu_kernels.pack(weights[2], True), cpu_kernels.pack(weights[3], True), cpu_kernels.pack(folded, False)]
+    addresses = tuple(t.data_ptr() for t in packed)
+    got = cpu_kernels.layer_forward(z, weights, *options, save=False, packed=addresses)[0]
+    assert torch.equal(got, expected)
+
+
+def test_fold_is_the_folded_matrix():
+    for width in (1, 7, 96, 100, 161):
+        weight = torch.randn(width, width, generator=torch.Generator().manual_seed(width)) / width**0.5
+        exact = weight.double() - weight.double().T @ weight.double()
+        torch.testing.assert_close(cpu_kernels.fold(weight).double(), exact, rtol=0, atol=2e-6)
+
+
+def test_no_memory_is_lost():
+    case = CASES["layer-odd"].to(torch.float32)
+    for _ in range(300):
+        case.run(backend="cpu")
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for _ in range(1500):
+        case.run(backend="cpu")
+    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before  # KiB
+    assert grown < 8 << 10
+
+
+def _in_a_child(queue):
+    torch.set_num_threads(1)  # torch's own pool of threads does not survive a fork
+    queue.put(CASES["attention-N65"].to(torch.float32).run(backend="cpu")[0].sum().item())
+
+
+def test_a_forked_child_computes():
+    expected = CASES["attention-N65"].to(torch.float32).run(backend="cpu")[0].sum().item()
+    context = multiprocessing.get_context("fork")
+    queue = context.Queue()
+    child = context.Process(target=_in_a_child, args=(queue,))
+    child.start()
+    assert queue.get(timeout=60) == pytest.approx(expected, rel=1e-6)
+    child.join(60)
+    assert child.exitcode == 0
+
+
+def test_the_environment_variable_forces_a_lower_instruction_set():
+    def opened(name):
+        code = "from crate_kernels.ops import cpu_kernels as k; print(k.ISA, k.MISSING)"
+        environment = os.environ | {"CRATE_KERNELS_CPU_ISA": name}
+        return subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True).stdout
+
+    lowest = cpu_kernels.RUNNABLE[0]
+    assert opened(lowest).split() == [lowest, "None"]
+    unknown = opened("mmx")
+    assert "CRATE_KERNELS_CPU_ISA=mmx" in unknown
+    assert lowest in unknown  # the sets that would run
+
+
+def test_what_cannot_run_says_why():
+    with pytest.raises(RuntimeError, match="float64"):
+        ops.ista_step(torch.ones(2, 3, dtype=torch.float64), torch.eye(3, dtype=torch.float64), backend="cpu")
+    with pytest.raises(RuntimeError, match="width 256"):
+        ops.subspace_attention(torch.ones(1, 2, 1, 257), backend="cpu")

@@ -55,17 +55,25 @@ def entries(content: dict) -> Table:
         first = group[0]
         key = (capability, first["operator"], first["dtype"], first["shape"]["causal"])
         sizes = sorted({size(r) for r in group})
-        found[key] = []
+        of_sizes: list[tuple[float, list]] = []  # up to a size: (up to these rows, order), ...
         for middle, border in zip(sizes, borders(sizes), strict=True):
-            of_size = [r for r in group if size(r) == middle]
-            counts = sorted({token_rows(r) for r in of_size})
-            entries_of_size: list[tuple[float, float, tuple[str, ...]]] = []
-            for count, most in zip(counts, borders(counts), strict=True):
-                order = ranking([r for r in of_size if token_rows(r) == count])
-                if entries_of_size and entries_of_size[-1][2] == order:
-                    entries_of_size.pop()
-                entries_of_size.append((border, most, order))
-            found[key] += entries_of_size
+            by_rows = _by_rows([r for r in group if size(r) == middle])
+            if of_sizes and of_sizes[-1][1] == by_rows:
+                of_sizes.pop()
+            of_sizes.append((border, by_rows))
+        found[key] = [(border, most, order) for border, by_rows in of_sizes for most, order in by_rows]
+    return found
+
+
+def _by_rows(records: list[dict]) -> list[tuple[float, tuple[str, ...]]]:
+    """The order of the backends up to each number of rows; neighbors of one order are one entry."""
+    counts = sorted({token_rows(r) for r in records})
+    found: list[tuple[float, tuple[str, ...]]] = []
+    for count, most in zip(counts, borders(counts), strict=True):
+        order = ranking([r for r in records if token_rows(r) == count])
+        if found and found[-1][1] == order:
+            found.pop()
+        found.append((most, order))
     return found
 
 

@@ -1,5 +1,6 @@
 """The compiled CPU kernels: every operator against the reference, on every instruction set of this processor."""
 
+import gc
 import multiprocessing
 import os
 import resource
@@ -9,7 +10,8 @@ import sys
 import pytest
 import torch
 
-from crate_kernels import ops
+from crate_kernels import ops, use_backend
+from crate_kernels.nn import CrateBlock, prepare_for_inference
 from crate_kernels.ops import cpu_kernels
 from tests.ops import oracle
 from tests.ops.builders import attention, mssa
@@ -169,3 +171,25 @@ def test_what_cannot_run_says_why():
         ops.ista_step(torch.ones(2, 3, dtype=torch.float64), torch.eye(3, dtype=torch.float64), backend="cpu")
     with pytest.raises(RuntimeError, match="width 256"):
         ops.subspace_attention(torch.ones(1, 2, 1, 257), backend="cpu")
+
+
+def test_a_prepared_layer_packs_once_and_notices_changed_weights():
+    torch.manual_seed(0)
+    block = prepare_for_inference(CrateBlock(48, 3, 16))
+    z = torch.randn(2, 30, 48)
+    with torch.no_grad():
+        before = len(cpu_kernels._kept)
+        first = block(z)
+        packed = {key: entry[2].data_ptr() for key, entry in cpu_kernels._kept.items()}
+        assert len(packed) == before + 3  # projection, output projection, folded dictionary
+        assert torch.equal(block(z), first)
+        assert {key: entry[2].data_ptr() for key, entry in cpu_kernels._kept.items()} == packed
+        for weight in (block.mssa.projection.weight, block.mssa.output.weight, block.ista.weight):
+            weight.mul_(1.5)
+            changed = block(z)
+            with use_backend("reference"):
+                torch.testing.assert_close(changed, block(z), rtol=1e-4, atol=1e-5)
+            assert not torch.equal(changed, first)
+    del block, weight
+    gc.collect()
+    assert len(cpu_kernels._kept) == before

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import weakref
 from pathlib import Path
 from struct import Struct
 
@@ -358,3 +359,24 @@ def pack(matrix: Tensor, transposed: bool) -> Tensor:
     out = torch.empty(_library.crate_cpu_packed_bytes(_packed_size(depth, columns, low)), dtype=torch.uint8)
     _pack(*_rows(matrix), transposed, depth, columns, low, out.data_ptr())
     return out
+
+
+_kept: dict[int, tuple[weakref.ref, tuple, Tensor]] = {}
+"""Packed weights by the identity of the weight; an entry ends with its weight."""
+
+
+def kept_pack(weight: Tensor | None, transposed: bool) -> int:
+    """The address of :func:`pack` of a weight that stays from call to call; packed anew when the weight has changed.
+
+    0 for a tensor without a version counter, and for one that is made for this call alone, as autocast's copies are.
+    """
+    if weight is None or weight.is_inference() or not (isinstance(weight, torch.nn.Parameter) or weight.is_leaf):
+        return 0
+    state = (weight._version, weight.data_ptr(), weight.dtype, tuple(weight.stride()), transposed, ISA)
+    found = _kept.get(id(weight))
+    if found is None or found[1] != state:
+        key = id(weight)
+        with torch.inference_mode(False):
+            packed = pack(weight.detach(), transposed)
+        found = _kept[key] = (weakref.ref(weight, lambda _: _kept.pop(key, None)), state, packed)
+    return found[2].data_ptr()

@@ -58,7 +58,11 @@ def forward(
         ista_norm_weight, ista_norm_bias, weight, folded,
     )  # fmt: skip
     steps, eps = (mssa_step_size, step_size, lambd), (mssa_eps, ista_eps)
-    return cpu_kernels.layer_forward(z, weights, lengths, heads, scale, causal, steps, eps, save)
+    packed = (0, 0, 0)
+    if folded is not None and not save:  # prepared for inference: the weights stay
+        kept = cpu_kernels.kept_pack
+        packed = (kept(u_weight, True), kept(out_weight, True), kept(folded, False))
+    return cpu_kernels.layer_forward(z, weights, lengths, heads, scale, causal, steps, eps, save, packed)
 
 
 def backward(

@@ -1,157 +1,100 @@
-"""The CUDA extension. Everything else about the package is in pyproject.toml.
+"""Builds the compiled libraries through ``csrc/CMakeLists.txt``. Everything else is in pyproject.toml.
 
-Without nvcc the package installs in pure Python and says so. ``CRATE_KERNELS_FORCE_BUILD=1`` makes that an error,
-``CRATE_KERNELS_SKIP_CUDA=1`` does not even look. ``TORCH_CUDA_ARCH_LIST``, ``MAX_JOBS`` and ``NVCC_THREADS`` are
-honoured as in torch's own extensions. Whether a GPU is present is never asked.
+``_cpu.so`` needs a C++ compiler, ``_cuda.so`` needs nvcc as well. Without them the package installs all the same, and
+``crate_kernels/_build.json`` records the reason. ``CRATE_KERNELS_FORCE_BUILD=1`` makes a missing library an error.
+``CRATE_KERNELS_SKIP_CPU=1`` and ``CRATE_KERNELS_SKIP_CUDA=1`` leave a library out. ``CXX``, ``CUDA_HOME``,
+``TORCH_CUDA_ARCH_LIST``, ``MAX_JOBS`` and ``NVCC_THREADS`` mean what they mean for torch's extensions.
 """
 
-from __future__ import annotations
-
+import json
 import os
 import re
 import shutil
 import subprocess
 import sys
 import sysconfig
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from setuptools import Extension, setup
+import setuptools
+
+if int(setuptools.__version__.split(".")[0]) < 77:
+    sys.exit("crate_kernels needs setuptools 77 or newer: upgrade it, or install without --no-build-isolation")
+
+from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
-SOURCES = Path("csrc")
-TORCH_TARGET = (2, 11)  # the stable ABI the extension asks for: the oldest torch it runs with
-DEFAULT_ARCHITECTURES = "8.0;9.0+PTX"
-
-
-def enabled(variable: str) -> bool:
-    return os.environ.get(variable, "0") not in ("", "0")
+LIBRARIES = [name for name in ("cpu", "cuda") if Path("csrc", name).exists()]
+variable = os.environ.get
 
 
 class Missing(Exception):
-    """Why the extension cannot be built."""
+    """Why a library cannot be built."""
 
 
-class Toolchain:
-    """nvcc, torch's headers and libraries, and cuBLASLt; ``Missing`` names the first that is not there."""
-
-    def __init__(self):
-        home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
-        self.nvcc = shutil.which("nvcc", path=f"{home}/bin" if home else None) or shutil.which("nvcc")
-        if self.nvcc is None:
-            raise Missing("nvcc is not on the PATH and CUDA_HOME is not set")
-        found = re.search(
-            r"release (\d+)\.(\d+)", subprocess.run([self.nvcc, "--version"], capture_output=True, text=True).stdout
-        )
-        if found is None:
-            raise Missing(f"{self.nvcc} --version names no release")
-        self.version = tuple(map(int, found.groups()))
-        try:
-            import torch
-        except ImportError:
-            raise Missing("torch is not importable here: install with --no-build-isolation") from None
-        if tuple(map(int, torch.__version__.split(".")[:2])) < TORCH_TARGET:
-            raise Missing(f"torch {torch.__version__} is older than {'.'.join(map(str, TORCH_TARGET))}")
-        if torch.version.cuda is None:
-            raise Missing("this torch is built without CUDA")
-        if int(torch.version.cuda.split(".")[0]) != self.version[0]:
-            raise Missing(
-                f"nvcc {'.'.join(map(str, self.version))} and torch's CUDA {torch.version.cuda} differ in major version"
-            )
-        self.torch = Path(torch.__file__).parent
-        # cuBLASLt comes with the CUDA toolkit, or with the wheel torch depends on.
-        toolkit = Path(self.nvcc).resolve().parents[1]
-        wheel = self.torch.parent / "nvidia" / f"cu{self.version[0]}"
-        roots = [toolkit, *([Path(home)] if home else []), wheel, Path("/usr/local/cuda")]
-        self.cublas = next((r for r in roots if (r / "include" / "cublasLt.h").exists()), None)
-        if self.cublas is None:
-            raise Missing(f"cublasLt.h is in none of {', '.join(str(r / 'include') for r in roots)}")
-        libraries = [r / lib for r in (self.cublas, wheel, *roots) for lib in ("lib64", "lib")]
-        pattern = f"libcublasLt.so.{self.version[0]}"
-        self.cublas_library = next((d / pattern for d in libraries if (d / pattern).exists()), None)
-        if self.cublas_library is None:
-            raise Missing(f"{pattern} was not found beside {self.cublas / 'include' / 'cublasLt.h'}")
-
-
-def architectures() -> list[tuple[str, bool]]:
-    """``TORCH_CUDA_ARCH_LIST`` as [("90", with PTX), ...]."""
-    names = (os.environ.get("TORCH_CUDA_ARCH_LIST") or DEFAULT_ARCHITECTURES).replace(" ", ";").split(";")
-    found = []
-    for name in filter(None, names):
-        match = re.fullmatch(r"(\d+)\.(\d+)([af]?)(\+PTX)?", name)
-        if match is None:
-            raise Missing(f"TORCH_CUDA_ARCH_LIST: cannot read {name!r}; expected entries such as 8.0 or 9.0+PTX")
-        major, minor, suffix, ptx = match.groups()
-        if int(major) >= 8:  # the kernels need what sm_80 introduced
-            found.append((f"{major}{minor}{suffix}", ptx is not None))
-    if not found:
-        raise Missing("TORCH_CUDA_ARCH_LIST names no architecture of compute capability 8.0 or more")
+def tool(name: str, *candidates: str | None) -> str:
+    """The first of the candidates that can be executed."""
+    found = next(filter(None, map(shutil.which, filter(None, candidates))), None)
+    if found is None:
+        raise Missing(f"{name} was not found")
     return found
 
 
-class BuildCuda(build_ext):
-    """Compiles ``csrc/cuda`` with nvcc, a few sources at a time, and links ``crate_kernels._C``."""
+def run(*command: str | Path):
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    print(done.stdout, file=sys.stderr if done.returncode else sys.stdout)
+    if done.returncode:
+        errors = [line.strip() for line in done.stdout.splitlines() if re.search("error|fatal", line, re.IGNORECASE)]
+        raise Missing(f"the build failed: {(errors or [' '.join(map(str, command))])[0]}")
+
+
+class BuildLibraries(build_ext):
+    def run(self):
+        listed = variable("TORCH_CUDA_ARCH_LIST") or "8.0"
+        if not re.fullmatch(r"(\d+\.\d[af]?(\+PTX)?[ ;]*)+", listed):
+            sys.exit(f"crate_kernels: TORCH_CUDA_ARCH_LIST: cannot read {listed!r}; write it as in '8.0;9.0+PTX'")
+        package = Path("." if self.inplace else self.build_lib, "crate_kernels")
+        record = {name: self.library(name, package / f"_{name}.so") for name in LIBRARIES}
+        (package / "_build.json").write_text(json.dumps(record, indent=1) + "\n")
+
+    def library(self, name: str, target: Path) -> dict:
+        """Builds ``target``; returns what it was built for, or the reason why it was not built."""
+        target.unlink(missing_ok=True)
+        if variable(skip := f"CRATE_KERNELS_SKIP_{name.upper()}", "0") not in ("", "0"):
+            return {"missing": f"{skip} was set"}
+        try:
+            options = {"CRATE_LIBRARY": name, "CRATE_SITE_PACKAGES": sysconfig.get_path("purelib")}
+            if name == "cuda":
+                home = variable("CUDA_HOME") or variable("CUDA_PATH") or ""
+                options["CMAKE_CUDA_COMPILER"] = tool("nvcc", variable("CUDACXX"), f"{home}/bin/nvcc", "nvcc")
+            tool("a C++ compiler", variable("CXX"), "c++", "g++", "clang++")
+            options["CMAKE_MAKE_PROGRAM"] = tool("ninja", "ninja")
+            cmake, folder = tool("cmake", "cmake"), Path("build/csrc" if self.inplace else self.build_temp, name)
+            run(cmake, "-S", "csrc", "-B", folder, "-GNinja", *(f"-D{k}={v}" for k, v in options.items()))
+            run(cmake, "--build", folder, "--parallel", variable("MAX_JOBS") or str(os.cpu_count() or 1))
+        except Missing as reason:
+            if variable("CRATE_KERNELS_FORCE_BUILD", "0") not in ("", "0"):
+                sys.exit(f"crate_kernels: the {name} library cannot be built: {reason}")
+            print(f"crate_kernels: {reason}; installing without the {name} library", file=sys.stderr)
+            return {"missing": str(reason)}
+        shutil.copy(folder / target.name, target)
+        return json.loads((folder / "record.json").read_text())
+
+
+class Wheel(bdist_wheel):
+    """One wheel for every Python: the libraries use nothing of Python."""
 
     def run(self):
-        if enabled("CRATE_KERNELS_SKIP_CUDA"):
-            print("crate_kernels: CRATE_KERNELS_SKIP_CUDA is set; installing in pure Python")
-            return
-        try:
-            self.toolchain, self.architectures = Toolchain(), architectures()
-        except Missing as reason:
-            if enabled("CRATE_KERNELS_FORCE_BUILD"):
-                raise SystemExit(f"crate_kernels: the CUDA extension cannot be built: {reason}") from None
-            print(f"crate_kernels: {reason}; installing in pure Python, without the CUDA backend", file=sys.stderr)
-            return
+        built = Path(self.get_finalized_command("build").build_lib)
+        shutil.rmtree(built, ignore_errors=True)  # what an earlier build left there would be shipped
+        self.run_command("build")
+        self.root_is_pure = not list(built.glob("crate_kernels/_*.so"))
         super().run()
 
-    def build_extension(self, extension: Extension):
-        tools = self.toolchain
-        objects = Path(self.build_temp)
-        objects.mkdir(parents=True, exist_ok=True)
-        target = Path(self.get_ext_fullpath(extension.name))
-        target.parent.mkdir(parents=True, exist_ok=True)
-
-        flags = ["-std=c++20", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall", "-Xptxas=-v", "-DUSE_CUDA"]
-        flags += [f"--threads={os.environ.get('NVCC_THREADS', '1')}"]
-        flags += [f"-DTORCH_TARGET_VERSION=0x{TORCH_TARGET[0]:02x}{TORCH_TARGET[1]:02x}000000000000"]
-        flags += [f'-DCRATE_TORCH_TARGET="{TORCH_TARGET[0]}.{TORCH_TARGET[1]}"']
-        flags += [f'-DCRATE_CUDA_VERSION="{tools.version[0]}.{tools.version[1]}"']
-        built = [f"sm_{a}" for a, _ in self.architectures] + [f"compute_{a}" for a, ptx in self.architectures if ptx]
-        flags += [f'-DCRATE_ARCHITECTURES="{" ".join(built)}"']
-        flags += [f"-I{d}" for d in (SOURCES, SOURCES / "include")]
-        # After nvcc's own headers, so that a wheel's CUDA headers of another minor version do not displace them.
-        system = (tools.torch / "include", tools.cublas / "include", sysconfig.get_path("include"))
-        flags += [f"-isystem={d}" for d in system]
-        codes = []
-        for name, ptx in self.architectures:
-            codes += ["-gencode", f"arch=compute_{name},code=sm_{name}"]
-            if ptx:
-                codes += ["-gencode", f"arch=compute_{name},code=compute_{name}"]
-
-        def compile_source(source: str) -> Path:
-            out = objects / f"{Path(source).name}.o"
-            command = [tools.nvcc, *flags, *codes, "-c", source, "-o", str(out)]
-            done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-            (objects / f"{Path(source).name}.log").write_text(done.stdout)  # what ptxas says of every kernel
-            if done.returncode:
-                raise SystemExit(f"crate_kernels: {' '.join(command)}\n{done.stdout}")
-            return out
-
-        with ThreadPoolExecutor(
-            int(os.environ.get("MAX_JOBS") or min(len(extension.sources), os.cpu_count() or 1))
-        ) as pool:
-            compiled = list(pool.map(compile_source, extension.sources))
-        libraries = [f"-L{tools.torch / 'lib'}", "-ltorch_cpu", "-ltorch_cuda", "-lc10"]
-        libraries += [f"-L{tools.cublas_library.parent}", f"-Xlinker=-l:{tools.cublas_library.name}"]
-        subprocess.run(
-            [tools.nvcc, "-shared", "-cudart=shared", *map(str, compiled), *libraries, "-o", str(target)], check=True
-        )
+    def get_tag(self):
+        return "py3", "none", super().get_tag()[2]
 
 
-setup(
-    ext_modules=[
-        Extension("crate_kernels._C", sorted(map(str, [*SOURCES.glob("cuda/*.cu"), *SOURCES.glob("cuda/*.cpp")])))
-    ],
-    cmdclass={"build_ext": BuildCuda},
+setuptools.setup(
+    ext_modules=[setuptools.Extension(f"crate_kernels._{name}", [], optional=True) for name in LIBRARIES],
+    cmdclass={"build_ext": BuildLibraries, "bdist_wheel": Wheel},
 )

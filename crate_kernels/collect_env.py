@@ -12,7 +12,7 @@ import sys
 import torch
 
 from . import ops
-from .ops import backends
+from .ops import backends, libraries
 from .ops.products import FASTER_WITH_ONEDNN
 from .version import __version__
 
@@ -65,6 +65,7 @@ def report() -> str:
     library = "oneDNN" if FASTER_WITH_ONEDNN else "torch's own choice"
     lines.append(f"{'CPU products':14} float32 from {library} ({torch.backends.cpu.get_cpu_capability()})")
     lines.append(f"{'CUDA':14} torch built for {torch.version.cuda or 'none'}; " + _devices())
+    lines.extend(f"{f'{name} library':14} {text}" for name, text in libraries.report().items())
     lines.append(f"{'requested':14} {backends.requested_backend() or 'automatic choice'}")
     for operator, reasons in backend_report().items():
         lines.append(f"\n{operator}")

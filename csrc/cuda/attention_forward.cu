@@ -4,9 +4,8 @@
 
 namespace crate {
 
-cudaError_t launch_attention_forward(const AttentionForwardParams& params, bool is_bf16, int width, int batch,
-                                     cudaStream_t stream) {
-    cudaError_t error = cudaErrorInvalidValue;
+Error launch_attention_forward(const AttentionForwardParams& params, bool is_bf16, int width, int batch, Stream stream) {
+    Error error = kNotServed;
     dispatch_attention(is_bf16, width, params.tokens, [&]<class T, int kWidth, int kTokens>() {
         error = launch_heads<AttentionForward<T, kWidth, kTokens>>(params, batch, stream);
     });

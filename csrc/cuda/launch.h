@@ -1,42 +1,30 @@
-// The kernels as host functions: torch-free, each enqueues work on a stream and returns the first error.
+// The kernels as host functions: each enqueues work on a stream, waits for nothing, and returns what went wrong. Free of
+// CUDA's headers, because the emulator of csrc/simt implements the same functions.
 #pragma once
 
-#include <cublasLt.h>
-#include <cuda_runtime.h>
-
-#include <cstdint>
+#include "crate/params.h"
 
 namespace crate {
 
-struct AttentionForwardParams;
-struct AttentionBackwardParams;
-struct LayerNormForwardParams;
-struct LayerNormBackwardParams;
-struct ReduceRowsParams;
+using Error = const char*;  // null for success, or a text that lives forever
+using Stream = void*;       // a cudaStream_t
 
-// cudaErrorInvalidValue where no instantiation serves the head.
-cudaError_t launch_attention_forward(const AttentionForwardParams&, bool is_bf16, int width, int batch, cudaStream_t);
-cudaError_t launch_attention_backward(const AttentionBackwardParams&, bool is_bf16, int width, int batch, cudaStream_t);
-cudaError_t launch_layer_norm_forward(const LayerNormForwardParams&, bool is_bf16, cudaStream_t);
-cudaError_t launch_layer_norm_backward(const LayerNormBackwardParams&, bool is_bf16, int blocks, cudaStream_t);
-cudaError_t launch_reduce_rows(const ReduceRowsParams&, cudaStream_t);
+constexpr Error kNotServed = "no kernel was built for heads of this width and number of tokens";
 
-// Bytes of shared memory a block takes; 0 where no instantiation serves the head.
+Error launch_attention_forward(const AttentionForwardParams&, bool is_bf16, int width, int batch, Stream);
+Error launch_attention_backward(const AttentionBackwardParams&, bool is_bf16, int width, int batch, Stream);
+Error launch_layer_norm_forward(const LayerNormForwardParams&, bool is_bf16, Stream);
+Error launch_layer_norm_backward(const LayerNormBackwardParams&, bool is_bf16, int blocks, Stream);
+Error launch_reduce_rows(const ReduceRowsParams&, Stream);
+
+// Bytes of shared memory that a block takes; 0 where no kernel serves the head.
 int attention_forward_shared_bytes(bool is_bf16, int width, int tokens);
 int attention_backward_shared_bytes(bool is_bf16, int width, int tokens);
 
-// A row-major matrix, or its transpose.
-struct Matrix {
-    const void* data;
-    int64_t rows, columns, stride;  // stride in elements, between rows of what is stored
-    bool transposed;                // rows and columns are those of the matrix as it enters the product
-    cudaDataType_t type;
-};
+// out = alpha a b + beta c + bias, then ReLU if asked; c may be out itself.
+Error launch_product(const ProductParams&, Stream);
 
-// out = alpha a b + beta c + bias, then ReLU if asked; c may be out itself. The bias has the type of out and one element
-// a column. Returns a status, and never waits for the device.
-cublasStatus_t matrix_product(const Matrix& a, const Matrix& b, const Matrix* c, const void* bias, const Matrix& out,
-                              float alpha, float beta, bool relu, void* workspace, size_t workspace_bytes, int device,
-                              cudaStream_t);
+Error driver_missing();   // why no kernel can run with the driver of this machine; null if they can
+Error product_missing();  // why launch_product cannot run; null if it can
 
 }  // namespace crate

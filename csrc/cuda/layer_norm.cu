@@ -1,8 +1,8 @@
 #include "crate/layer_norm.cuh"
 
-#include "cuda/launch.h"
-
 #include <algorithm>
+
+#include "cuda/launch.cuh"
 
 namespace crate {
 
@@ -18,30 +18,30 @@ __global__ void __launch_bounds__(ReduceRows::kThreads) reduce_rows_kernel(const
 }
 
 template <template <class> class Kernel, class Params>
-static cudaError_t launch_rows(const Params& params, bool is_bf16, int blocks, cudaStream_t stream) {
+static Error launch_rows(const Params& params, bool is_bf16, int blocks, Stream stream) {
     const int threads = layer_norm_threads(params.columns), bytes = layer_norm_shared_bytes(params.columns);
-    if (blocks == 0) return cudaSuccess;
+    if (blocks == 0) return nullptr;
     if (is_bf16)
-        rows_kernel<Kernel<bf16>><<<blocks, threads, bytes, stream>>>(params);
+        rows_kernel<Kernel<bf16>><<<blocks, threads, bytes, cudaStream_t(stream)>>>(params);
     else
-        rows_kernel<Kernel<fp16>><<<blocks, threads, bytes, stream>>>(params);
-    return cudaGetLastError();
+        rows_kernel<Kernel<fp16>><<<blocks, threads, bytes, cudaStream_t(stream)>>>(params);
+    return text(cudaGetLastError());
 }
 
-cudaError_t launch_layer_norm_forward(const LayerNormForwardParams& params, bool is_bf16, cudaStream_t stream) {
+Error launch_layer_norm_forward(const LayerNormForwardParams& params, bool is_bf16, Stream stream) {
     const int64_t groups = (params.rows + kRowsAtOnce - 1) / kRowsAtOnce;
     return launch_rows<LayerNormForward>(params, is_bf16, int(std::min(groups, kForwardBlocks)), stream);
 }
 
-cudaError_t launch_layer_norm_backward(const LayerNormBackwardParams& params, bool is_bf16, int blocks,
-                                       cudaStream_t stream) {
+Error launch_layer_norm_backward(const LayerNormBackwardParams& params, bool is_bf16, int blocks, Stream stream) {
     return launch_rows<LayerNormBackward>(params, is_bf16, blocks, stream);
 }
 
-cudaError_t launch_reduce_rows(const ReduceRowsParams& params, cudaStream_t stream) {
-    if (params.columns == 0) return cudaSuccess;
-    reduce_rows_kernel<<<ReduceRows::blocks(params.columns), ReduceRows::kThreads, ReduceRows::kSharedBytes, stream>>>(params);
-    return cudaGetLastError();
+Error launch_reduce_rows(const ReduceRowsParams& params, Stream stream) {
+    if (params.columns == 0) return nullptr;
+    reduce_rows_kernel<<<ReduceRows::blocks(params.columns), ReduceRows::kThreads, ReduceRows::kSharedBytes,
+                         cudaStream_t(stream)>>>(params);
+    return text(cudaGetLastError());
 }
 
 }  // namespace crate

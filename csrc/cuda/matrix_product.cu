@@ -2,21 +2,61 @@
 //
 // cuBLASLt is column-major. A row-major matrix is its own transpose there, so outᵀ = bᵀ aᵀ is what is asked of it: b
 // comes first, and the bias, one element a column of out, is one a row of outᵀ, which is what its epilogue adds.
+//
+// The build needs cuBLASLt's header only. The library is opened when the first product asks for it: a torch built with
+// CUDA has loaded it by then, and a process without it still has the other kernels.
+#include "cuda/launch.cuh"
+
+#if __has_include(<cublasLt.h>)
+#include <cublasLt.h>
+#include <dlfcn.h>
+
 #include <map>
 #include <memory>
 #include <mutex>
+#include <string>
 #include <tuple>
-
-#include "cuda/launch.h"
 
 namespace crate {
 
 namespace {
 
+#define CRATE_STRING_OF(x) #x
+#define CRATE_STRING(x) CRATE_STRING_OF(x)
+
+// The functions of the library; `missing` says why they are not there.
+struct Blas {
+    std::string missing;
+#define CRATE_CUBLASLT_FUNCTIONS(each)                                                                                    \
+    each(Create) each(GetStatusString) each(Matmul) each(MatmulAlgoGetHeuristic) each(MatmulDescCreate)                   \
+    each(MatmulDescDestroy) each(MatmulDescSetAttribute) each(MatmulPreferenceCreate) each(MatmulPreferenceDestroy)       \
+    each(MatmulPreferenceSetAttribute) each(MatrixLayoutCreate) each(MatrixLayoutDestroy)
+#define CRATE_DECLARE(name) decltype(&::cublasLt##name) name = nullptr;
+    CRATE_CUBLASLT_FUNCTIONS(CRATE_DECLARE)
+
+    Blas() {
+        const char* const file = "libcublasLt.so." CRATE_STRING(CUBLAS_VER_MAJOR);
+        void* const library = dlopen(file, RTLD_LAZY | RTLD_LOCAL);
+        if (library == nullptr) {
+            missing = std::string(file) + " does not load: " + dlerror();
+            return;
+        }
+#define CRATE_FIND(name)                                                             \
+    name = reinterpret_cast<decltype(name)>(dlsym(library, "cublasLt" #name));       \
+    if (name == nullptr) missing = std::string(file) + " has no function cublasLt" #name;
+        CRATE_CUBLASLT_FUNCTIONS(CRATE_FIND)
+    }
+};
+
+const Blas& blas() {
+    static const Blas instance;
+    return instance;
+}
+
 struct Destroy {
-    void operator()(cublasLtMatmulDesc_t d) const { cublasLtMatmulDescDestroy(d); }
-    void operator()(cublasLtMatrixLayout_t d) const { cublasLtMatrixLayoutDestroy(d); }
-    void operator()(cublasLtMatmulPreference_t d) const { cublasLtMatmulPreferenceDestroy(d); }
+    void operator()(cublasLtMatmulDesc_t d) const { blas().MatmulDescDestroy(d); }
+    void operator()(cublasLtMatrixLayout_t d) const { blas().MatrixLayoutDestroy(d); }
+    void operator()(cublasLtMatmulPreference_t d) const { blas().MatmulPreferenceDestroy(d); }
 };
 template <class Handle>
 using Owned = std::unique_ptr<std::remove_pointer_t<Handle>, Destroy>;
@@ -28,10 +68,14 @@ void check(cublasStatus_t status) {
     if (status != CUBLAS_STATUS_SUCCESS) throw Failure{status};
 }
 
+cudaDataType_t type(int format) {
+    return format == kBfloat16 ? CUDA_R_16BF : format == kFloat16 ? CUDA_R_16F : CUDA_R_32F;
+}
+
 Owned<cublasLtMatrixLayout_t> layout(const Matrix& m) {
     cublasLtMatrixLayout_t handle;
-    check(cublasLtMatrixLayoutCreate(&handle, m.type, m.transposed ? m.rows : m.columns, m.transposed ? m.columns : m.rows,
-                                     m.stride));
+    check(blas().MatrixLayoutCreate(&handle, type(m.format), m.transposed ? m.rows : m.columns,
+                                    m.transposed ? m.columns : m.rows, m.stride));
     return Owned<cublasLtMatrixLayout_t>(handle);
 }
 
@@ -41,90 +85,121 @@ int alignment(const void* p) {
     return bytes;
 }
 
-// Everything the choice of an algorithm depends on.
-using Key = std::tuple<int, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, bool, bool, int, int, int, int, int,
-                       int, int, size_t>;
+template <class T>
+void set(cublasLtMatmulDesc_t operation, cublasLtMatmulDescAttributes_t attribute, const T& value) {
+    check(blas().MatmulDescSetAttribute(operation, attribute, &value, sizeof(T)));
+}
+template <class T>
+void set(cublasLtMatmulPreference_t preference, cublasLtMatmulPreferenceAttributes_t attribute, const T& value) {
+    check(blas().MatmulPreferenceSetAttribute(preference, attribute, &value, sizeof(T)));
+}
 
-struct Library {
+// A product in cuBLASLt's terms.
+struct Problem {
+    Owned<cublasLtMatmulDesc_t> operation;
+    Owned<cublasLtMatrixLayout_t> a, b, c, out;
+    int alignment_a, alignment_b, alignment_c, alignment_out;
+    int64_t workspace_bytes;
+};
+
+// The algorithm that the library's heuristic puts first. Sums of a split depth stay in the accumulator's precision and
+// are added in a fixed order, so that results are repeatable; a shape for which no such algorithm is left takes any.
+cublasLtMatmulAlgo_t choose(cublasLtHandle_t handle, const Problem& problem) {
+    cublasLtMatmulPreference_t raw;
+    check(blas().MatmulPreferenceCreate(&raw));
+    const Owned<cublasLtMatmulPreference_t> preference(raw);
+    set(raw, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, uint64_t(problem.workspace_bytes));
+    set(raw, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, uint32_t(problem.alignment_b));
+    set(raw, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES, uint32_t(problem.alignment_a));
+    set(raw, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, uint32_t(problem.alignment_c));
+    set(raw, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES, uint32_t(problem.alignment_out));
+    cublasStatus_t status = CUBLAS_STATUS_NOT_SUPPORTED;
+    for (const uint32_t reductions : {uint32_t(CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE), uint32_t(CUBLASLT_REDUCTION_SCHEME_MASK)}) {
+        set(raw, CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK, reductions);
+        cublasLtMatmulHeuristicResult_t found;
+        int count = 0;
+        status = blas().MatmulAlgoGetHeuristic(handle, problem.operation.get(), problem.b.get(), problem.a.get(),
+                                               problem.c.get(), problem.out.get(), raw, 1, &found, &count);
+        if (status == CUBLAS_STATUS_SUCCESS && count > 0) return found.algo;
+    }
+    throw Failure{status == CUBLAS_STATUS_SUCCESS ? CUBLAS_STATUS_NOT_SUPPORTED : status};
+}
+
+// Everything that the choice of an algorithm depends on.
+using Key = std::tuple<int, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, bool, bool, int, int, int, int, int,
+                       int, int, int64_t>;
+// Sequences of ever new lengths would otherwise fill the memory.
+constexpr size_t kMostAlgorithms = 4096;
+
+struct Cache {
     std::mutex mutex;
     std::map<int, cublasLtHandle_t> handles;  // by device; kept for the life of the process
     std::map<Key, cublasLtMatmulAlgo_t> algorithms;
 };
 
-Library& library() {
-    static auto* instance = new Library;
-    return *instance;
-}
-
-template <class T>
-void set(cublasLtMatmulDesc_t operation, cublasLtMatmulDescAttributes_t attribute, const T& value) {
-    check(cublasLtMatmulDescSetAttribute(operation, attribute, &value, sizeof(T)));
-}
-template <class T>
-void set(cublasLtMatmulPreference_t preference, cublasLtMatmulPreferenceAttributes_t attribute, const T& value) {
-    check(cublasLtMatmulPreferenceSetAttribute(preference, attribute, &value, sizeof(T)));
-}
-
-void product(const Matrix& a, const Matrix& b, const Matrix* c, const void* bias, const Matrix& out, float alpha, float beta,
-             bool relu, void* workspace, size_t workspace_bytes, int device, cudaStream_t stream) {
-    cublasLtMatmulDesc_t raw_operation;
-    check(cublasLtMatmulDescCreate(&raw_operation, CUBLAS_COMPUTE_32F, CUDA_R_32F));
-    const Owned<cublasLtMatmulDesc_t> operation(raw_operation);
-    set(operation.get(), CUBLASLT_MATMUL_DESC_TRANSA, b.transposed ? CUBLAS_OP_T : CUBLAS_OP_N);
-    set(operation.get(), CUBLASLT_MATMUL_DESC_TRANSB, a.transposed ? CUBLAS_OP_T : CUBLAS_OP_N);
-    const cublasLtEpilogue_t epilogue = bias ? (relu ? CUBLASLT_EPILOGUE_RELU_BIAS : CUBLASLT_EPILOGUE_BIAS)
-                                             : (relu ? CUBLASLT_EPILOGUE_RELU : CUBLASLT_EPILOGUE_DEFAULT);
-    set(operation.get(), CUBLASLT_MATMUL_DESC_EPILOGUE, epilogue);
-    if (bias) {
-        set(operation.get(), CUBLASLT_MATMUL_DESC_BIAS_POINTER, bias);
-        set(operation.get(), CUBLASLT_MATMUL_DESC_BIAS_DATA_TYPE, out.type);
+void product(const ProductParams& params, cudaStream_t stream) {
+    const Matrix &a = params.a, &b = params.b, &out = params.out, &source = params.c ? *params.c : out;
+    cublasLtMatmulDesc_t raw;
+    check(blas().MatmulDescCreate(&raw, CUBLAS_COMPUTE_32F, CUDA_R_32F));
+    const Problem problem{Owned<cublasLtMatmulDesc_t>(raw), layout(a), layout(b), layout(source), layout(out),
+                          alignment(a.data), alignment(b.data), alignment(source.data), alignment(out.data),
+                          params.workspace_bytes};
+    set(raw, CUBLASLT_MATMUL_DESC_TRANSA, b.transposed ? CUBLAS_OP_T : CUBLAS_OP_N);
+    set(raw, CUBLASLT_MATMUL_DESC_TRANSB, a.transposed ? CUBLAS_OP_T : CUBLAS_OP_N);
+    const cublasLtEpilogue_t epilogue = params.bias ? (params.relu ? CUBLASLT_EPILOGUE_RELU_BIAS : CUBLASLT_EPILOGUE_BIAS)
+                                                    : (params.relu ? CUBLASLT_EPILOGUE_RELU : CUBLASLT_EPILOGUE_DEFAULT);
+    set(raw, CUBLASLT_MATMUL_DESC_EPILOGUE, epilogue);
+    if (params.bias) {
+        set(raw, CUBLASLT_MATMUL_DESC_BIAS_POINTER, params.bias);
+        set(raw, CUBLASLT_MATMUL_DESC_BIAS_DATA_TYPE, type(out.format));
     }
-    const Matrix& source = c ? *c : out;
-    const auto layout_a = layout(a), layout_b = layout(b), layout_c = layout(source), layout_out = layout(out);
 
-    Library& lib = library();
-    std::lock_guard lock(lib.mutex);
-    cublasLtHandle_t& handle = lib.handles[device];
-    if (!handle) check(cublasLtCreate(&handle));
-
-    const Key key{device, out.rows, out.columns, a.columns, a.stride, b.stride, source.stride, out.stride, a.transposed,
-                  b.transposed, int(a.type), int(out.type), int(epilogue), alignment(a.data), alignment(b.data),
-                  alignment(source.data), alignment(out.data), workspace_bytes};
-    auto known = lib.algorithms.find(key);
-    if (known == lib.algorithms.end()) {
-        cublasLtMatmulPreference_t raw_preference;
-        check(cublasLtMatmulPreferenceCreate(&raw_preference));
-        const Owned<cublasLtMatmulPreference_t> preference(raw_preference);
-        set(preference.get(), CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, uint64_t(workspace_bytes));
-        set(preference.get(), CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, uint32_t(alignment(b.data)));
-        set(preference.get(), CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES, uint32_t(alignment(a.data)));
-        set(preference.get(), CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, uint32_t(alignment(source.data)));
-        set(preference.get(), CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES, uint32_t(alignment(out.data)));
-        // Split-K sums stay in the accumulator's precision, in the workspace, and are added in a fixed order.
-        set(preference.get(), CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK, uint32_t(CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE));
-        cublasLtMatmulHeuristicResult_t found;
-        int count = 0;
-        check(cublasLtMatmulAlgoGetHeuristic(handle, operation.get(), layout_b.get(), layout_a.get(), layout_c.get(),
-                                             layout_out.get(), preference.get(), 1, &found, &count));
-        if (count == 0) throw Failure{CUBLAS_STATUS_NOT_SUPPORTED};
-        known = lib.algorithms.emplace(key, found.algo).first;
+    static Cache& cache = *new Cache;
+    cublasLtHandle_t handle;
+    cublasLtMatmulAlgo_t algorithm;
+    {
+        const Key key{params.device, out.rows, out.columns, a.columns, a.stride, b.stride, source.stride, out.stride,
+                      a.transposed, b.transposed, a.format, out.format, int(epilogue), problem.alignment_a,
+                      problem.alignment_b, problem.alignment_c, problem.alignment_out, params.workspace_bytes};
+        const std::lock_guard lock(cache.mutex);
+        cublasLtHandle_t& known_handle = cache.handles[params.device];
+        if (!known_handle) check(blas().Create(&known_handle));
+        handle = known_handle;
+        auto known = cache.algorithms.find(key);
+        if (known == cache.algorithms.end()) {
+            if (cache.algorithms.size() >= kMostAlgorithms) cache.algorithms.clear();
+            known = cache.algorithms.emplace(key, choose(handle, problem)).first;
+        }
+        algorithm = known->second;
     }
-    check(cublasLtMatmul(handle, operation.get(), &alpha, b.data, layout_b.get(), a.data, layout_a.get(), &beta, source.data,
-                         layout_c.get(), const_cast<void*>(out.data), layout_out.get(), &known->second, workspace,
-                         workspace_bytes, stream));
+    check(blas().Matmul(handle, raw, &params.alpha, b.data, problem.b.get(), a.data, problem.a.get(), &params.beta, source.data,
+                        problem.c.get(), const_cast<void*>(out.data), problem.out.get(), &algorithm, params.workspace,
+                        size_t(params.workspace_bytes), stream));
 }
 
 }  // namespace
 
-cublasStatus_t matrix_product(const Matrix& a, const Matrix& b, const Matrix* c, const void* bias, const Matrix& out,
-                              float alpha, float beta, bool relu, void* workspace, size_t workspace_bytes, int device,
-                              cudaStream_t stream) {
+Error launch_product(const ProductParams& params, Stream stream) {
+    if (Error missing = product_missing()) return missing;
     try {
-        product(a, b, c, bias, out, alpha, beta, relu, workspace, workspace_bytes, device, stream);
+        product(params, cudaStream_t(stream));
     } catch (const Failure& failure) {
-        return failure.status;
+        return blas().GetStatusString(failure.status);
     }
-    return CUBLAS_STATUS_SUCCESS;
+    return nullptr;
 }
 
+Error product_missing() { return blas().missing.empty() ? nullptr : blas().missing.c_str(); }
+
 }  // namespace crate
+
+#else
+
+namespace crate {
+
+Error product_missing() { return "cublasLt.h was not there when the CUDA library was built"; }
+Error launch_product(const ProductParams&, Stream) { return product_missing(); }
+
+}  // namespace crate
+
+#endif

@@ -1,10 +1,20 @@
 #include "crate/attention_backward.cuh"
 
+#include "cuda/launch.h"
 #include "simt/python.h"
 
 namespace py = pybind11;
 
 namespace simt {
+
+static bool run(const crate::AttentionBackwardParams& params, bool is_bf16, int width, int batch, const Options& options,
+                Counters& counters) {
+    return crate::dispatch_attention(is_bf16, width, params.tokens, [&]<class T, int kWidth, int kTokens>() {
+        using Kernel = crate::AttentionBackward<T, kWidth, kTokens>;
+        launch(batch * params.heads, Kernel::warps(params.tokens) * 32, Kernel::shared_bytes(params.tokens), options,
+               counters, [&] { Kernel::run(params); });
+    });
+}
 
 // w, grad, o hold 16-bit patterns, shape (B, N, H, p); dw is filled in place.
 static Counters attention_backward(const std::string& format, py::array w, py::array grad, py::array o, py::array lse,
@@ -21,12 +31,8 @@ static Counters attention_backward(const std::string& format, py::array w, py::a
         w_device.data(), grad_device.data(), o_device.data(), lse_device.data(), dw_device.data(),
         lengths ? lengths_device->data() : nullptr, batch_stride, token_stride, head_stride,
         batch_stride, token_stride, head_stride, tokens, heads, scale, scale * crate::kLog2E, causal};
-    const bool served = crate::dispatch_attention(is_bf16(format), width, tokens, [&]<class T, int kWidth, int kTokens>() {
-        using Kernel = crate::AttentionBackward<T, kWidth, kTokens>;
-        launch(batch * heads, Kernel::warps(tokens) * 32, Kernel::shared_bytes(tokens), options, counters,
-               [&] { Kernel::run(params); });
-    });
-    if (!served) throw std::invalid_argument("no kernel for this head");
+    if (!run(params, is_bf16(format), width, batch, options, counters))
+        throw std::invalid_argument("no kernel for this head");
     dw_device.copy_to(dw);
     return counters;
 }
@@ -38,3 +44,21 @@ void bind_attention_backward(py::module_& m) {
 }
 
 }  // namespace simt
+
+namespace crate {
+
+Error launch_attention_backward(const AttentionBackwardParams& params, bool is_bf16, int width, int batch, Stream) {
+    return simt::guarded([&](const simt::Options& options, simt::Counters& counters) {
+        return simt::run(params, is_bf16, width, batch, options, counters) ? nullptr : kNotServed;
+    });
+}
+
+int attention_backward_shared_bytes(bool is_bf16, int width, int tokens) {
+    int bytes = 0;
+    dispatch_attention(is_bf16, width, tokens, [&]<class T, int kWidth, int kTokens>() {
+        bytes = AttentionBackward<T, kWidth, kTokens>::shared_bytes(tokens);
+    });
+    return bytes;
+}
+
+}  // namespace crate

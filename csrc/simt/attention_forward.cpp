@@ -1,10 +1,20 @@
 #include "crate/attention_forward.cuh"
 
+#include "cuda/launch.h"
 #include "simt/python.h"
 
 namespace py = pybind11;
 
 namespace simt {
+
+static bool run(const crate::AttentionForwardParams& params, bool is_bf16, int width, int batch, const Options& options,
+                Counters& counters) {
+    return crate::dispatch_attention(is_bf16, width, params.tokens, [&]<class T, int kWidth, int kTokens>() {
+        using Kernel = crate::AttentionForward<T, kWidth, kTokens>;
+        launch(batch * params.heads, Kernel::warps(params.tokens) * 32, Kernel::shared_bytes(params.tokens), options,
+               counters, [&] { Kernel::run(params); });
+    });
+}
 
 // w holds 16-bit patterns, shape (B, N, H, p); o and lse are filled in place.
 static Counters attention_forward(const std::string& format, py::array w, py::array o, py::array lse,
@@ -18,12 +28,8 @@ static Counters attention_forward(const std::string& format, py::array w, py::ar
     const crate::AttentionForwardParams params{
         w_device.data(), o_device.data(), lse_device.data(), lengths ? lengths_device->data() : nullptr,
         int64_t(tokens) * heads * width, int64_t(heads) * width, width, tokens, heads, scale * crate::kLog2E, causal};
-    const bool served = crate::dispatch_attention(is_bf16(format), width, tokens, [&]<class T, int kWidth, int kTokens>() {
-        using Kernel = crate::AttentionForward<T, kWidth, kTokens>;
-        launch(batch * heads, Kernel::warps(tokens) * 32, Kernel::shared_bytes(tokens), options, counters,
-               [&] { Kernel::run(params); });
-    });
-    if (!served) throw std::invalid_argument("no kernel for this head");
+    if (!run(params, is_bf16(format), width, batch, options, counters))
+        throw std::invalid_argument("no kernel for this head");
     o_device.copy_to(o);
     lse_device.copy_to(lse);
     return counters;
@@ -35,3 +41,21 @@ void bind_attention_forward(py::module_& m) {
 }
 
 }  // namespace simt
+
+namespace crate {
+
+Error launch_attention_forward(const AttentionForwardParams& params, bool is_bf16, int width, int batch, Stream) {
+    return simt::guarded([&](const simt::Options& options, simt::Counters& counters) {
+        return simt::run(params, is_bf16, width, batch, options, counters) ? nullptr : kNotServed;
+    });
+}
+
+int attention_forward_shared_bytes(bool is_bf16, int width, int tokens) {
+    int bytes = 0;
+    dispatch_attention(is_bf16, width, tokens, [&]<class T, int kWidth, int kTokens>() {
+        bytes = AttentionForward<T, kWidth, kTokens>::shared_bytes(tokens);
+    });
+    return bytes;
+}
+
+}  // namespace crate

@@ -1,17 +1,20 @@
 #include "crate/layer_norm.cuh"
 
+#include "cuda/launch.h"
 #include "simt/python.h"
 
 namespace py = pybind11;
 
 namespace simt {
 
-template <class F>
-static void dispatch_format(const std::string& format, F f) {
-    if (is_bf16(format))
-        f.template operator()<crate::bf16>();
-    else
-        f.template operator()<crate::fp16>();
+template <template <class> class Kernel, class Params>
+static void run(const Params& params, bool is_bf16, int blocks, const Options& options, Counters& counters) {
+    launch(blocks, crate::layer_norm_threads(params.columns), crate::layer_norm_shared_bytes(params.columns), options,
+           counters, [&] { is_bf16 ? Kernel<crate::bf16>::run(params, blocks) : Kernel<crate::fp16>::run(params, blocks); });
+}
+static void run(const crate::ReduceRowsParams& params, const Options& options, Counters& counters) {
+    launch(crate::ReduceRows::blocks(params.columns), crate::ReduceRows::kThreads, crate::ReduceRows::kSharedBytes, options,
+           counters, [&] { crate::ReduceRows::run(params); });
 }
 
 // Fills x and, where given, mean and rstd; with grad and out, gated too.
@@ -36,10 +39,7 @@ static Counters layer_norm_forward(const std::string& format, py::array z, py::a
         mean ? mean_device->data() : nullptr, rstd ? rstd_device->data() : nullptr,
         grad ? grad_device->data() : nullptr, out ? out_device->data() : nullptr,
         gated ? gated_device->data() : nullptr, z.shape(0), columns, eps};
-    dispatch_format(format, [&]<class T>() {
-        launch(blocks, crate::layer_norm_threads(columns), crate::layer_norm_shared_bytes(columns), options, counters,
-               [&] { crate::LayerNormForward<T>::run(params, blocks); });
-    });
+    run<crate::LayerNormForward>(params, is_bf16(format), blocks, options, counters);
     x_device.copy_to(x);
     if (mean) mean_device->copy_to(*mean), rstd_device->copy_to(*rstd);
     if (gated) gated_device->copy_to(*gated);
@@ -59,10 +59,7 @@ static Counters layer_norm_backward(const std::string& format, py::array dx, py:
     const crate::LayerNormBackwardParams params{
         dx_device.data(), z_device.data(), mean_device.data(), rstd_device.data(), weight_device.data(),
         residual ? residual_device->data() : nullptr, dz_device.data(), partial_device.data(), z.shape(0), columns};
-    dispatch_format(format, [&]<class T>() {
-        launch(blocks, crate::layer_norm_threads(columns), crate::layer_norm_shared_bytes(columns), options, counters,
-               [&] { crate::LayerNormBackward<T>::run(params, blocks); });
-    });
+    run<crate::LayerNormBackward>(params, is_bf16(format), blocks, options, counters);
     dz_device.copy_to(dz);
     partial_device.copy_to(partial);
     return counters;
@@ -72,8 +69,7 @@ static Counters reduce_rows(py::array in, py::array out, const Options& options)
     Counters counters;
     DeviceArray<float> in_device(in), out_device(out);
     const crate::ReduceRowsParams params{in_device.data(), out_device.data(), int(in.shape(0)), int(in.shape(1))};
-    launch(crate::ReduceRows::blocks(params.columns), crate::ReduceRows::kThreads, crate::ReduceRows::kSharedBytes, options,
-           counters, [&] { crate::ReduceRows::run(params); });
+    run(params, options, counters);
     out_device.copy_to(out);
     return counters;
 }
@@ -89,3 +85,31 @@ void bind_layer_norm(py::module_& m) {
 }
 
 }  // namespace simt
+
+namespace crate {
+
+// Few, so that a block takes rows in turn.
+constexpr int kForwardBlocks = 3;
+
+Error launch_layer_norm_forward(const LayerNormForwardParams& params, bool is_bf16, Stream) {
+    return simt::guarded([&](const simt::Options& options, simt::Counters& counters) {
+        simt::run<LayerNormForward>(params, is_bf16, kForwardBlocks, options, counters);
+        return nullptr;
+    });
+}
+
+Error launch_layer_norm_backward(const LayerNormBackwardParams& params, bool is_bf16, int blocks, Stream) {
+    return simt::guarded([&](const simt::Options& options, simt::Counters& counters) {
+        simt::run<LayerNormBackward>(params, is_bf16, blocks, options, counters);
+        return nullptr;
+    });
+}
+
+Error launch_reduce_rows(const ReduceRowsParams& params, Stream) {
+    return simt::guarded([&](const simt::Options& options, simt::Counters& counters) {
+        simt::run(params, options, counters);
+        return nullptr;
+    });
+}
+
+}  // namespace crate

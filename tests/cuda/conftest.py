@@ -1,4 +1,7 @@
 import pytest
+import torch
+
+from crate_kernels.ops import cuda_kernels, libraries
 
 from . import emulator
 
@@ -10,3 +13,19 @@ def simt():
     if reason:
         pytest.skip(reason)
     return emulator.Kernels(emulator.load(emulator.build()))
+
+
+@pytest.fixture
+def emulated(simt, monkeypatch):
+    """The CUDA backend on CPU tensors: the emulator in the place of the library, a plain loop in that of cuBLASLt.
+
+    Tensors are filled with NaN where they are allocated.
+    """
+    path = simt.module.__file__
+    library = libraries.open_library(path, "cuda", cuda_kernels.INTERFACE, cuda_kernels.FUNCTIONS)
+    monkeypatch.setattr(cuda_kernels, "LIBRARY", library)
+    monkeypatch.setattr(cuda_kernels, "_stream", lambda device: None)
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    yield library
+    torch.use_deterministic_algorithms(before)

@@ -24,7 +24,8 @@ from torch import Tensor
 ROOT = Path(__file__).parents[2]
 SOURCES = ROOT / "csrc"
 BUILD = ROOT / "build" / "simt"
-UNITS = ("machine", "python", "probes", "layer_norm", "attention_forward", "attention_backward")
+UNITS = ("machine", "python", "probes", "matrix_product", "layer_norm", "attention_forward", "attention_backward")
+SHARED_WITH_CUDA = ("interface",)
 SANITIZE = ("-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer")
 
 
@@ -55,7 +56,10 @@ def closure(source: Path, roots: tuple[Path, ...]) -> list[Path]:
 
 
 def build(flags: tuple[str, ...] = ("-O2",), sources: Path = SOURCES) -> Path:
-    """Compile ``sources/simt`` and return the path of the module."""
+    """Compile ``sources/simt`` and return the path of the module.
+
+    It is a Python module, and has the C interface of the CUDA library as well.
+    """
     import pybind11
 
     BUILD.mkdir(parents=True, exist_ok=True)
@@ -63,20 +67,20 @@ def build(flags: tuple[str, ...] = ("-O2",), sources: Path = SOURCES) -> Path:
     options = ["-std=c++20", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-missing-field-initializers"]
     options += [*flags, "-Werror"]
 
-    def compile_unit(unit: str) -> Path:
-        source = sources / "simt" / f"{unit}.cpp"
+    def compile_unit(source: Path) -> Path:
         key = hashlib.sha256(" ".join([compiler(), *options, sys.implementation.cache_tag]).encode())
         for file in closure(source, (sources, sources / "include")):
             key.update(file.read_bytes())
-        out = BUILD / f"{unit}-{key.hexdigest()[:16]}.o"
+        out = BUILD / f"{source.stem}-{key.hexdigest()[:16]}.o"
         if not out.exists():
             partial = out.with_suffix(f".{os.getpid()}.o")
             subprocess.run([compiler(), *options, *includes, "-c", source, "-o", partial], check=True)
             partial.rename(out)
         return out
 
+    units = [sources / "simt" / f"{u}.cpp" for u in UNITS] + [sources / "cuda" / f"{u}.cpp" for u in SHARED_WITH_CUDA]
     with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS", 2))) as pool:
-        objects = list(pool.map(compile_unit, UNITS))
+        objects = list(pool.map(compile_unit, units))
     name = hashlib.sha256(" ".join(o.name for o in objects).encode()).hexdigest()[:16]
     module = BUILD / name / f"crate_simt{importlib.machinery.EXTENSION_SUFFIXES[0]}"
     if not module.exists():

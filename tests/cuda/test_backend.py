@@ -11,16 +11,17 @@ from crate_kernels.ops.subspace_attention import cuda as attention
 
 
 @pytest.fixture
-def present(monkeypatch):
-    """As if the extension were there, on a device of compute capability 9.0 with 227 KiB of shared memory a block."""
-    properties = type("Properties", (), {"major": 9, "minor": 0, "shared_memory_per_block_optin": 232448})
+def present(emulated, monkeypatch):
+    """As if the library were there, on a device of compute capability 8.0 with 163 KiB of shared memory a block."""
+    properties = type("Properties", (), {"major": 8, "minor": 0, "shared_memory_per_block_optin": 166912})
     monkeypatch.setattr(cuda_kernels, "MISSING", None)
     monkeypatch.setattr(cuda_kernels, "ARCHITECTURES", ("sm_80", "sm_90", "compute_90"))
-    monkeypatch.setattr(
-        cuda_kernels, "SHARED_BYTES", {w: tuple(800 * w * (i + 1) // 7 for i in range(17)) for w in cuda_kernels.WIDTHS}
-    )
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
-    return properties
+    for cached in (cuda_kernels._why_not_device, cuda_kernels._most_tokens):
+        cached.cache_clear()
+    yield properties
+    for cached in (cuda_kernels._why_not_device, cuda_kernels._most_tokens):
+        cached.cache_clear()
 
 
 def heads(tokens=8, width=64, dtype=torch.bfloat16):
@@ -31,7 +32,7 @@ def heads(tokens=8, width=64, dtype=torch.bfloat16):
 
 def test_an_explicit_request_names_the_reason():
     w = torch.zeros(1, 4, 1, 16, dtype=torch.bfloat16)
-    with pytest.raises(RuntimeError, match=r"CUDA extension was not built|need a CUDA device"):
+    with pytest.raises(RuntimeError, match=r"cuda library was not built|need a CUDA device"):
         ops.subspace_attention(w, backend="cuda")
 
 

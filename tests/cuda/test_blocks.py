@@ -1,7 +1,7 @@
 """The block operators of the CUDA backend, put together on the CPU.
 
-The project's kernels run in the emulator, the library's products by torch: what is left for a GPU to show is cuBLASLt
-itself.
+The project's kernels run in the emulator, behind the C interface that the library has; a plain loop stands in for
+cuBLASLt, which is left for a GPU to show.
 """
 
 import pytest
@@ -13,12 +13,9 @@ from crate_kernels.ops.ista_step import cuda as ista_step
 from crate_kernels.ops.mssa_block import cuda as mssa_block
 from crate_kernels.ops.subspace_attention import cuda as attention
 
-from . import budget, library
+from . import budget
 
-
-@pytest.fixture(scope="module", autouse=True)
-def crate_cuda(simt):
-    return library.register(simt)
+pytestmark = pytest.mark.usefixtures("emulated")
 
 
 def normal(*shape, spread=1.0, seed=0):

@@ -1,6 +1,6 @@
-"""``setup.py``: with nvcc it builds an extension that loads, registers its operators and spills nothing; without, the
-package installs in pure Python and says so."""
+"""``setup.py`` and ``csrc/CMakeLists.txt`` build the CUDA library, or record why they did not."""
 
+import json
 import os
 import re
 import shutil
@@ -9,91 +9,116 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
+
+from crate_kernels.ops import cuda_kernels, libraries
 
 ROOT = Path(__file__).parents[2]
-NVCC = shutil.which("nvcc")
+TOOLS = ("nvcc", "cmake", "ninja", "c++")
 
 
 def setup(build: Path, **environment):
-    command = [
-        sys.executable,
-        "setup.py",
-        "-q",
-        "build_ext",
-        "--build-lib",
-        build / "lib",
-        "--build-temp",
-        build / "temp",
-    ]
-    environment = {**os.environ, **environment}
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    folders = ["--build-lib", build / "lib", "--build-temp", build / "temp"]
+    cleared = ("CRATE_KERNELS_SKIP_CUDA", "CRATE_KERNELS_FORCE_BUILD", "TORCH_CUDA_ARCH_LIST")
+    inherited = {name: value for name, value in os.environ.items() if name not in cleared}
+    return subprocess.run(
+        [sys.executable, "setup.py", "-q", "build_ext", *folders],
+        cwd=ROOT,
+        env={**inherited, "CRATE_KERNELS_SKIP_CPU": "1", **environment},
+        capture_output=True,
+        text=True,
+    )
 
 
-def without_nvcc(tmp_path) -> dict[str, str]:
-    return {"PATH": str(tmp_path), "CUDA_HOME": "", "CUDA_PATH": ""}
+def record(build: Path) -> dict:
+    return json.loads((build / "lib" / "crate_kernels" / "_build.json").read_text())["cuda"]
 
 
-def test_without_nvcc_the_install_succeeds_and_says_so(tmp_path):
-    done = setup(tmp_path, **without_nvcc(tmp_path))
+def without(tmp_path: Path, absent: str) -> dict[str, str]:
+    """An environment in which every tool but one is found."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    for tool in TOOLS:
+        if tool != absent:
+            (folder / tool).write_text("#!/bin/sh\nexit 1\n")
+            (folder / tool).chmod(0o755)
+    return {"PATH": str(folder), "CUDA_HOME": "", "CUDA_PATH": "", "CUDACXX": "", "CXX": ""}
+
+
+@pytest.mark.parametrize("absent", TOOLS)
+def test_without_a_tool_the_install_succeeds_and_records_the_reason(tmp_path, absent):
+    done = setup(tmp_path, **without(tmp_path, absent))
     assert done.returncode == 0, done.stderr
-    assert "nvcc is not on the PATH" in done.stderr
-    assert "pure Python" in done.stderr
+    reason = f"{'a C++ compiler' if absent == 'c++' else absent} was not found"
+    assert f"{reason}; installing without the cuda library" in done.stderr
+    assert record(tmp_path) == {"missing": reason}
     assert not list(tmp_path.rglob("*.so"))
 
 
-def test_without_nvcc_a_forced_build_fails_with_the_reason(tmp_path):
-    done = setup(tmp_path, CRATE_KERNELS_FORCE_BUILD="1", **without_nvcc(tmp_path))
+def test_a_build_that_fails_is_recorded(tmp_path):
+    done = setup(tmp_path, **without(tmp_path, ""))
+    assert done.returncode == 0, done.stderr
+    assert record(tmp_path)["missing"].startswith("the build failed: ")
+
+
+def test_a_forced_build_fails_with_the_reason(tmp_path):
+    done = setup(tmp_path, CRATE_KERNELS_FORCE_BUILD="1", **without(tmp_path, "nvcc"))
     assert done.returncode != 0
-    assert "cannot be built: nvcc is not on the PATH" in done.stderr
+    assert "the cuda library cannot be built: nvcc was not found" in done.stderr
+
+
+def test_a_library_that_is_not_wanted_is_removed_from_an_earlier_build(tmp_path):
+    stale = tmp_path / "lib" / "crate_kernels" / "_cuda.so"
+    stale.parent.mkdir(parents=True)
+    stale.touch()
+    done = setup(tmp_path, CRATE_KERNELS_SKIP_CUDA="1", CRATE_KERNELS_FORCE_BUILD="1")
+    assert done.returncode == 0, done.stderr
+    assert record(tmp_path) == {"missing": "CRATE_KERNELS_SKIP_CUDA was set"}
+    assert not stale.exists()
+
+
+@pytest.mark.parametrize("listed", ["Hopper", "9", "8.0,9.0", "8.0;sm_90"])
+def test_an_unreadable_architecture_is_an_error(tmp_path, listed):
+    done = setup(tmp_path, TORCH_CUDA_ARCH_LIST=listed)
+    assert done.returncode != 0
+    assert f"TORCH_CUDA_ARCH_LIST: cannot read {listed!r}" in done.stderr
 
 
 @pytest.fixture(scope="module")
 def build(tmp_path_factory):
     # The largest part of CI's time on this backend: both architectures in one build.
-    build = tmp_path_factory.mktemp("extension")
-    done = setup(build, CRATE_KERNELS_FORCE_BUILD="1", TORCH_CUDA_ARCH_LIST="8.0;9.0", MAX_JOBS="2")
+    build = tmp_path_factory.mktemp("library")
+    done = setup(build, CRATE_KERNELS_FORCE_BUILD="1", TORCH_CUDA_ARCH_LIST="8.0 9.0+PTX")
     assert done.returncode == 0, done.stderr
+    (build / "log").write_text(done.stdout)
     return build
 
 
-@pytest.mark.skipif(NVCC is None or torch.version.cuda is None, reason="needs nvcc and a torch built with CUDA")
+@pytest.mark.skipif(not all(map(shutil.which, TOOLS)), reason=f"needs {', '.join(TOOLS)}")
 class TestWithNvcc:
-    def test_an_unreadable_architecture_is_named(self, tmp_path):
-        done = setup(tmp_path, CRATE_KERNELS_FORCE_BUILD="1", TORCH_CUDA_ARCH_LIST="hopper")
-        assert done.returncode != 0
-        assert "cannot read 'hopper'" in done.stderr
+    def test_the_record_names_compiler_and_architectures(self, build):
+        assert record(build)["architectures"] == ["sm_80", "sm_90", "compute_90"]
+        assert re.fullmatch(r"\S+ [\d.]+, nvcc [\d.]+", record(build)["compiler"])
 
     def test_no_kernel_spills(self, build):
-        kernels = 0
-        for log in (build / "temp").rglob("*.log"):
-            for stack, stores, loads in re.findall(
-                r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", log.read_text()
-            ):
-                kernels += 1
-                assert (stack, stores, loads) == ("0", "0", "0"), log.read_text()
+        used = re.findall(
+            r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", (build / "log").read_text()
+        )
         # Two directions, seven widths, two formats, two sizes; two LayerNorm kernels in two formats; one reduction.
-        assert kernels == 2 * (2 * 7 * 2 * 2 + 2 * 2 + 1)
+        assert len(used) == 2 * (2 * 7 * 2 * 2 + 2 * 2 + 1)
+        assert set(used) == {("0", "0", "0")}
 
-    def test_it_loads_and_registers_its_operators(self, build):
-        # In a process of its own, beside the package's sources, as an installed package would have it.
-        extension = next((build / "lib").rglob("_C*.so"))
-        program = f"""
-import importlib.util, sys, torch
-from crate_kernels.ops import cuda_kernels
-spec = importlib.util.spec_from_file_location("crate_kernels._C", {str(extension)!r})
-module = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(module)
-assert module.architectures == "sm_80 sm_90", module.architectures
-assert module.torch_target == "2.11"
-operators = torch.ops.crate_cuda
-from tests.cuda.library import schemas
-for schema in schemas():
-    name = schema.split("(")[0]
-    assert str(getattr(operators, name).default._schema) == "crate_cuda::" + schema, name
-assert operators.attention_shared_bytes(False, True, 64, 197) == 62784
-assert operators.attention_shared_bytes(True, True, 64, 273) == 0
-for name in ("attention_forward", "attention_backward", "layer_norm_forward", "layer_norm_backward", "product"):
-    assert torch._C._dispatch_has_kernel_for_dispatch_key("crate_cuda::" + name, "CUDA"), name
-"""
-        subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True)
+    def test_it_needs_neither_torch_nor_python(self, build):
+        library = build / "lib" / "crate_kernels" / "_cuda.so"
+        symbols = subprocess.run(["nm", "-D", library], capture_output=True, text=True, check=True).stdout
+        assert not re.search(r" U .*(torch|c10|Py|cuda[A-Z]|cublas)", symbols)
+        assert set(re.findall(r" T (\w+)", symbols)) == {
+            f"crate_cuda_{name}" for name in ("interface", *cuda_kernels.FUNCTIONS)
+        }
+
+    def test_it_loads_and_knows_its_shapes(self, build):
+        path = build / "lib" / "crate_kernels" / "_cuda.so"
+        library = libraries.open_library(path, "cuda", cuda_kernels.INTERFACE, cuda_kernels.FUNCTIONS)
+        assert library.crate_cuda_attention_shared_bytes(64, 197) == 88192
+        assert library.crate_cuda_attention_shared_bytes(64, 273) == 0
+        assert library.crate_cuda_attention_forward(*4 * [None], 64, 64, 64, 1, 4, 1, 24, 0, 0.1, False, None) == 1
+        assert b"no kernel was built" in library.crate_cuda_error()

@@ -1,16 +1,20 @@
-"""The compiled CUDA extension: whether it is there, what it takes, and its operators on tensors they allocate.
+"""The CUDA library: whether it is there, what it takes, and its kernels on tensors that they allocate.
 
-``crate_kernels._C`` is built by ``setup.py`` from ``csrc/``; importing it registers ``torch.ops.crate_cuda``.
+``csrc/cuda`` compiles to ``crate_kernels/_cuda.so``, and ``csrc/cuda/interface.h`` documents what it exports. The
+functions here enqueue kernels on the current stream of the tensors' device.
 """
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
+import functools
+from ctypes import c_char_p, c_double, c_int, c_int64, c_void_p
 
 import torch
 from torch import Tensor
 
+from .. import libraries
+
+FORMATS = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 DTYPES = (torch.bfloat16, torch.float16)
 WIDTHS = (16, 32, 48, 64, 80, 96, 128)
 MAX_TOKENS = 272
@@ -19,50 +23,70 @@ ALIGNMENT = 8
 """Elements in 16 bytes, what one thread moves at a time."""
 
 WORKSPACE_BYTES = 32 << 20
-"""For cuBLASLt; what it recommends on Hopper."""
+"""For cuBLASLt; what NVIDIA recommends on Hopper."""
 
 PARTIAL_SUMS = 1024
 """Most blocks of a LayerNorm backward: fixed, so that gradients do not depend on the device's size."""
 
-MISSING: str | None = None
-"""Why the extension is not there."""
-SHARED_BYTES: dict[int, tuple[int, ...]] = {}
-ARCHITECTURES: tuple[str, ...] = ()
-"""What the extension was built for: ``sm_90`` is machine code, ``compute_90`` what newer devices compile themselves."""
+INTERFACE = 1
+"""The number of the C interface that this file speaks; ``interface.cpp`` holds that of the library."""
 
-_NAME = f"{__package__.partition('.')[0]}._C"
-if importlib.util.find_spec(_NAME) is None:
-    MISSING = "the CUDA extension was not built"
-else:
-    try:
-        ARCHITECTURES = tuple(importlib.import_module(_NAME).architectures.split())
-        # Width -> shared memory of the larger of the two attention kernels, for 16, 32, ... MAX_TOKENS tokens.
-        SHARED_BYTES = {
-            width: tuple(
-                max(torch.ops.crate_cuda.attention_shared_bytes(b, True, width, n) for b in (False, True))
-                for n in range(16, MAX_TOKENS + 1, 16)
-            )
-            for width in WIDTHS
-        }
-    except (ImportError, OSError, RuntimeError, AttributeError) as error:  # another torch, or an older build
-        MISSING = f"the CUDA extension does not load here: {error}"
+FUNCTIONS = {
+    "error": (c_char_p,),
+    "missing": (c_char_p,),
+    "product_missing": (c_char_p,),
+    "attention_shared_bytes": (c_int, c_int, c_int),
+    "attention_forward": (c_int, *4 * [c_void_p], *3 * [c_int64], *5 * [c_int], c_double, c_int, c_void_p),
+    "attention_backward": (c_int, *6 * [c_void_p], *6 * [c_int64], *5 * [c_int], c_double, c_int, c_void_p),
+    "layer_norm_forward": (c_int, *9 * [c_void_p], c_int64, *2 * [c_int], c_double, c_void_p),
+    "layer_norm_backward": (c_int, *9 * [c_void_p], c_int64, *3 * [c_int], c_void_p),
+    "product": (
+        c_int, *5 * [c_void_p], *3 * [c_int64], *2 * [c_int64, c_int], *2 * [c_int64], *2 * [c_int], c_double, c_int,
+        c_void_p, c_int64, c_int, c_void_p,
+    ),
+}  # fmt: skip
+"""The functions of ``interface.h``: result and arguments. A test compares them with the header."""
+
+try:
+    LIBRARY, MISSING = libraries.load("cuda", INTERFACE, FUNCTIONS), None
+except libraries.Missing as reason:
+    LIBRARY, MISSING = None, str(reason)
+
+ARCHITECTURES: tuple[str, ...] = tuple(libraries.record().get("cuda", {}).get("architectures", ()))
+"""What the library was built for: ``sm_90`` is machine code, ``compute_90`` what newer devices compile themselves."""
+
+
+# -- what can run ----------------------------------------------------------------------------------------------------
 
 
 def why_not(tensor: Tensor) -> str | None:
-    """Why no kernel of the extension can run on ``tensor``, the first argument of an operator."""
+    """Why no kernel of the library can run on ``tensor``, the first argument of an operator."""
     if MISSING is not None:
         return MISSING
     if tensor.dtype not in DTYPES:
         return f"the CUDA kernels take bfloat16 and float16, not {str(tensor.dtype).removeprefix('torch.')}"
     if tensor.device.type != "cuda":
         return f"the CUDA kernels need a CUDA device; the tensors are on {tensor.device.type}"
-    properties = torch.cuda.get_device_properties(tensor.device)
+    return _why_not_device(tensor.device)
+
+
+@functools.cache
+def _why_not_device(device: torch.device) -> str | None:
+    properties = torch.cuda.get_device_properties(device)
     if not runs_on(ARCHITECTURES, properties.major, properties.minor):
         return (
-            f"the CUDA extension was built for {', '.join(ARCHITECTURES)}; the device is "
+            f"the CUDA library was built for {', '.join(ARCHITECTURES)}; the device is "
             f"sm_{properties.major}{properties.minor}"
         )
-    return None
+    return _text(LIBRARY.crate_cuda_missing())
+
+
+@functools.cache
+def _most_tokens(device: torch.device, width: int) -> int:
+    """How many tokens of a head of this width fit the shared memory of a block."""
+    available = torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+    sizes = (LIBRARY.crate_cuda_attention_shared_bytes(width, n) for n in range(16, MAX_TOKENS + 1, 16))
+    return 16 * sum(size <= available for size in sizes)
 
 
 def runs_on(architectures: tuple[str, ...], major: int, minor: int) -> bool:
@@ -95,8 +119,7 @@ def why_not_heads(w: Tensor, tokens: int, width: int) -> str | None:
         return f"the CUDA attention is built for head widths {', '.join(map(str, WIDTHS))}; got {width}"
     if tokens > MAX_TOKENS:
         return f"the CUDA attention holds a whole head on chip, up to {MAX_TOKENS} tokens; got {tokens}"
-    available = torch.cuda.get_device_properties(w.device).shared_memory_per_block_optin
-    fitting = 16 * sum(size <= available for size in SHARED_BYTES[width])
+    fitting = _most_tokens(w.device, width)
     if tokens > fitting:
         return f"heads of width {width} fit the shared memory of this device up to {fitting} tokens; got {tokens}"
     return None
@@ -104,7 +127,7 @@ def why_not_heads(w: Tensor, tokens: int, width: int) -> str | None:
 
 def why_not_columns(tensor: Tensor, *sizes: int) -> str | None:
     """Why LayerNorm and the products cannot run on rows of these ``sizes``."""
-    reason = why_not(tensor)
+    reason = why_not(tensor) or _text(LIBRARY.crate_cuda_product_missing())
     if reason is not None:
         return reason
     for size in sizes:
@@ -113,12 +136,19 @@ def why_not_columns(tensor: Tensor, *sizes: int) -> str | None:
     return None
 
 
+# -- kernels ---------------------------------------------------------------------------------------------------------
+
+
 def attention_forward(w: Tensor, lengths: Tensor | None, scale: float, causal: bool) -> tuple[Tensor, Tensor]:
     """``w (B, N, H, p)`` -> ``o (B, N, H, p)``, ``lse (B, H, N)``."""
-    batch, tokens, heads, _ = w.shape
+    batch, tokens, heads, width = w.shape
+    w, lengths = _aligned(w), _int32(lengths)
     o = torch.empty(w.shape, dtype=w.dtype, device=w.device)
     lse = torch.empty((batch, heads, tokens), dtype=torch.float32, device=w.device)
-    torch.ops.crate_cuda.attention_forward(_aligned(w), o, lse, _int32(lengths), scale, causal)
+    _enqueue(
+        "attention_forward", w, *_pointers(w, o, lse, lengths), *w.stride()[:3], batch, tokens, heads, width,
+        FORMATS[w.dtype], scale, causal,
+    )  # fmt: skip
     return o, lse
 
 
@@ -126,31 +156,41 @@ def attention_backward(
     grad: Tensor, w: Tensor, lengths: Tensor | None, o: Tensor, lse: Tensor, scale: float, causal: bool
 ) -> Tensor:
     """-> ``dw (B, N, H, p)``."""
+    batch, tokens, heads, width = w.shape
+    _expect(w, (batch, tokens, heads, width), grad=grad, o=o)
+    grad, w, o, lse, lengths = _aligned(grad), _aligned(w), _packed(o), lse.contiguous(), _int32(lengths)
     dw = torch.empty(w.shape, dtype=w.dtype, device=w.device)
-    torch.ops.crate_cuda.attention_backward(
-        _aligned(grad), _aligned(w), _packed(o), lse.contiguous(), dw, _int32(lengths), scale, causal
-    )
+    _enqueue(
+        "attention_backward", w, *_pointers(grad, w, o, lse, dw, lengths), *grad.stride()[:3], *w.stride()[:3], batch,
+        tokens, heads, width, FORMATS[w.dtype], scale, causal,
+    )  # fmt: skip
     return dw
 
 
 def layer_norm(z: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     """``z (n, d)`` -> ``LN(z) (n, d)``, ``mean, rstd (n,)``."""
-    x = torch.empty(z.shape, dtype=z.dtype, device=z.device)
     mean = torch.empty(z.shape[0], dtype=torch.float32, device=z.device)
     rstd = torch.empty_like(mean)
-    torch.ops.crate_cuda.layer_norm_forward(_packed(z), *_float32(weight, bias), x, mean, rstd, eps)
-    return x, mean, rstd
+    return _layer_norm(z, weight, bias, eps, mean, rstd, None, None, None), mean, rstd
 
 
 def layer_norm_again(
     z: Tensor, weight: Tensor, bias: Tensor, eps: float, grad: Tensor | None = None, out: Tensor | None = None
 ) -> tuple[Tensor, Tensor | None]:
     """``LN(z)`` once more, in the backward; with ``grad`` and ``out`` also ``grad`` where ``out > 0``, in one pass."""
+    gated = None
+    if grad is not None:
+        _expect(z, z.shape, grad=grad, out=out)
+        grad, out, gated = _packed(grad), _packed(out), torch.empty(z.shape, dtype=z.dtype, device=z.device)
+    return _layer_norm(z, weight, bias, eps, None, None, grad, out, gated), gated
+
+
+def _layer_norm(z: Tensor, weight: Tensor, bias: Tensor, eps: float, *outputs: Tensor | None) -> Tensor:
+    z, weight, bias = _packed(z), _float32(weight), _float32(bias)
     x = torch.empty(z.shape, dtype=z.dtype, device=z.device)
-    gated = None if grad is None else torch.empty_like(x)
-    grad, out = (None if t is None else _packed(t) for t in (grad, out))
-    torch.ops.crate_cuda.layer_norm_again(_packed(z), *_float32(weight, bias), x, grad, out, gated, eps)
-    return x, gated
+    pointers = _pointers(z, weight, bias, x, *outputs)
+    _enqueue("layer_norm_forward", z, *pointers, *z.shape, FORMATS[z.dtype], eps)
+    return x
 
 
 def layer_norm_backward(
@@ -159,15 +199,16 @@ def layer_norm_backward(
     """-> ``dz (n, d)``, ``dweight, dbias (d,)`` in float32 and, with a ``residual``, which is added to dz, its sum over
     the rows."""
     rows, columns = z.shape
+    _expect(z, z.shape, dx=dx, residual=residual)
     sums = 2 if residual is None else 3
     dz = torch.empty(z.shape, dtype=z.dtype, device=z.device)
     blocks = min((rows + 3) // 4, PARTIAL_SUMS)
     partial = torch.empty((blocks, sums, columns), dtype=torch.float32, device=z.device)
     total = torch.empty((sums, columns), dtype=torch.float32, device=z.device)
+    dx, z, mean, rstd, weight = _packed(dx), _packed(z), mean.contiguous(), rstd.contiguous(), _float32(weight)
     residual = None if residual is None else _packed(residual)
-    torch.ops.crate_cuda.layer_norm_backward(
-        _packed(dx), _packed(z), mean.contiguous(), rstd.contiguous(), *_float32(weight), residual, dz, partial, total
-    )
+    pointers = _pointers(dx, z, mean, rstd, weight, residual, dz, partial, total)
+    _enqueue("layer_norm_backward", z, *pointers, rows, columns, blocks, FORMATS[z.dtype])
     # Tensors of their own: an operator's outputs may not share memory.
     return dz, *(row.clone() for row in total)
 
@@ -184,11 +225,55 @@ def product(
 ) -> Tensor:
     """``alpha·a b + c + bias``, then ReLU if asked, as one cuBLASLt call; either operand may be a transpose."""
     out = torch.empty((a.shape[0], b.shape[1]), dtype=dtype or a.dtype, device=a.device)
-    c = None if c is None else c.contiguous()
-    bias = None if bias is None else _packed(bias)
+    (a, *a_storage), (b, *b_storage) = _matrix(a), _matrix(b)
+    _expect(a, (a.shape[1], out.shape[1]), b=b)
+    if c is not None:
+        _expect(out, out.shape, c=c)
+        c = c.contiguous()
+    if bias is not None:
+        _expect(out, out.shape[1:], bias=bias)
+        bias = _packed(bias)
     workspace = torch.empty(WORKSPACE_BYTES, dtype=torch.uint8, device=a.device)
-    torch.ops.crate_cuda.product(_matrix(a), _matrix(b), c, bias, out, workspace, alpha, 1.0, relu)
+    _enqueue(
+        "product", out, *_pointers(a, b, c, bias, out), *out.shape, a.shape[1], *a_storage, *b_storage, out.shape[1],
+        out.shape[1], FORMATS[a.dtype], FORMATS[out.dtype], alpha, relu, workspace.data_ptr(), WORKSPACE_BYTES,
+        out.get_device(),
+    )  # fmt: skip
     return out
+
+
+# -- tensors as the library takes them -------------------------------------------------------------------------------
+
+
+def _enqueue(function: str, tensor: Tensor, *arguments) -> None:
+    """Call a function of the library with the device and the stream of ``tensor`` current."""
+    with torch.cuda.device_of(tensor):
+        status = getattr(LIBRARY, f"crate_cuda_{function}")(*arguments, _stream(tensor.device))
+    if status:
+        raise RuntimeError(_text(LIBRARY.crate_cuda_error()))
+
+
+def _stream(device: torch.device) -> int:
+    return torch.cuda.current_stream(device).cuda_stream
+
+
+def _text(text: bytes | None) -> str | None:
+    return None if text is None else text.decode()
+
+
+def _pointers(*tensors: Tensor | None) -> list[int | None]:
+    return [None if t is None else t.data_ptr() for t in tensors]
+
+
+def _expect(like: Tensor, shape: tuple[int, ...], **tensors: Tensor | None) -> None:
+    """What a kernel cannot see: the tensors have this shape, and the dtype and the device of ``like``."""
+    for name, tensor in tensors.items():
+        if tensor is None or (tensor.shape == shape and tensor.dtype == like.dtype and tensor.device == like.device):
+            continue
+        raise ValueError(
+            f"{name}: expected {tuple(shape)} in {like.dtype} on {like.device}, got {tuple(tensor.shape)} in "
+            f"{tensor.dtype} on {tensor.device}"
+        )
 
 
 def _on_boundary(tensor: Tensor) -> bool:
@@ -210,17 +295,24 @@ def _aligned(heads: Tensor) -> Tensor:
     return heads.clone(memory_format=torch.contiguous_format)
 
 
-def _matrix(tensor: Tensor) -> Tensor:
-    """``tensor`` if it is row-major, or the transpose of a row-major matrix, else a copy."""
+def _matrix(tensor: Tensor) -> tuple[Tensor, int, bool]:
+    """``tensor``, the stride of its rows as they are stored, and whether its transpose is what is stored.
+
+    A copy where neither the matrix nor its transpose is row-major.
+    """
     rows, columns = tensor.shape
-    row_major = tensor.stride(1) == 1 and tensor.stride(0) >= columns
-    column_major = tensor.stride(0) == 1 and tensor.stride(1) >= rows
-    return tensor if row_major or column_major else tensor.contiguous()
+    # A matrix of one row or one column may have any stride there.
+    row, column = tensor.stride()
+    if column == 1 and (row >= columns or rows == 1):
+        return tensor, max(row, columns), False
+    if row == 1 and (column >= rows or columns == 1):
+        return tensor, max(column, rows), True
+    return tensor.contiguous(), columns, False
 
 
 def _int32(lengths: Tensor | None) -> Tensor | None:
     return None if lengths is None else _packed(lengths.to(torch.int32))
 
 
-def _float32(*tensors: Tensor) -> tuple[Tensor, ...]:
-    return tuple(_packed(t.to(torch.float32)) for t in tensors)
+def _float32(tensor: Tensor) -> Tensor:
+    return _packed(tensor.to(torch.float32))

@@ -16,24 +16,11 @@
 #pragma once
 
 #include "crate/dispatch.h"
+#include "crate/params.h"
 #include "crate/round_robin.cuh"
 #include "crate/warp_tile.cuh"
 
 namespace crate {
-
-struct AttentionBackwardParams {
-    const void* w;     // (B, N, H, p), unit stride in p, rows aligned to 16 bytes
-    const void* grad;  // likewise
-    const void* o;     // (B, N, H, p), contiguous
-    const float* lse;  // (B, H, N)
-    void* dw;          // (B, N, H, p), contiguous
-    const int32_t* lengths;  // (B,), or null
-    int64_t w_batch_stride, w_token_stride, w_head_stride;  // in elements
-    int64_t grad_batch_stride, grad_token_stride, grad_head_stride;
-    int tokens, heads;
-    float scale, scale_log2;  // s, and s log2(e)
-    bool causal;
-};
 
 struct alignas(16) TwoRows {
     Float2 row[2];

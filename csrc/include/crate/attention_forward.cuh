@@ -17,21 +17,11 @@
 #pragma once
 
 #include "crate/dispatch.h"
+#include "crate/params.h"
 #include "crate/round_robin.cuh"
 #include "crate/warp_tile.cuh"
 
 namespace crate {
-
-struct AttentionForwardParams {
-    const void* w;           // (B, N, H, p), unit stride in p, rows aligned to 16 bytes
-    void* o;                 // (B, N, H, p), contiguous
-    float* lse;              // (B, H, N): natural logarithm of Σ_j exp(s w_i·w_j)
-    const int32_t* lengths;  // (B,), or null: keys j >= lengths[b] are masked
-    int64_t w_batch_stride, w_token_stride, w_head_stride;  // in elements
-    int tokens, heads;
-    float scale_log2;  // s log2(e)
-    bool causal;
-};
 
 // How far powers of two may reach down from K before a term loses accuracy, and where K is put: bf16 has the range of
 // fp32; fp16 does not, and uses its range above 1: a row's

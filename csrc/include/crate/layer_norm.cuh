@@ -5,12 +5,12 @@
 // in a fixed order. A block takes four rows at a time, which share each reduction over the columns.
 #pragma once
 
+#include "crate/params.h"
 #include "crate/primitives.h"
 
 namespace crate {
 
 constexpr int kRowsAtOnce = 4;
-constexpr int kMaxColumns = 2048;
 
 struct alignas(16) RowSums {
     float row[kRowsAtOnce];
@@ -69,21 +69,6 @@ CRATE_DEVICE void load_floats(float (&v)[kChunkElements], const float* row, int 
         for (int i = 0; i < 4; ++i) v[4 * half + i] = part.row[i];
     }
 }
-
-struct LayerNormForwardParams {
-    const void* z;        // (rows, columns)
-    const float* weight;  // (columns,)
-    const float* bias;
-    void* x;      // (rows, columns): LN(z)
-    float* mean;  // (rows,), or null: in the backward they are known, and computing them again costs nothing
-    float* rstd;
-    const void* grad;  // (rows, columns), or null; with `out`, also writes gated = grad where out > 0, else 0
-    const void* out;
-    void* gated;
-    int64_t rows;
-    int columns;  // a multiple of 8
-    float eps;
-};
 
 template <class T>
 struct LayerNormForward {
@@ -144,19 +129,6 @@ struct LayerNormForward {
         for (int i = 0; i < kChunkElements; ++i) grad[i] = out[i] <= 0 ? 0.0f : grad[i];  // NaN lets the gradient pass
         store_chunk<T>(params.gated, row, params.columns, chunk, grad);
     }
-};
-
-struct LayerNormBackwardParams {
-    const void* dx;  // (rows, columns): gradient of LN(z)
-    const void* z;
-    const float* mean;
-    const float* rstd;
-    const float* weight;   // (columns,)
-    const void* residual;  // (rows, columns), or null: added to dz
-    void* dz;
-    float* partial;  // (blocks, sums, columns): dweight, dbias and, with a residual, its sum over the rows
-    int64_t rows;
-    int columns;
 };
 
 template <class T>
@@ -222,12 +194,6 @@ struct LayerNormBackward {
             }
         }
     }
-};
-
-struct ReduceRowsParams {
-    const float* in;  // (rows, columns)
-    float* out;       // (columns,)
-    int rows, columns;
 };
 
 // Sums over the rows in an order that depends on their number alone. A block has 32 columns, its warps take the rows in

@@ -22,6 +22,9 @@ struct alignas(8) Float2 {
     float x, y;
 };
 
+// Formats of elements as the C interface numbers them.
+enum Format { kBfloat16 = 0, kFloat16 = 1, kFloat32 = 2 };
+
 constexpr int kChunkElements = 8;
 constexpr int kWarpSize = 32;
 constexpr float kLog2E = 1.4426950408889634f;

@@ -1,0 +1,73 @@
+"""The compiled libraries of the package: plain C interfaces, loaded with ctypes.
+
+The build writes ``_cpu.so``, ``_cuda.so`` and ``_build.json`` into the package. The record says what each library was
+built for, or why it was not built. The libraries use no header of torch or of Python, so one build serves every version
+of both.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+from pathlib import Path
+
+PACKAGE = Path(__file__).parents[1]
+UNBUILT = "the package was not installed with `pip install`"
+
+
+class Missing(Exception):
+    """Why a library cannot be used, as one sentence for the user."""
+
+
+def record() -> dict[str, dict]:
+    """What the build wrote down, by library: ``{}`` if the package was never built.
+
+    Each entry holds ``missing`` (the reason, or None) and what the library was built for.
+    """
+    try:
+        return json.loads((PACKAGE / "_build.json").read_text())
+    except FileNotFoundError:
+        return {}
+
+
+def report() -> dict[str, str]:
+    """What was built, by library, in words: compiler, instruction sets or architectures, and why a part is missing."""
+    built = record()
+    if not built:
+        return {name: UNBUILT for name in ("cpu", "cuda")}
+    texts = {}
+    for name, entry in built.items():
+        parts = [", ".join(value) for key, value in entry.items() if isinstance(value, list)]
+        parts += [f"without {part}: {reason}" for part, reason in entry.get("left_out", {}).items()]
+        texts[name] = entry["missing"] or "; ".join([f"built with {entry['compiler']} for {parts[0]}", *parts[1:]])
+    return texts
+
+
+def load(name: str, interface: int, functions: dict[str, tuple]) -> ctypes.CDLL:
+    """Open the library ``name`` and declare its ``functions``.
+
+    ``functions`` maps a function's name without the prefix ``crate_<name>_`` to ``(result type, *argument types)``.
+    Raises ``Missing`` where there is no library, and where its interface has another number than ``interface``.
+    """
+    path = PACKAGE / f"_{name}.so"
+    if not path.exists():
+        reason = record().get(name, {}).get("missing") or UNBUILT
+        raise Missing(f"the {name} library was not built: {reason}")
+    return open_library(path, name, interface, functions)
+
+
+def open_library(path: Path, name: str, interface: int, functions: dict[str, tuple]) -> ctypes.CDLL:
+    """As ``load``, for a library that lies elsewhere."""
+    try:
+        library = ctypes.CDLL(str(path))
+        built = getattr(library, f"crate_{name}_interface")()
+        if built != interface:
+            raise Missing(
+                f"{path} was built from other sources (interface {built}, expected {interface}): install again"
+            )
+        for function, (result, *arguments) in functions.items():
+            symbol = getattr(library, f"crate_{name}_{function}")
+            symbol.restype, symbol.argtypes = result, arguments
+    except (OSError, AttributeError) as error:
+        raise Missing(f"the {name} library does not load: {error}") from None
+    return library

@@ -1,0 +1,11 @@
+#include "cuda/launch.cuh"
+
+namespace crate {
+
+Error driver_missing() {
+    int driver = 0;
+    if (const cudaError_t error = cudaDriverGetVersion(&driver)) return text(error);
+    return driver / 1000 >= CUDART_VERSION / 1000 ? nullptr : "the driver is older than the CUDA that the library was built with";
+}
+
+}  // namespace crate

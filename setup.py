@@ -32,27 +32,26 @@ class Missing(Exception):
 
 
 def tool(name: str, *candidates: str | None) -> str:
-    """The first of the candidates that can be executed."""
     found = next(filter(None, map(shutil.which, filter(None, candidates))), None)
     if found is None:
         raise Missing(f"{name} was not found")
     return found
 
 
-def run(*command: str | Path):
+def run(*command):
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     print(done.stdout, file=sys.stderr if done.returncode else sys.stdout)
     if done.returncode:
-        errors = [line.strip() for line in done.stdout.splitlines() if re.search("error|fatal", line, re.IGNORECASE)]
-        raise Missing(f"the build failed: {(errors or [' '.join(map(str, command))])[0]}")
+        error = re.search(r"(?i).*(error|fatal).*(\n+ .*)?", done.stdout)  # CMake has its text in the next line
+        raise Missing(f"the build failed: {' '.join((error[0] if error else str(command[0])).split())}")
 
 
 class BuildLibraries(build_ext):
     def run(self):
-        listed = variable("TORCH_CUDA_ARCH_LIST") or "8.0"
-        if not re.fullmatch(r"(\d+\.\d[af]?(\+PTX)?[ ;]*)+", listed):
+        if not re.fullmatch(r"(\d+\.\d[af]?(\+PTX)?[ ;]*)+", listed := variable("TORCH_CUDA_ARCH_LIST") or "8.0"):
             sys.exit(f"crate_kernels: TORCH_CUDA_ARCH_LIST: cannot read {listed!r}; write it as in '8.0;9.0+PTX'")
         package = Path("." if self.inplace else self.build_lib, "crate_kernels")
+        package.mkdir(parents=True, exist_ok=True)
         record = {name: self.library(name, package / f"_{name}.so") for name in LIBRARIES}
         (package / "_build.json").write_text(json.dumps(record, indent=1) + "\n")
 

@@ -62,9 +62,7 @@ def open_library(path: Path, name: str, interface: int, functions: dict[str, tup
         library = ctypes.CDLL(str(path))
         built = getattr(library, f"crate_{name}_interface")()
         if built != interface:
-            raise Missing(
-                f"{path} was built from other sources (interface {built}, expected {interface}): install again"
-            )
+            raise Missing(f"{path} has interface {built}, the package needs {interface}: run `pip install` again")
         for function, (result, *arguments) in functions.items():
             symbol = getattr(library, f"crate_{name}_{function}")
             symbol.restype, symbol.argtypes = result, arguments

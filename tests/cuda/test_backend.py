@@ -12,8 +12,8 @@ from crate_kernels.ops.subspace_attention import cuda as attention
 
 @pytest.fixture
 def present(emulated, monkeypatch):
-    """As if the library were there, on a device of compute capability 8.0 with 163 KiB of shared memory a block."""
-    properties = type("Properties", (), {"major": 8, "minor": 0, "shared_memory_per_block_optin": 166912})
+    """As if the library were there, on a device of compute capability 9.0 with 227 KiB of shared memory a block."""
+    properties = type("Properties", (), {"major": 9, "minor": 0, "shared_memory_per_block_optin": 232448})
     monkeypatch.setattr(cuda_kernels, "MISSING", None)
     monkeypatch.setattr(cuda_kernels, "ARCHITECTURES", ("sm_80", "sm_90", "compute_90"))
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
@@ -38,7 +38,7 @@ def test_an_explicit_request_names_the_reason():
 
 def test_accepted(present):
     for width in cuda_kernels.WIDTHS:
-        assert attention.why_not(heads(272 if width < 128 else 200, width), None, None, 0.1, False) is None
+        assert attention.why_not(heads(272, width), None, None, 0.1, False) is None
 
 
 @pytest.mark.parametrize(
@@ -47,11 +47,16 @@ def test_accepted(present):
         (heads(dtype=torch.float32), "take bfloat16 and float16, not float32"),
         (heads(width=24), "built for head widths 16, 32, 48, 64, 80, 96, 128; got 24"),
         (heads(tokens=273), "up to 272 tokens; got 273"),
-        (heads(tokens=272, width=128), "fit the shared memory of this device up to 240 tokens; got 272"),
     ],
 )
 def test_refused(present, w, reason):
     assert reason in attention.why_not(w, None, None, 0.1, False)
+
+
+def test_a_head_that_does_not_fit_the_device_is_refused(present):
+    present.shared_memory_per_block_optin = 166912
+    reason = attention.why_not(heads(tokens=209, width=128), None, None, 0.1, False)
+    assert reason == "heads of width 128 fit the shared memory of this device up to 208 tokens; got 209"
 
 
 def test_a_separate_value_is_refused(present):

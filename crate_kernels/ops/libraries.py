@@ -34,12 +34,15 @@ def report() -> dict[str, str]:
     """What was built, by library, in words: compiler, instruction sets or architectures, and why a part is missing."""
     built = record()
     if not built:
-        return {name: UNBUILT for name in ("cpu", "cuda")}
+        return {name: f"not built: {UNBUILT}" for name in ("cpu", "cuda")}
     texts = {}
     for name, entry in built.items():
-        parts = [", ".join(value) for key, value in entry.items() if isinstance(value, list)]
-        parts += [f"without {part}: {reason}" for part, reason in entry.get("left_out", {}).items()]
-        texts[name] = entry["missing"] or "; ".join([f"built with {entry['compiler']} for {parts[0]}", *parts[1:]])
+        if entry["missing"]:
+            texts[name] = f"not built: {entry['missing']}"
+            continue
+        names = ", ".join(entry.get("instruction_sets") or entry.get("architectures"))
+        left_out = [f"without {part}: {reason}" for part, reason in entry["left_out"].items()]
+        texts[name] = "; ".join([f"built with {entry['compiler']} for {names}", *left_out])
     return texts
 
 

@@ -421,13 +421,13 @@ inline void dictionary_gradient(const Source& x, const Source& g, const Source& 
                     store(symmetric + (i + r) * stride + j, load(dm + (i + r) * stride + j) + v[r]);
             }
     });
-    float* packed = frame.take(packed_floats<false>(width, width));
-    pack_matrix<false>(Source(symmetric, stride), false, 0, width, width, packed);
+    float* packed = frame.take(packed_floats<kPairs>(width, width));
+    pack_matrix<kPairs>(Source(symmetric, stride), false, 0, width, width, packed);
     Finish finish;
     finish.out = out;
     finish.alpha = -1.0f;
     finish.residual = Source(dm, stride);
-    multiply<false>(w, packed, width, width, width, finish);
+    multiply<kPairs>(w, packed, width, width, width, finish);
 }
 
 template <bool kPairs>

@@ -393,6 +393,8 @@ inline PackedRows pack_rows_transposed(const Source& s, int64_t first, int64_t r
             for (int t = 0; t < kLanes; ++t) {
                 const int64_t element = 2 * (k + t);
                 for (int64_t i = 0; i < width; i += kLanes) store(low + i, Floats{}), store(high + i, Floats{});
+                for (int64_t ahead = element + kAhead; ahead < element + kAhead + 2 && ahead < depth; ++ahead)
+                    prefetch(s, start + ahead, first, rows);
                 if (element < depth) fetch(s, start + element, first, rows, low);
                 if (element + 1 < depth) fetch(s, start + element + 1, first, rows, high);
                 for (int64_t i = 0; i < width; i += kLanes)

@@ -1,10 +1,10 @@
 # The common jobs. PYTHON is the interpreter of an environment in which `make install` may install.
 PYTHON ?= python
 
-.PHONY: install lint test test-oldest bench
+.PHONY: install lint test docs test-oldest bench
 
 install:
-	$(PYTHON) -m pip install -e '.[train,test]'
+	$(PYTHON) -m pip install -e '.[train,test,docs]'
 
 lint:
 	$(PYTHON) -m ruff check .
@@ -14,6 +14,10 @@ lint:
 test: lint
 	$(PYTHON) -m pytest --durations=15
 	TRITON_INTERPRET=1 $(PYTHON) -m pytest tests/triton --durations=5
+
+# The documentation site, in build/docs.
+docs:
+	NO_MKDOCS_2_WARNING=1 $(PYTHON) -m mkdocs build --strict
 
 # All tests with the oldest torch that is supported, and its Triton, whose interpreter knows no newer NumPy.
 test-oldest:

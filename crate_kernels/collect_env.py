@@ -12,7 +12,7 @@ import sys
 import torch
 
 from . import ops
-from .ops import backends, libraries
+from .ops import backends, cpu_kernels, libraries
 from .ops.products import FASTER_WITH_ONEDNN
 from .version import __version__
 
@@ -66,6 +66,7 @@ def report() -> str:
     lines.append(f"{'CPU products':14} float32 from {library} ({torch.backends.cpu.get_cpu_capability()})")
     lines.append(f"{'CUDA':14} torch built for {torch.version.cuda or 'none'}; " + _devices())
     lines.extend(f"{f'{name} library':14} {text}" for name, text in libraries.report().items())
+    lines.append(f"{'cpu kernels':14} {cpu_kernels.MISSING or f'run with {cpu_kernels.ISA}'}")
     lines.append(f"{'requested':14} {backends.requested_backend() or 'automatic choice'}")
     for operator, reasons in backend_report().items():
         lines.append(f"\n{operator}")

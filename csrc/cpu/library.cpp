@@ -110,10 +110,12 @@ __attribute__((visibility("default"))) int64_t crate_cpu_packed_bytes(const Pack
     return chosen->packed_bytes(*size);
 }
 
-#define CRATE_FUNCTION(name, Call)                                                      \
-    __attribute__((visibility("default"))) int32_t crate_cpu_##name(const Call* call) { \
-        return guarded(&Kernels::name, call);                                           \
-    }
+// Each function, and the size of its structure: Python compares it with its own before the first call.
+#define CRATE_FUNCTION(name, Call)                                                                            \
+    __attribute__((visibility("default"))) int32_t crate_cpu_##name(const Call* call) {                       \
+        return guarded(&Kernels::name, call);                                                                 \
+    }                                                                                                         \
+    __attribute__((visibility("default"))) int64_t crate_cpu_##name##_bytes() { return int64_t(sizeof(Call)); }
 CRATE_FUNCTION(pack, Pack)
 CRATE_FUNCTION(fold, Fold)
 CRATE_FUNCTION(attention_forward, AttentionForward)

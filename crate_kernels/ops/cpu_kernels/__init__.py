@@ -44,7 +44,12 @@ class _Function:
     """One C function, called with the fields of its structure."""
 
     def __init__(self, library: ctypes.CDLL, name: str, layout: str):
-        self._pack = Struct(layout).pack
+        fields = Struct(layout)
+        size = getattr(library, f"crate_cpu_{name}_bytes")
+        size.restype = ctypes.c_int64
+        if size() != fields.size:
+            raise OSError("the library was built from other sources than this package: install the package again")
+        self._pack = fields.pack
         self._call = getattr(library, f"crate_cpu_{name}")
         self._call.argtypes = [ctypes.c_char_p]
         self._error = library.crate_cpu_error

@@ -1,8 +1,8 @@
 """The overhead suite: host time of one CRATE layer on tokens so few that the work itself takes no time.
 
-Every implementation computes the same layer on one thread, in turn, and the thread's own time is taken, so that other
-processes on the machine disturb little. The ratio to the reference equations in plain torch is what counts: up to 1, the
-package costs no more host time than the code that it replaces.
+Every implementation computes the same layer on one thread, in turn. The suite takes the thread's own time, which other
+processes disturb little. What counts is the ratio to the reference equations in plain torch: up to 1, the package costs
+no more host time than the code that it replaces.
 """
 
 from __future__ import annotations

@@ -193,3 +193,11 @@ def test_a_prepared_layer_packs_once_and_notices_changed_weights():
     del block, weight
     gc.collect()
     assert len(cpu_kernels._kept) == before
+
+
+@pytest.mark.parametrize("name", [n for n in CASES if n.endswith("empty")])
+def test_an_empty_batch_gives_zero_gradients_of_the_weights(name):
+    out, *gradients = CASES[name].to(torch.float32).run(backend="cpu")
+    assert out.numel() == 0
+    for gradient in gradients:
+        assert torch.equal(gradient, torch.zeros_like(gradient))

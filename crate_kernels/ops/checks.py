@@ -57,10 +57,7 @@ def same_dtype(dtype: torch.dtype, also: tuple[torch.dtype, ...] = (), **values:
 
 def positive_int(name: str, value):
     """``value`` is an integer of at least 1 (a symbolic size counts)."""
-    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
-        raise TypeError(f"{name}: expected an integer, got {type(value).__name__}")
-    if value < 1:
-        raise ValueError(f"{name}: expected at least 1, got {value}")
+    integer(name, value, minimum=1)
 
 
 def number(name: str, value, *, minimum: float | None = None) -> float:

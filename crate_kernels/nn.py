@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Self
 
 import torch
@@ -114,18 +115,35 @@ class MSSA(nn.Module):
         """
         if x.dim() == 4:
             return _as_map(self.forward(_as_tokens(x), lengths, context=context, positions=positions), x)
+        if context is None and self.training and self.dropout:
+            return self.with_maps(x, lengths, positions)
         w = self.project(x)
         if context is not None:
             o = self._cross(w, _as_tokens(context) if context.dim() == 4 else context, lengths)
-        elif self.training and self.dropout:
-            maps = ops.attention_maps(self.directions(w, positions), self.scale, self.causal, lengths)
-            maps = nn.functional.dropout(maps, self.dropout)
-            o = (maps @ w.transpose(1, 2)).transpose(1, 2)
         elif self.one_operand:
             o = ops.subspace_attention(w, scale=self.scale, causal=self.causal, lengths=lengths)
         else:
             directions = self.directions(w, positions)
             o = ops.subspace_attention(directions, w, scale=self.scale, causal=self.causal, lengths=lengths)
+        return nn.functional.dropout(self.output(o.flatten(2)), self.dropout, self.training)
+
+    def with_maps(
+        self,
+        x: Tensor,
+        lengths: Tensor | None = None,
+        positions: Tensor | None = None,
+        *,
+        edit: Callable[[Tensor], Tensor] | None = None,
+    ) -> Tensor:
+        """The output ``(B, N, d)`` by way of the attention maps; arguments as for :meth:`forward`.
+
+        ``edit`` is given the maps ``(B, H, N, N)`` before dropout; what it returns is used in their place.
+        """
+        w = self.project(x)
+        maps = ops.attention_maps(self.directions(w, positions), self.scale, self.causal, lengths)
+        if edit is not None:
+            maps = edit(maps)
+        o = (nn.functional.dropout(maps, self.dropout, self.training) @ w.transpose(1, 2)).transpose(1, 2)
         return nn.functional.dropout(self.output(o.flatten(2)), self.dropout, self.training)
 
     def _cross(self, w: Tensor, context: Tensor, lengths: Tensor | None) -> Tensor:

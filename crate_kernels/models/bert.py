@@ -57,7 +57,8 @@ class CrateBert(CrateModel):
         vocab_size, max_length, token_types: sizes of the three embeddings.
         dim, depth, heads, dropout: of the layers. Dropout in them takes the attention off the fused route in training.
         emb_dropout: dropout after the embeddings.
-        num_classes: 0 for the masked-language head; otherwise the first token is pooled (linear, tanh) and classified.
+        num_classes: 0 for the masked-language head, None for none; otherwise the first token is pooled (linear, tanh)
+            and classified.
     """
 
     layout = KeyMap(
@@ -85,7 +86,7 @@ class CrateBert(CrateModel):
         heads: int = 12,
         dropout: float = 0.0,
         emb_dropout: float = 0.1,
-        num_classes: int = 0,
+        num_classes: int | None = 0,
     ):
         super().__init__(
             dict(
@@ -96,7 +97,8 @@ class CrateBert(CrateModel):
         checks.positive_ints(
             vocab_size=vocab_size, max_length=max_length, token_types=token_types, dim=dim, depth=depth, heads=heads
         )
-        checks.integer("num_classes", num_classes)
+        if num_classes is not None:
+            checks.integer("num_classes", num_classes)
         checks.dropout("emb_dropout", emb_dropout)
         if dim % heads:
             raise ValueError(f"heads: {heads} does not divide dim = {dim}")
@@ -115,7 +117,7 @@ class CrateBert(CrateModel):
             )
             self.pooler = nn.Linear(dim, dim)
             self.classifier = nn.Linear(dim, num_classes)
-        else:
+        elif num_classes == 0:
             self.head = MaskedLanguageHead(dim, vocab_size)
         self.reset_parameters()
 
@@ -130,23 +132,34 @@ class CrateBert(CrateModel):
                     nn.init.zeros_(module.bias)
             elif module is not self and hasattr(module, "reset_parameters"):
                 module.reset_parameters()
-        if not self.num_classes:
+        if self.num_classes == 0:
             nn.init.zeros_(self.head.bias)
 
     def forward_features(self, idx: Tensor, lengths: Tensor | None = None, token_types: Tensor | None = None) -> Tensor:
         """The last layer's tokens ``(B, N, dim)``; arguments as for :meth:`forward`."""
         if idx.dim() != 2 or not 1 <= idx.shape[1] <= self.max_length:
             raise ValueError(f"idx: expected shape (B, N) with N in 1..{self.max_length}, got {tuple(idx.shape)}")
-        positions = torch.arange(idx.shape[1], device=idx.device)
-        types = torch.zeros_like(idx) if token_types is None else token_types
-        tokens = self.token_embedding(idx) + self.position_embedding(positions) + self.type_embedding(types)
-        tokens = self.dropout(self.embedding_norm(tokens))
+        tokens = self.add_embeddings(self.token_embedding(idx), None, token_types)
         for block in self.blocks:
             tokens = block(tokens, lengths)
         return tokens
 
+    def add_embeddings(
+        self, tokens: Tensor, positions: Tensor | None = None, token_types: Tensor | None = None
+    ) -> Tensor:
+        """Token embeddings ``(B, N, dim)`` -> the first layer's tokens: those of positions (``(B, N)``, 0, 1, ... if
+        None) and of types (``(B, N)``, 0 if None) are added."""
+        if positions is None:
+            positions = torch.arange(tokens.shape[1], device=tokens.device)
+        if token_types is None:
+            token_types = torch.zeros(tokens.shape[:2], dtype=torch.int64, device=tokens.device)
+        tokens = tokens + self.position_embedding(positions) + self.type_embedding(token_types)
+        return self.dropout(self.embedding_norm(tokens))
+
     def forward_head(self, tokens: Tensor) -> Tensor:
         """``tokens (B, N, dim)`` -> logits ``(B, N, vocab_size)``, or ``(B, num_classes)``."""
+        if self.num_classes is None:
+            raise RuntimeError("this CrateBert was built without a head (num_classes=None)")
         if self.num_classes:
             return self.classifier(self.dropout(self.pooler(tokens[:, 0]).tanh()))
         return self.head(tokens, self.token_embedding.weight)

@@ -117,6 +117,12 @@ def _translate(key: str, table) -> str | None:
     return None
 
 
+def read_metadata(path: str | os.PathLike) -> dict:
+    """What a safetensors file that :func:`write` wrote says of its model; empty for other safetensors files."""
+    with safetensors.safe_open(path, framework="pt") as file:
+        return json.loads((file.metadata() or {}).get(METADATA_KEY, "{}"))
+
+
 class Skipped:
     """Stands for an object of a file that is neither a tensor nor a plain container. It holds nothing and does nothing.
 
@@ -156,9 +162,7 @@ def read(path: str | os.PathLike) -> tuple[dict[str, Tensor], dict]:
         raise FileNotFoundError(f"no checkpoint at {path}")
     try:
         if path.suffix == ".safetensors":
-            with safetensors.safe_open(path, framework="pt") as file:
-                metadata = json.loads((file.metadata() or {}).get(METADATA_KEY, "{}"))
-                return {key: file.get_tensor(key) for key in file.keys()}, metadata  # noqa: SIM118
+            return safetensors.torch.load_file(path), read_metadata(path)
         content = _unpickle(path)
     except Exception as error:
         raise CheckpointError(f"{path} {_refusal(path, error)}") from error

@@ -60,12 +60,31 @@ class ProjectionCache:
         self.w = self.w.index_select(1, rows)
         self.lengths = self.lengths.index_select(0, rows)
 
-    def write(self, layer: int, w: Tensor, positions: Tensor) -> Tensor:
-        """Put ``w (B, M, H, p)`` in its places ``positions (B, M)``; -> that layer's tokens ``(B, N, H, p)``, N just
-        enough for the longest sequence."""
-        rows = torch.arange(len(positions), device=positions.device)[:, None]
-        self.w[layer].index_put_((rows, positions), w.to(self.w.dtype))
+    def begin(self, new: int) -> Tensor:
+        """Announce ``new`` tokens more of each sequence -> their places ``(B, new)``, from ``lengths`` on."""
+        self.longest += new
+        return self.lengths[:, None] + torch.arange(new, device=self.lengths.device)
+
+    def write(self, layer: int, w: Tensor, places: Tensor) -> Tensor:
+        """Put ``w (B, M, H, p)`` in its ``places (B, M)``, without its gradient; -> that layer's tokens
+        ``(B, N, H, p)``, N just enough for the longest sequence."""
+        rows = torch.arange(len(places), device=places.device)[:, None]
+        self.w[layer].index_put_((rows, places), w.detach().to(self.w.dtype))
         return self.w[layer, :, : self.longest]
+
+    def end(self, lengths: Tensor) -> None:
+        """Count ``lengths (B,)`` of the announced tokens as held, those at the front; the others were padding."""
+        self.lengths += lengths
+
+    def reserve(self, tokens: int, most: int) -> None:
+        """Make room for ``tokens`` of each sequence: at least twice the room so far, at most for ``most``."""
+        if tokens > self.capacity:
+            more = min(max(tokens, 2 * self.capacity), most) - self.capacity
+            self.w = torch.nn.functional.pad(self.w, (0, 0, 0, 0, 0, more))
+
+    def forget(self, tokens: int) -> None:
+        """Drop the last ``tokens`` of every sequence."""
+        self.lengths, self.longest = (self.lengths - tokens).clamp(min=0), max(self.longest - tokens, 0)
 
 
 class CausalModel(Protocol):

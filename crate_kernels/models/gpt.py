@@ -196,21 +196,29 @@ class CrateGPT(CrateModel):
                 f" {cache.longest}; {batch} sequences with {new} more do not fit"
             )
         lengths = torch.full_like(cache.lengths, new) if lengths is None else lengths
-        positions = cache.lengths[:, None] + torch.arange(new, device=idx.device)
-        first, cache.longest = cache.longest == 0, cache.longest + new
-        tokens = self.embed(idx, positions)
-        for layer, block in enumerate(self.blocks):
-            mssa = block.mssa
-            w = mssa.project(block.mssa_norm(tokens))
-            past = cache.write(layer, w, positions)
-            if first:
-                o = ops.subspace_attention(w, scale=mssa.scale, causal=True)
-            else:
-                o = ops.cached_subspace_attention(w, past.to(w.dtype), positions, scale=mssa.scale)
-            tokens = block.sparsify(tokens + mssa.output(o.flatten(2)))
-        cache.lengths += lengths
+        places = cache.begin(new)
+        tokens = self.embed(idx, places)
+        for layer in range(len(self.blocks)):
+            tokens = self.cached_layer(layer, tokens, cache, places)
+        cache.end(lengths)
         last = tokens.gather(1, (lengths - 1)[:, None, None].expand(-1, 1, tokens.shape[2]))
         return self.forward_head(self.norm(last[:, 0]))
+
+    def cached_layer(self, layer: int, tokens: Tensor, cache: generation.ProjectionCache, places: Tensor) -> Tensor:
+        """One layer for new ``tokens (B, M, n_embd)``, which see those in ``cache`` and are put there.
+
+        ``places (B, M)`` are those that :meth:`ProjectionCache.begin` gave. Gradients flow through the new tokens
+        alone, hence they are right where the cache was empty.
+        """
+        block = self.blocks[layer]
+        mssa = block.mssa
+        w = mssa.project(block.mssa_norm(tokens))
+        past = cache.write(layer, w, places)
+        if cache.longest == places.shape[1]:
+            o = ops.subspace_attention(w, scale=mssa.scale, causal=True)
+        else:
+            o = ops.cached_subspace_attention(w, past.to(w.dtype), places, scale=mssa.scale)
+        return block.sparsify(tokens + mssa.output(o.flatten(2)))
 
     def generate(
         self, idx: Tensor | Sequence, max_new_tokens: int, temperature: float = 1.0, top_k: int | None = None, **options

@@ -82,12 +82,11 @@ class GPT2Tokenizer:
             import tiktoken
         except ImportError as error:
             raise ImportError("GPT2Tokenizer needs the package tiktoken: pip install tiktoken") from error
-        path = find_gpt2_ranks() if ranks is None else Path(ranks)
-        tokens = {base64.b64decode(t): int(rank) for t, rank in map(bytes.split, path.read_bytes().splitlines())}
-        if len(tokens) != 50256:
-            raise ValueError(f"{path} holds {len(tokens)} ranks, but GPT-2 has 50256")
         self._encoding = tiktoken.Encoding(
-            "gpt2", pat_str=GPT2_PATTERN, mergeable_ranks=tokens, special_tokens={"<|endoftext|>": self.end_of_text}
+            "gpt2",
+            pat_str=GPT2_PATTERN,
+            mergeable_ranks=read_gpt2_ranks(ranks),
+            special_tokens={"<|endoftext|>": self.end_of_text},
         )
 
     def encode(self, text: str) -> list[int]:
@@ -125,6 +124,15 @@ def find_gpt2_ranks() -> Path:
         "GPT-2's merge ranks are in no installed package: pip install --no-deps openai-whisper, which carries"
         " whisper/assets/gpt2.tiktoken, or give the path of such a file"
     )
+
+
+def read_gpt2_ranks(path: str | os.PathLike | None = None) -> dict[bytes, int]:
+    """GPT-2's tokens and their merge ranks, from a file of tiktoken's format; :func:`find_gpt2_ranks` if None."""
+    path = find_gpt2_ranks() if path is None else Path(path)
+    tokens = {base64.b64decode(t): int(rank) for t, rank in map(bytes.split, path.read_bytes().splitlines())}
+    if len(tokens) != 50256:
+        raise ValueError(f"{path} holds {len(tokens)} ranks, but GPT-2 has 50256")
+    return tokens
 
 
 def word_starts(tokenizer: Tokenizer) -> Tensor:

@@ -1,0 +1,89 @@
+"""The language models as Hugging Face models: ``AutoModel…``, ``save_pretrained``, ``generate``, ``pipeline``.
+
+Importing this module registers them. It needs the package transformers, which nothing else here does::
+
+    import crate_kernels.models.huggingface
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+
+Every model holds one of ours as ``crate``. ``wrap`` puts an existing one in and shares its parameters. An argument that
+a model cannot honor is refused by name; no keyword is swallowed.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+try:
+    from transformers import (
+        AutoConfig,
+        AutoModel,
+        AutoModelForCausalLM,
+        AutoModelForMaskedLM,
+        AutoModelForSequenceClassification,
+        GenerationMixin,
+        PreTrainedModel,
+        PreTrainedTokenizerFast,
+    )
+except ImportError as error:
+    raise ImportError(
+        "Hugging Face models need the package transformers: pip install 'crate_kernels[huggingface]'"
+    ) from error
+
+from .. import checkpoint, registry
+from ..bert import CrateBert
+from .cache import CrateCache as CrateCache
+from .configuration import CrateBertHubConfig as CrateBertHubConfig
+from .configuration import CrateGPTHubConfig as CrateGPTHubConfig
+from .models import CrateBertForMaskedLM as CrateBertForMaskedLM
+from .models import CrateBertForSequenceClassification as CrateBertForSequenceClassification
+from .models import CrateBertModel as CrateBertModel
+from .models import CrateGPTForCausalLM as CrateGPTForCausalLM
+from .models import CrateGPTForSequenceClassification as CrateGPTForSequenceClassification
+from .models import CrateGPTModel as CrateGPTModel
+from .models import wrap as wrap
+from .tokenizing import tokenizer as tokenizer
+
+
+def from_file(path: str | Path) -> tuple[PreTrainedModel, PreTrainedTokenizerFast | None]:
+    """The language model in a file that ``crate-kernels train-text`` or ``CrateModel.save`` wrote, and its tokenizer.
+
+    The tokenizer is None where the file does not name one. Both together make a pipeline, or go into a folder with
+    ``save_pretrained``::
+
+        model, tokenizer = from_file("runs/text-gpt2/model.safetensors")
+        transformers.pipeline("text-generation", model=model, tokenizer=tokenizer)
+    """
+    model = wrap(registry.load_model(path).eval())
+    name = checkpoint.read_metadata(path).get("tokenizer")
+    if name is None:
+        return model, None
+    found = tokenizer(name, masked=isinstance(model.crate, CrateBert))
+    model.config.pad_token_id = model.config.eos_token_id = model.config.bos_token_id = found.eos_token_id
+    if isinstance(model, GenerationMixin):
+        generation = model.generation_config
+        generation.pad_token_id = generation.eos_token_id = generation.bos_token_id = found.eos_token_id
+    return model, found
+
+
+# What `save_pretrained` writes names these classes; with them known, the Auto classes find them.
+for _config, _classes in (
+    (
+        CrateGPTHubConfig,
+        {
+            AutoModel: CrateGPTModel,
+            AutoModelForCausalLM: CrateGPTForCausalLM,
+            AutoModelForSequenceClassification: CrateGPTForSequenceClassification,
+        },
+    ),
+    (
+        CrateBertHubConfig,
+        {
+            AutoModel: CrateBertModel,
+            AutoModelForMaskedLM: CrateBertForMaskedLM,
+            AutoModelForSequenceClassification: CrateBertForSequenceClassification,
+        },
+    ),
+):
+    AutoConfig.register(_config.model_type, _config, exist_ok=True)
+    for _auto, _class in _classes.items():
+        _auto.register(_config, _class, exist_ok=True)

@@ -40,13 +40,12 @@ def _checked_name(name: str | None, source: str) -> str | None:
     raise error(f"{source}: unknown backend {name!r}; accepted are {', '.join(BACKENDS)}")
 
 
-class _Request(threading.local):
-    """The backend requested by ``use_backend`` in this thread."""
+_default = _checked_name(os.environ.get(ENVIRONMENT_VARIABLE) or None, ENVIRONMENT_VARIABLE)
 
-    name = _checked_name(os.environ.get(ENVIRONMENT_VARIABLE) or None, ENVIRONMENT_VARIABLE)
-
-
-_request = _Request()
+# A plain threading.local: Dynamo guards its attribute, so that a compiled function follows use_backend. Of a subclass
+# with a class attribute, Dynamo would keep the value of the first call.
+_request = threading.local()
+_request.name = _default
 
 
 @contextlib.contextmanager
@@ -56,7 +55,7 @@ def use_backend(name: str | None) -> Iterator[None]:
     ``None`` restores the automatic choice. The choice is made in the forward call; the backward of that call uses the
     same backend in whatever thread it runs.
     """
-    previous, _request.name = _request.name, _checked_name(name, "use_backend")
+    previous, _request.name = requested_backend(), _checked_name(name, "use_backend")
     try:
         yield
     finally:
@@ -65,7 +64,7 @@ def use_backend(name: str | None) -> Iterator[None]:
 
 def requested_backend() -> str | None:
     """The backend that ``use_backend`` or ``CRATE_KERNELS_BACKEND`` requests; None if the choice is automatic."""
-    return _request.name
+    return getattr(_request, "name", _default)
 
 
 def implementations(package: str) -> dict[str, ModuleType | str]:

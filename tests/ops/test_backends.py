@@ -37,6 +37,17 @@ def test_the_argument_outranks_the_context_and_the_context_is_restored():
         pass
 
 
+def test_a_compiled_function_follows_use_backend():
+    # float64 is run by no kernel: the request must be seen and refused, not the first call's choice be repeated.
+    torch._dynamo.reset()
+    compiled = torch.compile(ops.subspace_attention, backend="eager", fullgraph=True)
+    expected = ops.subspace_attention(W)
+    torch.testing.assert_close(compiled(W), expected)
+    with ops.use_backend("cuda"), pytest.raises(Exception, match="backend 'cuda' cannot run these inputs"):
+        compiled(W)
+    torch.testing.assert_close(compiled(W), expected)
+
+
 def test_the_measured_order_is_followed_by_size_and_rows_and_completed(monkeypatch):
     inf = float("inf")
     entries = ((512, 300, ("eager",)), (512, inf, ("triton", "eager")), (inf, inf, ("eager", "cuda")))

@@ -29,6 +29,8 @@ def cached_subspace_attention(w: Tensor, cache: Tensor, positions: Tensor, *, sc
     """
     checks.tensor("w", w, ("B", "M", "H", "p"))
     batch, tokens, heads, width = w.shape
+    if width < 1:
+        raise ValueError(f"w: expected shape (B, M, H, p) with p at least 1, got {tuple(w.shape)}")
     checks.tensor("cache", cache, (batch, "N", heads, width), like=w)
     checks.same_dtype(w.dtype, cache=cache)
     checks.tensor("positions", positions, (batch, tokens), like=w, dtypes=(torch.int64,))

@@ -45,6 +45,7 @@ ATTENTION = {
     "no scale": attention(1, 50, 2, 8, scale=0.0),
     "value": attention(2, 65, 2, 8, value=True),
     "value, causal": attention(1, 65, 2, 8, value=True, causal=True),
+    "scale 0, causal lengths": attention(2, 40, 1, 8, scale=0.0, causal=True, lengths=torch.tensor([3, 40])),
     "lengths in every place of a tile": attention(5, 70, 1, 8, lengths=torch.tensor([1, 16, 31, 33, 70])),
     "lengths, causal": attention(5, 70, 1, 8, causal=True, lengths=torch.tensor([1, 16, 31, 33, 70])),
     "lengths, negative scale": attention(2, 40, 1, 8, scale=-0.4, lengths=torch.tensor([3, 40], dtype=torch.int32)),
@@ -58,35 +59,45 @@ def test_attention(name, dtype):
     check(ATTENTION[name], dtype)
 
 
-@pytest.mark.parametrize("max_free", [True, False])
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("spread", [0.0, 1.0, 8.0, 40.0])
-def test_both_softmax_paths_on_both_sides_of_the_guard(spread, causal, max_free):
-    """Norms that leave the range of float32's exponents take the online path, the others the bounded one."""
+def test_both_backward_paths_on_both_sides_of_the_guard(spread, causal):
+    """Log-normalisers that leave the range of float32's exponents take two exponentials a pair, the others one."""
     case = attention(1, 70, 1, 16, spread=1.0, causal=causal)
     w = case.tensors[0]
     w *= spread * torch.linspace(0.1, 1, 70, dtype=torch.float64)[:, None, None]
-    with configurations.override("attention_forward", MAX_FREE=max_free):
-        check(case, SINGLE)
+    check(case, SINGLE)
 
 
 def test_one_long_token_among_short_ones():
     case = attention(1, 40, 1, 16, spread=0.5)
     case.tensors[0][0, 21] *= 200
-    for max_free in (True, False):
-        with configurations.override("attention_forward", MAX_FREE=max_free):
-            check(case, SINGLE)
+    check(case, SINGLE)
 
 
 @pytest.mark.skipif(not launch.INTERPRETED, reason="scores beyond 2^31: docs/triton.md, limits")
 @pytest.mark.parametrize(("dtype", "amplitude"), [(SINGLE, 1e5), (BRAIN, 3e4)], ids=str)
 @pytest.mark.parametrize("causal", [False, True])
-def test_large_equal_norms_take_the_online_path(dtype, amplitude, causal):
-    """Their spread is zero, but a bound and a score of that size are apart by more than float32's exponents."""
+def test_large_equal_norms(dtype, amplitude, causal):
     w = amplitude * normal(64, spread=1.0).to(dtype).expand(1, 33, 1, 64)
-    with configurations.override("attention_forward", MAX_FREE=True):
-        out = ops.subspace_attention(w.to(DEVICE), causal=causal, backend="triton")
+    out = ops.subspace_attention(w.to(DEVICE), causal=causal, backend="triton")
     torch.testing.assert_close(out.cpu(), w, rtol=4 * torch.finfo(dtype).eps, atol=0)
+
+
+@pytest.mark.parametrize("cut", [16, 32])
+def test_the_tile_of_the_last_tokens_is_cut_or_whole(cut):
+    """17 keys in tiles of 32: the cut tile holds one of them, one more than the whole one, or all but one."""
+    with (
+        configurations.override("attention_forward", BLOCK_N=32, CUT=cut),
+        configurations.override("attention_backward", BLOCK_N=32, CUT=cut),
+    ):
+        for tokens in (33, 48, 49, 63):
+            check(attention(1, tokens, 1, 8), SINGLE)
+
+
+@pytest.mark.parametrize("visible", [15, 16, 17, 31, 32, 33, 47, 63, 64, 65, 70])
+def test_causal_with_lengths_where_the_cut_tile_lies_before_the_diagonal(visible):
+    check(attention(1, 70, 1, 8, causal=True, lengths=torch.tensor([visible])), SINGLE)
 
 
 @pytest.mark.parametrize("scale", [0.45, -0.9])

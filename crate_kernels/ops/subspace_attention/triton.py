@@ -31,8 +31,6 @@ MAX_WIDTH = 256
 
 # exp2(-RANGE) times the 24 bits of a float32 is still a normal number.
 _RANGE = tl.constexpr(96.0)
-# Bound and score are rounded apart: below this they differ by little, whatever the sums' order.
-_LARGEST = tl.constexpr(65536.0)
 _HIDDEN = tl.constexpr(-3.0e38)
 
 
@@ -62,9 +60,7 @@ def forward(
     if o.numel() == 0:
         return o, lse
     options = configuration("attention_forward", w, tokens, width)
-    # Under a sum of fewer than float32's exponents, under a negative scale (no bound) or for rows that do not see
-    # themselves (hidden by lengths) the bound of the rows cannot replace their maximum.
-    options["MAX_FREE"] &= w.dtype != torch.float16 and scale > 0 and lengths is None
+    options["CUT"] = _cut(options, tokens, causal or lengths is not None)
     launch.launch(
         _forward, triton.cdiv(tokens, options["BLOCK_M"]) * batch * heads,
         w, value, lengths, o, lse, *w.stride()[:3], *(w if value is None else value).stride()[:3],
@@ -96,16 +92,20 @@ def backward(
     if dw.numel() == 0:
         return dw, dvalue
     delta = torch.empty_like(lse)
+    symmetric = not causal and lengths is None
+    weight = torch.empty_like(lse) if symmetric else None
+    middle = torch.empty(lse.shape[:2], dtype=lse.dtype, device=lse.device) if symmetric else None
     shape = {"P": width, "WIDTH": _padded(width)}
     options = configuration("attention_delta", w, tokens, width)
     launch.launch(
         _delta, triton.cdiv(tokens, options["BLOCK_M"]) * batch * heads,
-        o, grad, delta, *grad.stride()[:3], heads, tokens, **shape, **options,
+        o, grad, lse, delta, weight, middle, *grad.stride()[:3], heads, tokens, **shape, **options,
     )  # fmt: skip
     options = configuration("attention_backward", w, tokens, width)
+    options["CUT"] = _cut(options, tokens, not symmetric)
     launch.launch(
         _backward, triton.cdiv(tokens, options["BLOCK_M"]) * batch * heads,
-        grad, w, value, lengths, lse, delta, dw, dvalue,
+        grad, w, value, lengths, lse, delta, weight, middle, dw, dvalue,
         *grad.stride()[:3], *w.stride()[:3], *(w if value is None else value).stride()[:3],
         heads, tokens, scale, scale * LOG2E,
         CAUSAL=causal, SEPARATE=value is not None or launch.tensor_memory(w.device),
@@ -117,6 +117,13 @@ def backward(
 def _padded(width: int) -> int:
     """The power of two that a head's width is padded to; a matrix product takes 16 at least."""
     return max(16, triton.next_power_of_2(width))
+
+
+def _cut(options: dict, tokens: int, masked: bool) -> int:
+    """The width of the tile that holds the last tokens: no wider than they need, where its place is known here."""
+    block = options["BLOCK_N"]
+    rest = (tokens - 1) % block + 1
+    return block if masked else min(block, max(options["CUT"], triton.next_power_of_2(rest)))
 
 
 # -- kernels -------------------------------------------------------------------------------------------------------
@@ -154,16 +161,22 @@ def _visible(lengths, batch, tokens):
 
 
 @triton.jit
+def _last_tile(keys, BLOCK: tl.constexpr):
+    """Where the last of the tiles that hold ``keys`` keys starts; 0 for no key."""
+    return tl.maximum(keys - 1, 0) // BLOCK * BLOCK
+
+
+@triton.jit
 def _attend(
     q, acc, total, top, w, w_n, value, v_n, first, start, visible, scale,
     P: tl.constexpr, WIDTH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    CAUSAL: tl.constexpr, MASKED: tl.constexpr, ONLINE: tl.constexpr, PRECISION: tl.constexpr,
+    CAUSAL: tl.constexpr, MASKED: tl.constexpr, FIRST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Add the keys start … start + BLOCK_N to the softmax sums of a tile of queries."""
-    k = _rows(w, w_n, start, visible, P, WIDTH, BLOCK_N, MASKED)
+    """Add the keys start … start + BLOCK_N to the softmax sums of a tile of queries; FIRST: there are no sums yet."""
+    k = _rows(w, w_n, start, visible, P=P, WIDTH=WIDTH, BLOCK=BLOCK_N, MASKED=MASKED)
     v = k
     if value is not None:
-        v = _rows(value, v_n, start, visible, P, WIDTH, BLOCK_N, MASKED)
+        v = _rows(value, v_n, start, visible, P=P, WIDTH=WIDTH, BLOCK=BLOCK_N, MASKED=MASKED)
     scores = dot(q, tl.trans(k), None, PRECISION)
     if MASKED:
         key = start + tl.arange(0, BLOCK_N)[None, :]
@@ -171,26 +184,28 @@ def _attend(
         if CAUSAL:
             seen = seen & (key <= first + tl.arange(0, BLOCK_M)[:, None])
         scores = tl.where(seen, scores, _HIDDEN)
-    if ONLINE:
-        higher = tl.maximum(top, tl.max(scores, 1) * scale)
-        shrink = tl.exp2(top - higher)
-        acc *= shrink[:, None]
-        total *= shrink
-        top = higher
-    p = tl.exp2(scores * scale - top[:, None])
+    higher = tl.max(scores, 1) * scale
+    if not FIRST:
+        higher = tl.maximum(top, higher)
+    p = tl.exp2(scores * scale - higher[:, None])
     if MASKED:
-        # Not left to the exponential: a hidden key would weigh exp(0) in a row whose bound it has lowered itself.
+        # Not left to the exponential: under a scale of 0 a hidden key would weigh as much as a seen one.
         p = tl.where(seen, p, 0.0)
-    total += tl.sum(p, 1)
-    acc = dot(rounded(p, v.dtype), v, acc, PRECISION)
-    return acc, total, top
+    if FIRST:
+        total = tl.sum(p, 1)
+        acc = dot(rounded(p, v.dtype), v, None, PRECISION)
+    else:
+        shrink = tl.exp2(top - higher)
+        total = total * shrink + tl.sum(p, 1)
+        acc = dot(rounded(p, v.dtype), v, acc * shrink[:, None], PRECISION)
+    return acc, total, higher
 
 
 @triton.jit
 def _forward(
     w, value, lengths, o, lse, w_b, w_n, w_h, v_b, v_n, v_h, heads, tokens, scale,
     NEGATIVE: tl.constexpr, CAUSAL: tl.constexpr, P: tl.constexpr, WIDTH: tl.constexpr, PRECISION: tl.constexpr,
-    MAX_FREE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CUT: tl.constexpr,
 ):  # fmt: skip
     tiles = tl.cdiv(tokens, BLOCK_M)
     head = tl.program_id(0) // tiles
@@ -203,133 +218,152 @@ def _forward(
         value += batch * v_b + (head % heads).to(tl.int64) * v_h
     first = tile * BLOCK_M
     visible = _visible(lengths, batch, tokens)
-    end = visible
-    full = visible
+    # The tiles that not every row sees in full come first, straight down: between two loops that carry one
+    # accumulator ptxas waits for every single wgmma. Each row sees a key of the very first tile.
+    full = _last_tile(visible, BLOCK_N)
     if CAUSAL:
-        end = tl.minimum(visible, first + BLOCK_M)
-        full = tl.minimum(visible, first)
-    full = full // BLOCK_N * BLOCK_N
-
-    q = _rows(w, w_n, first, tokens, P, WIDTH, BLOCK_M, True)
+        full = tl.minimum(full, first // BLOCK_N * BLOCK_N)
+    q = _rows(w, w_n, first, tokens, P=P, WIDTH=WIDTH, BLOCK=BLOCK_M, MASKED=True)
+    if NEGATIVE:
+        q = rounded(-q.to(tl.float32), q.dtype)
     acc = tl.zeros([BLOCK_M, WIDTH], tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
-    top = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    online = True
-    if MAX_FREE:
-        row = first + tl.arange(0, BLOCK_M)
-        largest = tl.zeros([BLOCK_N], tl.float32)
-        for start in range(0, end, BLOCK_N):
-            k = _rows(w, w_n, start, visible, P, WIDTH, BLOCK_N, True).to(tl.float32)
-            largest = tl.maximum(largest, tl.sum(k * k, 1))
-        highest = tl.max(largest, 0) * (scale * 0.5)
-        norm = tl.sum(q.to(tl.float32) * q.to(tl.float32), 1) * (scale * 0.5)
-        lowest = tl.min(tl.where(row < tokens, norm, highest), 0)
-        # Norms all large and nearly equal pass the first test, yet the rounded bound may lie far from the scores.
-        # inf fails both. NaN may pass, as hardware drops it from maxima: it still reaches the row's top or its scores.
-        bounded = (highest - lowest <= _RANGE) & (highest <= _LARGEST)
-        online = bounded == 0
-        if bounded:
-            top = norm + highest
-            for start in range(0, full, BLOCK_N):
-                acc, total, top = _attend(
-                    q, acc, total, top, w, w_n, value, v_n, first, start, visible, scale,
-                    P, WIDTH, BLOCK_M, BLOCK_N, CAUSAL, False, False, PRECISION,
-                )  # fmt: skip
-            for start in range(full, end, BLOCK_N):
-                acc, total, top = _attend(
-                    q, acc, total, top, w, w_n, value, v_n, first, start, visible, scale,
-                    P, WIDTH, BLOCK_M, BLOCK_N, CAUSAL, True, False, PRECISION,
-                )  # fmt: skip
-    if online:
-        if NEGATIVE:
-            q = rounded(-q.to(tl.float32), q.dtype)
-        for start in range(0, full, BLOCK_N):
-            acc, total, top = _attend(
-                q, acc, total, top, w, w_n, value, v_n, first, start, visible, scale,
-                P, WIDTH, BLOCK_M, BLOCK_N, CAUSAL, False, True, PRECISION,
-            )  # fmt: skip
-        for start in range(full, end, BLOCK_N):
-            acc, total, top = _attend(
-                q, acc, total, top, w, w_n, value, v_n, first, start, visible, scale,
-                P, WIDTH, BLOCK_M, BLOCK_N, CAUSAL, True, True, PRECISION,
-            )  # fmt: skip
+    top = tl.zeros([BLOCK_M], tl.float32)
+    for cut in tl.static_range(BLOCK_M // BLOCK_N if CAUSAL and BLOCK_M > BLOCK_N else 1):
+        acc, total, top = _attend(
+            q, acc, total, top, w, w_n, value, v_n, first, full + cut * BLOCK_N, visible, scale,
+            P=P, WIDTH=WIDTH, BLOCK_M=BLOCK_M, BLOCK_N=CUT,
+            CAUSAL=CAUSAL, MASKED=True, FIRST=cut == 0, PRECISION=PRECISION,
+        )  # fmt: skip
+    for start in range(0, full, BLOCK_N):
+        acc, total, top = _attend(
+            q, acc, total, top, w, w_n, value, v_n, first, start, visible, scale,
+            P=P, WIDTH=WIDTH, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N,
+            CAUSAL=CAUSAL, MASKED=False, FIRST=False, PRECISION=PRECISION,
+        )  # fmt: skip
 
     row = first + tl.arange(0, BLOCK_M)
     tl.store(lse + head.to(tl.int64) * tokens + row, top + tl.log2(total), mask=row < tokens)
     o += (batch * tokens * heads + head % heads) * P
-    _store_rows(o, heads * P, first, tokens, acc / total[:, None], P, WIDTH, BLOCK_M)
+    _store_rows(o, heads * P, first, tokens, acc / total[:, None], P=P, WIDTH=WIDTH, BLOCK=BLOCK_M)
 
 
 @triton.jit
-def _delta(o, g, delta, g_b, g_n, g_h, heads, tokens, P: tl.constexpr, WIDTH: tl.constexpr, BLOCK_M: tl.constexpr):
-    """``delta = rowsum(g∘o)``, (B, H, N)."""
+def _delta(
+    o, g, lse, delta, weight, middle, g_b, g_n, g_h, heads, tokens,
+    P: tl.constexpr, WIDTH: tl.constexpr, BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    """``delta = rowsum(g∘o)``; where ``weight`` is given also ``weight = 2^(middle − lse)`` with one ``middle`` a head.
+
+    ``middle`` is NaN where the log-normalisers of the head lie too far apart for that.
+    """
     tiles = tl.cdiv(tokens, BLOCK_M)
     head = tl.program_id(0) // tiles
     first = tl.program_id(0) % tiles * BLOCK_M
     batch = (head // heads).to(tl.int64)
     o += (batch * tokens * heads + head % heads) * P
     g += batch * g_b + (head % heads).to(tl.int64) * g_h
-    product = _rows(o, heads * P, first, tokens, P, WIDTH, BLOCK_M, True).to(tl.float32)
-    product *= _rows(g, g_n, first, tokens, P, WIDTH, BLOCK_M, True).to(tl.float32)
+    product = _rows(o, heads * P, first, tokens, P=P, WIDTH=WIDTH, BLOCK=BLOCK_M, MASKED=True).to(tl.float32)
+    product *= _rows(g, g_n, first, tokens, P=P, WIDTH=WIDTH, BLOCK=BLOCK_M, MASKED=True).to(tl.float32)
     row = first + tl.arange(0, BLOCK_M)
-    tl.store(delta + head.to(tl.int64) * tokens + row, tl.sum(product, 1), mask=row < tokens)
+    start = head.to(tl.int64) * tokens
+    tl.store(delta + start + row, tl.sum(product, 1), mask=row < tokens)
+    if weight is not None:
+        index = tl.arange(0, 256)
+        low = tl.full([256], float("inf"), tl.float32)
+        high = -low
+        for column in range(0, tokens, 256):
+            inside = column + index < tokens
+            some = tl.load(lse + start + column + index, mask=inside, other=0.0)
+            low = tl.minimum(low, tl.where(inside, some, low))
+            high = tl.maximum(high, tl.where(inside, some, high))
+        lowest = tl.min(low, 0)
+        highest = tl.max(high, 0)
+        centre = (lowest + highest) * 0.5
+        own = tl.load(lse + start + row, mask=row < tokens, other=0.0)
+        tl.store(weight + start + row, tl.exp2(centre - own), mask=row < tokens)
+        if first == 0:
+            tl.store(middle + head, tl.where(highest - lowest <= _RANGE, centre, float("nan")))
 
 
 @triton.jit
 def _pair(
-    dw, dv, w_i, g_i, v_i, lse_i, delta_i, first, start,
-    g, w, value, lse, delta, g_n, w_n, v_n, tokens, visible, scale, slope, middle,
+    dw, dv, w_i, g_i, v_i, lse_i, delta_i, weight_i, first, start,
+    g, w, value, lse, delta, weight, g_n, w_n, v_n, tokens, visible, scale, slope, middle,
     P: tl.constexpr, WIDTH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     QUERY: tl.constexpr, KEY: tl.constexpr, DIAGONAL: tl.constexpr, MASKED: tl.constexpr, HIDING: tl.constexpr,
     SYMMETRIC: tl.constexpr, SEPARATE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Add to the gradients of tile i what tile j contributes: as keys of i (QUERY), as queries to i (KEY), or both.
 
+    MASKED: tile j reaches beyond the last token. HIDING: ``lengths`` hide keys. SYMMETRIC: both roles, no mask but that
+    of MASKED, and ``P_ij = e·weight_i``, ``P_ji = e·weight_j`` with the symmetric ``e = 2^(score − middle)``.
+
+    ``weight_i`` and ``delta_i`` come multiplied by ``scale``, ``delta_i`` under SYMMETRIC by ``weight_i`` as well.
     ``slope`` is ``scale·log2 e`` rounded once, as in the forward: else large scores would miss their log-normaliser.
     """
     i = first + tl.arange(0, BLOCK_M)[:, None]
     j = start + tl.arange(0, BLOCK_N)
-    w_j = _rows(w, w_n, start, tokens, P, WIDTH, BLOCK_N, MASKED)
+    w_j = _rows(w, w_n, start, tokens, P=P, WIDTH=WIDTH, BLOCK=BLOCK_N, MASKED=MASKED)
     scores = dot(w_i, tl.trans(w_j), None, PRECISION) * slope
-    ds = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     if QUERY:
         v_j = w_j
         if value is not None:
-            v_j = _rows(value, v_n, start, tokens, P, WIDTH, BLOCK_N, MASKED)
-        p = tl.exp2(scores - lse_i[:, None])
-        if DIAGONAL:
-            p = tl.where((j[None, :] < visible) & (j[None, :] <= i), p, 0.0)
-        elif MASKED or HIDING:
-            p = tl.where(j[None, :] < visible, p, 0.0)
-        ds += p * dot(g_i, tl.trans(v_j), tl.broadcast_to(-delta_i[:, None], [BLOCK_M, BLOCK_N]), PRECISION)
+            v_j = _rows(value, v_n, start, tokens, P=P, WIDTH=WIDTH, BLOCK=BLOCK_N, MASKED=MASKED)
+        query = dot(g_i, tl.trans(v_j), None, PRECISION)
+        if not SYMMETRIC:
+            p = tl.exp2(scores - lse_i[:, None])
+            if DIAGONAL:
+                p = tl.where((j[None, :] < visible) & (j[None, :] <= i), p, 0.0)
+            elif MASKED or HIDING:
+                p = tl.where(j[None, :] < visible, p, 0.0)
+            ds = p * (query * scale - delta_i[:, None])
     if KEY:
-        g_j = _rows(g, g_n, start, tokens, P, WIDTH, BLOCK_N, MASKED)
-        # No query beyond the last token: exp(-inf).
-        lse_j = tl.load(lse + j, mask=j < tokens, other=float("inf"))
-        delta_j = tl.load(delta + j, mask=j < tokens, other=0.0)
+        g_j = _rows(g, g_n, start, tokens, P=P, WIDTH=WIDTH, BLOCK=BLOCK_N, MASKED=MASKED)
+        key = dot(v_i, tl.trans(g_j), None, PRECISION)
+        delta_j = _entries(delta, j, tokens, 0.0, MASKED=MASKED)
         if SYMMETRIC:
-            p = p * tl.exp2(lse_i - middle)[:, None] * tl.exp2(middle - lse_j)[None, :]
+            e = tl.exp2(scores - middle)
+            if MASKED:
+                e = tl.where(j[None, :] < tokens, e, 0.0)
+            weight_j = _entries(weight, j, tokens, 0.0, MASKED=MASKED)
+            p = e * weight_j[None, :]
+            ds = query * weight_i[:, None] - delta_i[:, None]
+            ds = e * (ds + (key - delta_j[None, :]) * (weight_j * scale)[None, :])
         else:
-            p = tl.exp2(scores - lse_j[None, :])
+            # No query beyond the last token: exp(-inf).
+            p = tl.exp2(scores - _entries(lse, j, tokens, float("inf"), MASKED=MASKED)[None, :])
             if DIAGONAL:
                 p = tl.where((i < visible) & (i <= j[None, :]), p, 0.0)
             elif HIDING:
                 p = tl.where(i < visible, p, 0.0)
-        ds += p * dot(v_i, tl.trans(g_j), tl.broadcast_to(-delta_j[None, :], [BLOCK_M, BLOCK_N]), PRECISION)
+            more = p * (key * scale - (delta_j * scale)[None, :])
+            if QUERY:
+                ds += more
+            else:
+                ds = more
         if SEPARATE:
             dv = dot(rounded(p, g_j.dtype), g_j, dv, PRECISION)
         else:
             dw = dot(rounded(p, g_j.dtype), g_j, dw, PRECISION)
-    dw = dot(rounded(ds * scale, w_j.dtype), w_j, dw, PRECISION)
+    dw = dot(rounded(ds, w_j.dtype), w_j, dw, PRECISION)
     return dw, dv
 
 
 @triton.jit
+def _entries(vector, index, limit, other, MASKED: tl.constexpr):
+    if MASKED:
+        return tl.load(vector + index, mask=index < limit, other=other)
+    else:
+        return tl.load(vector + index)
+
+
+@triton.jit
 def _backward(
-    g, w, value, lengths, lse, delta, dw_out, dv_out, g_b, g_n, g_h, w_b, w_n, w_h, v_b, v_n, v_h,
+    g, w, value, lengths, lse, delta, weight, middles, dw_out, dv_out, g_b, g_n, g_h, w_b, w_n, w_h, v_b, v_n, v_h,
     heads, tokens, scale, slope,
     CAUSAL: tl.constexpr, SEPARATE: tl.constexpr, PRECISION: tl.constexpr, P: tl.constexpr, WIDTH: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CUT: tl.constexpr,
 ):  # fmt: skip
     tl.static_assert(BLOCK_M % BLOCK_N == 0)
     tl.static_assert(SEPARATE or value is None)
@@ -346,93 +380,89 @@ def _backward(
     delta += head.to(tl.int64) * tokens
 
     row = first + tl.arange(0, BLOCK_M)
-    w_i = _rows(w, w_n, first, tokens, P, WIDTH, BLOCK_M, True)
-    g_i = _rows(g, g_n, first, tokens, P, WIDTH, BLOCK_M, True)
+    w_i = _rows(w, w_n, first, tokens, P=P, WIDTH=WIDTH, BLOCK=BLOCK_M, MASKED=True)
+    g_i = _rows(g, g_n, first, tokens, P=P, WIDTH=WIDTH, BLOCK=BLOCK_M, MASKED=True)
     v_i = w_i
     if value is not None:
         value += batch * v_b + inner * v_h
-        v_i = _rows(value, v_n, first, tokens, P, WIDTH, BLOCK_M, True)
-    lse_i = tl.load(lse + row, mask=row < tokens, other=0.0)
-    delta_i = tl.load(delta + row, mask=row < tokens, other=0.0)
+        v_i = _rows(value, v_n, first, tokens, P=P, WIDTH=WIDTH, BLOCK=BLOCK_M, MASKED=True)
+    lse_i = _entries(lse, row, tokens, 0.0, MASKED=True)
+    delta_i = _entries(delta, row, tokens, 0.0, MASKED=True) * scale
+    weight_i = lse_i
     dw = tl.zeros([BLOCK_M, WIDTH], tl.float32)
     dv = tl.zeros([BLOCK_M, WIDTH], tl.float32) if SEPARATE else dw
 
+    # As in the forward, tiles under a mask come first, straight down, and every loop after them needs none.
     if CAUSAL:
+        for cut in tl.static_range(BLOCK_M // BLOCK_N):
+            dw, dv = _pair(
+                dw, dv, w_i, g_i, v_i, lse_i, delta_i, weight_i, first, first + cut * BLOCK_N,
+                g, w, value, lse, delta, weight, g_n, w_n, v_n, tokens, visible, scale, slope, 0.0,
+                P=P, WIDTH=WIDTH, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, QUERY=True, KEY=True, DIAGONAL=True, MASKED=True,
+                HIDING=HIDING, SYMMETRIC=False, SEPARATE=SEPARATE, PRECISION=PRECISION,
+            )  # fmt: skip
         for start in range(0, tl.minimum(first, visible), BLOCK_N):
             dw, dv = _pair(
-                dw, dv, w_i, g_i, v_i, lse_i, delta_i, first, start,
-                g, w, value, lse, delta, g_n, w_n, v_n, tokens, visible, scale, slope, 0.0,
-                P, WIDTH, BLOCK_M, BLOCK_N, True, False, False, False, HIDING, False, SEPARATE, PRECISION,
-            )  # fmt: skip
-        after = tl.minimum(first + BLOCK_M, tokens)
-        # Both roles at once would need one product less on these few tiles, and more registers in the whole kernel.
-        for start in range(first, tl.minimum(after, visible), BLOCK_N):
-            dw, dv = _pair(
-                dw, dv, w_i, g_i, v_i, lse_i, delta_i, first, start,
-                g, w, value, lse, delta, g_n, w_n, v_n, tokens, visible, scale, slope, 0.0,
-                P, WIDTH, BLOCK_M, BLOCK_N, True, False, True, True, HIDING, False, SEPARATE, PRECISION,
-            )  # fmt: skip
-        for start in range(first, after, BLOCK_N):
-            dw, dv = _pair(
-                dw, dv, w_i, g_i, v_i, lse_i, delta_i, first, start,
-                g, w, value, lse, delta, g_n, w_n, v_n, tokens, visible, scale, slope, 0.0,
-                P, WIDTH, BLOCK_M, BLOCK_N, False, True, True, True, HIDING, False, SEPARATE, PRECISION,
+                dw, dv, w_i, g_i, v_i, lse_i, delta_i, weight_i, first, start,
+                g, w, value, lse, delta, weight, g_n, w_n, v_n, tokens, visible, scale, slope, 0.0,
+                P=P, WIDTH=WIDTH, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, QUERY=True, KEY=False, DIAGONAL=False, MASKED=False,
+                HIDING=HIDING, SYMMETRIC=False, SEPARATE=SEPARATE, PRECISION=PRECISION,
             )  # fmt: skip
         end = tokens
         if first >= visible:
-            end = after  # hidden keys have no queries
+            end = first  # hidden keys have no queries
         for start in range(first + BLOCK_M, end, BLOCK_N):
             dw, dv = _pair(
-                dw, dv, w_i, g_i, v_i, lse_i, delta_i, first, start,
-                g, w, value, lse, delta, g_n, w_n, v_n, tokens, visible, scale, slope, 0.0,
-                P, WIDTH, BLOCK_M, BLOCK_N, False, True, False, True, HIDING, False, SEPARATE, PRECISION,
+                dw, dv, w_i, g_i, v_i, lse_i, delta_i, weight_i, first, start,
+                g, w, value, lse, delta, weight, g_n, w_n, v_n, tokens, visible, scale, slope, 0.0,
+                P=P, WIDTH=WIDTH, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, QUERY=False, KEY=True, DIAGONAL=False, MASKED=True,
+                HIDING=HIDING, SYMMETRIC=False, SEPARATE=SEPARATE, PRECISION=PRECISION,
+            )  # fmt: skip
+    elif HIDING:
+        end = tokens
+        if first >= visible:
+            end = visible
+        for start in range(0, end, BLOCK_N):
+            dw, dv = _pair(
+                dw, dv, w_i, g_i, v_i, lse_i, delta_i, weight_i, first, start,
+                g, w, value, lse, delta, weight, g_n, w_n, v_n, tokens, visible, scale, slope, 0.0,
+                P=P, WIDTH=WIDTH, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, QUERY=True, KEY=True, DIAGONAL=False, MASKED=True,
+                HIDING=True, SYMMETRIC=False, SEPARATE=SEPARATE, PRECISION=PRECISION,
             )  # fmt: skip
     else:
-        symmetric = False
-        middle = 0.0
-        end = tokens
-        if HIDING:
-            if first >= visible:
-                end = visible
-        else:
-            index = tl.arange(0, 256)
-            low = tl.full([256], float("inf"), tl.float32)
-            high = -low
-            for start in range(0, tokens, 256):
-                inside = start + index < tokens
-                some = tl.load(lse + start + index, mask=inside, other=float("nan"))
-                low = tl.minimum(low, tl.where(inside, some, low))
-                high = tl.maximum(high, tl.where(inside, some, high))
-            lowest = tl.min(low, 0)
-            highest = tl.max(high, 0)
-            middle = (lowest + highest) * 0.5
-            symmetric = highest - lowest <= _RANGE
-        full = end // BLOCK_N * BLOCK_N
-        if symmetric:
+        full = _last_tile(tokens, BLOCK_N)
+        middle = tl.load(middles + head)
+        if middle == middle:
+            weight += head.to(tl.int64) * tokens
+            weight_i = _entries(weight, row, tokens, 0.0, MASKED=True)
+            delta_i *= weight_i
+            weight_i *= scale
+            dw, dv = _pair(
+                dw, dv, w_i, g_i, v_i, lse_i, delta_i, weight_i, first, full,
+                g, w, value, lse, delta, weight, g_n, w_n, v_n, tokens, visible, scale, slope, middle,
+                P=P, WIDTH=WIDTH, BLOCK_M=BLOCK_M, BLOCK_N=CUT, QUERY=True, KEY=True, DIAGONAL=False, MASKED=True,
+                HIDING=False, SYMMETRIC=True, SEPARATE=SEPARATE, PRECISION=PRECISION,
+            )  # fmt: skip
             for start in range(0, full, BLOCK_N):
                 dw, dv = _pair(
-                    dw, dv, w_i, g_i, v_i, lse_i, delta_i, first, start,
-                    g, w, value, lse, delta, g_n, w_n, v_n, tokens, visible, scale, slope, middle,
-                    P, WIDTH, BLOCK_M, BLOCK_N, True, True, False, False, HIDING, True, SEPARATE, PRECISION,
-                )  # fmt: skip
-            for start in range(full, end, BLOCK_N):
-                dw, dv = _pair(
-                    dw, dv, w_i, g_i, v_i, lse_i, delta_i, first, start,
-                    g, w, value, lse, delta, g_n, w_n, v_n, tokens, visible, scale, slope, middle,
-                    P, WIDTH, BLOCK_M, BLOCK_N, True, True, False, True, HIDING, True, SEPARATE, PRECISION,
+                    dw, dv, w_i, g_i, v_i, lse_i, delta_i, weight_i, first, start,
+                    g, w, value, lse, delta, weight, g_n, w_n, v_n, tokens, visible, scale, slope, middle,
+                    P=P, WIDTH=WIDTH, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, QUERY=True, KEY=True, DIAGONAL=False,
+                    MASKED=False, HIDING=False, SYMMETRIC=True, SEPARATE=SEPARATE, PRECISION=PRECISION,
                 )  # fmt: skip
         else:
-            for start in range(0, end, BLOCK_N):
+            for start in range(0, tokens, BLOCK_N):
                 dw, dv = _pair(
-                    dw, dv, w_i, g_i, v_i, lse_i, delta_i, first, start,
-                    g, w, value, lse, delta, g_n, w_n, v_n, tokens, visible, scale, slope, middle,
-                    P, WIDTH, BLOCK_M, BLOCK_N, True, True, False, True, HIDING, False, SEPARATE, PRECISION,
+                    dw, dv, w_i, g_i, v_i, lse_i, delta_i, weight_i, first, start,
+                    g, w, value, lse, delta, weight, g_n, w_n, v_n, tokens, visible, scale, slope, middle,
+                    P=P, WIDTH=WIDTH, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, QUERY=True, KEY=True, DIAGONAL=False,
+                    MASKED=True, HIDING=False, SYMMETRIC=False, SEPARATE=SEPARATE, PRECISION=PRECISION,
                 )  # fmt: skip
 
     if SEPARATE and value is None:
         dw += dv
     dw_out += (batch * tokens * heads + inner) * P
-    _store_rows(dw_out, heads * P, first, tokens, dw, P, WIDTH, BLOCK_M)
+    _store_rows(dw_out, heads * P, first, tokens, dw, P=P, WIDTH=WIDTH, BLOCK=BLOCK_M)
     if value is not None:
         dv_out += (batch * tokens * heads + inner) * P
-        _store_rows(dv_out, heads * P, first, tokens, dv, P, WIDTH, BLOCK_M)
+        _store_rows(dv_out, heads * P, first, tokens, dv, P=P, WIDTH=WIDTH, BLOCK=BLOCK_M)

@@ -22,12 +22,26 @@ from . import launch
 ENVIRONMENT_VARIABLE = "CRATE_KERNELS_TRITON"
 
 ANY = 1 << 30
-CONSUMER, AMPERE, HOPPER = 96 * 1024, 160 * 1024, 200 * 1024
-"""Shared memory: A100 has 163 KiB, Hopper and data-centre Blackwell 227, other NVIDIA parts 99, AMD 64."""
+AMD, CONSUMER, AMPERE, HOPPER = 0, 96 * 1024, 160 * 1024, 200 * 1024
+"""Shared memory: A100 has 163 KiB, Hopper and data-centre Blackwell 227, other NVIDIA parts 99, AMD 64.
+
+NVIDIA parts get three stages: with two, the copy that one iteration issues is waited for at the start of the next.
+"""
+
+ROWS = ((449, 128), (385, 64), (321, 128), (257, 64), (65, 128), (0, 64))
+"""(tokens, rows of a tile): tiles of 128 rows halve the reads of ``w``; not where half of the last would be padding."""
 
 
 def _tiles(block_m: int, block_n: int, warps: int, stages: int, **more) -> dict:
     return {"BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": warps, "num_stages": stages, **more}
+
+
+def _attention(block_m: int, block_n: int, warps: int, stages: int, **more) -> dict:
+    """Tiles of attention. CUT: the least width of the tile that holds the last tokens; BLOCK_N leaves it uncut.
+
+    On Hopper a cut tile of 16 or 32 tokens is a ``wgmma`` with a short side, and no hardware has run it yet.
+    """
+    return _tiles(block_m, block_n, warps, stages, CUT=16, **more)
 
 
 # (size, width, rows, shared, options)
@@ -35,30 +49,36 @@ TABLE = {
     "attention_forward": (
         # wgmma takes 64 rows at least; chained with sides under 64 it has been miscompiled, so narrow heads get
         # 32 rows, which mma.sync multiplies. The same holds for tf32 and in the backward.
-        (2, 32, 0, HOPPER, _tiles(32, 64, 4, 2, MAX_FREE=False)),
-        # Long sequences: half the programs, half the reads of w; two warp groups of 64 rows each on Hopper.
-        (2, 64, 512, 0, _tiles(128, 64, 8, 2, MAX_FREE=True)),
-        # Up to a few hundred tokens: more programs than one per head, and less padding (N = 257: 320 rows, not 384).
-        (2, 64, 0, 0, _tiles(64, 64, 4, 2, MAX_FREE=False)),
-        (2, 128, 0, 0, _tiles(64, 64, 4, 2, MAX_FREE=False)),
-        (2, 256, 0, 0, _tiles(32, 32, 8, 2, MAX_FREE=False)),
-        (4, 64, 0, HOPPER, _tiles(32, 32, 4, 2, MAX_FREE=False)),
-        (4, 64, 0, 0, _tiles(64, 32, 8, 2, MAX_FREE=False)),
-        (4, 256, 0, 0, _tiles(32, 16, 8, 1, MAX_FREE=False)),
+        (2, 32, 0, HOPPER, _attention(32, 64, 4, 3)),
+        # Up to 128 registers a thread leave room for 16 warps a multiprocessor.
+        *((2, 64, n, CONSUMER, _attention(rows, 64, rows // 16, 3, maxnreg=128)) for n, rows in ROWS),
+        *((2, 64, n, AMD, _attention(rows, 64, rows // 16, 2)) for n, rows in ROWS),
+        (2, 128, 0, HOPPER, _attention(64, 64, 4, 3)),
+        # No more columns than rows, or Triton spreads the warps of mma.sync over columns and each sum over memory.
+        (2, 128, 0, CONSUMER, _attention(128, 64, 8, 3)),
+        (2, 128, 0, AMD, _attention(64, 64, 4, 2)),
+        (2, 256, 0, CONSUMER, _attention(32, 32, 8, 3)),
+        (2, 256, 0, AMD, _attention(32, 32, 8, 2)),
+        (4, 64, 0, HOPPER, _attention(32, 32, 4, 3)),
+        (4, 64, 0, CONSUMER, _attention(64, 32, 8, 3)),
+        (4, 64, 0, AMD, _attention(64, 32, 8, 2)),
+        (4, 256, 0, 0, _attention(32, 16, 8, 1)),
     ),
     "attention_delta": ((4, 256, 0, 0, {"BLOCK_M": 64, "num_warps": 4}),),
     "attention_backward": (
-        (2, 32, 0, HOPPER, _tiles(32, 32, 4, 2)),
+        (2, 32, 0, HOPPER, _attention(32, 32, 4, 3)),
         # Five products a tile: every side of 64 or more where there is memory for it (Hopper, Blackwell).
-        (2, 64, 65, HOPPER, _tiles(128, 64, 8, 2)),
-        (2, 64, 0, HOPPER, _tiles(64, 64, 4, 2)),
+        (2, 64, 65, HOPPER, _attention(128, 64, 8, 3)),
+        (2, 64, 0, HOPPER, _attention(64, 64, 4, 3)),
         # mma.sync holds whole operand tiles in registers: 32 keys at a time, or they spill.
-        (2, 64, 0, 0, _tiles(64, 32, 4, 2)),
-        (2, 128, 0, 0, _tiles(32, 32, 4, 2)),
-        (2, 256, 0, 0, _tiles(32, 32, 8, 1)),
-        (4, 64, 0, CONSUMER, _tiles(32, 32, 8, 1)),
-        (4, 64, 0, 0, _tiles(32, 32, 4, 1)),  # AMD: four warps have 512 registers a thread
-        (4, 256, 0, 0, _tiles(32, 16, 8, 1)),
+        (2, 64, 0, CONSUMER, _attention(64, 32, 4, 3)),
+        (2, 64, 0, AMD, _attention(64, 32, 4, 2)),
+        (2, 128, 65, HOPPER, _attention(128, 64, 8, 2)),  # a third stage would spill
+        (2, 128, 0, 0, _attention(32, 32, 4, 2)),
+        (2, 256, 0, 0, _attention(32, 32, 8, 1)),
+        (4, 64, 0, CONSUMER, _attention(32, 32, 8, 1)),
+        (4, 64, 0, AMD, _attention(32, 32, 4, 1)),  # four warps have 512 registers a thread
+        (4, 256, 0, 0, _attention(32, 16, 8, 1)),
     ),
     "fold_norm": ((4, ANY, 0, 0, {"BLOCK_K": 128, "BLOCK_N": 16, "num_warps": 4}),),
     "product": (

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..data.batches import Batching, evaluation_batches
+from ..data.image_shards import ShardSplit
 from ..data.images import IMAGENET_MEAN, IMAGENET_STD, ImageSource, load
 from ..data.text import open_corpus
 from ..models import CheckpointError, CrateModel, create_model, load_model
@@ -118,7 +119,9 @@ def _images(model, metadata, samples, data, root) -> tuple[Tensor, str]:
 
 
 def _spread(split, samples: int) -> None:
-    """Keep so many images of a split, evenly spread: folders and some data sets are sorted by class."""
+    """Keep so many images of a split, evenly spread: folders and some data sets are sorted by class. Shards are not."""
+    if isinstance(split, ShardSplit):
+        return
     count = min(samples, len(split))
     kept = [i * len(split) // count for i in range(count)]
     split.images = [split.images[i] for i in kept] if isinstance(split.images, list) else split.images[kept]

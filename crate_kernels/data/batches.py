@@ -7,19 +7,28 @@ resume from any step.
 
 from __future__ import annotations
 
+import dataclasses
+import io
+import multiprocessing
 import os
 import random
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from ..distributed import launch
-from .images import DataError, ImageData, Split
+from . import image_shards
+from .errors import DataError
+from .image_shards import EvaluationStream, Sample, ShardSplit, TrainingStream
+from .images import ImageData, Split
 from .order import seed_for
 
 
@@ -36,6 +45,7 @@ class Batching:
         crop: smallest share of an image's area that a random crop keeps; 1 crops nothing.
         flip: probability of mirroring an image.
         auto_augment: timm's policy, such as ``rand-m9-mstd0.5``.
+        max_broken: more broken images than this end the run; None for no limit.
         mixed: whether mixup or cutmix pairs the images of a batch, so that a rank needs both images of each pair.
     """
 
@@ -47,6 +57,7 @@ class Batching:
     crop: float = 1.0
     flip: float = 0.0
     auto_augment: str | None = None
+    max_broken: int | None = None
     mixed: bool = False
 
 
@@ -75,6 +86,9 @@ def seed_everything(*parts: int) -> None:
     torch.manual_seed(seed)
 
 
+Batch = tuple[Tensor, Tensor, list[str]]
+"""Images ``uint8 (B, C, H, W)``, labels ``(B,)``, and a sentence about each image that was broken."""
+
 Part = Callable[[int], np.ndarray]
 """Size of a batch -> the positions in it that are wanted."""
 
@@ -92,7 +106,7 @@ def part_of_rank(count: int, rank: int, size: int, mirrored: bool = False) -> np
 
 
 class Batches(Dataset):
-    """A split as ready batches: item ``(seed, indices)`` is ``(uint8 images (B, C, H, W), labels (B,))``.
+    """A split as ready batches: item ``(seed, indices)`` is a :data:`Batch`.
 
     Args:
         part: which of a batch's images to return. The others are not read from files; images in memory, which cost
@@ -102,39 +116,105 @@ class Batches(Dataset):
     def __init__(self, split: Split, transform, size: tuple[int, int], channels: int, part: Part = np.arange):
         self.split, self.transform, self.size, self.channels, self.part = split, transform, size, channels, part
 
-    def __getitem__(self, item: tuple[int | None, np.ndarray]) -> tuple[Tensor, Tensor] | DataError:
+    def __getitem__(self, item: tuple[int | None, np.ndarray]) -> Batch | DataError:
         seed, indices = item
         mine = self.part(len(indices))
-        labels = torch.from_numpy(self.split.labels[indices[mine]])
-        images = self.split.images
+        images, labels = self.split.images, self.split.labels[indices[mine]]
         if self.transform is None:
             batch = torch.from_numpy(images[indices[mine]]).view(len(mine), *self.size, self.channels)
-            return batch.permute(0, 3, 1, 2), labels
-        in_memory = isinstance(images, np.ndarray)
-        if seed is not None and in_memory:
+            return batch.permute(0, 3, 1, 2), torch.from_numpy(labels), []
+        if not isinstance(images, np.ndarray):
+            files = [(images[i], images[i], "") for i in indices[mine]]
+            seeds = None if seed is None else [(seed, int(position)) for position in mine]
+            return augmented(files, labels, seeds, self.transform, self.size, self.channels)
+        if seed is not None:
             seed_everything(seed)
-        batch = []
-        try:
-            for position in range(len(indices)) if seed is not None and in_memory else mine:
-                if seed is not None and not in_memory:
-                    seed_everything(seed, int(position))
-                batch.append(self.transform(self._open(indices[position])))
-        except DataError as error:
-            return error  # raised in a loader's process it would arrive wrapped in that process's traceback
+        positions = range(len(indices)) if seed is not None else mine
+        batch = [self.transform(Image.fromarray(images[indices[position]])) for position in positions]
         batch = np.stack(batch) if batch else np.empty((0, self.channels, *self.size), np.uint8)
-        return torch.from_numpy(batch if len(batch) == len(mine) else batch[mine]), labels
+        batch = batch if len(batch) == len(mine) else batch[mine]
+        return torch.from_numpy(batch), torch.from_numpy(labels), []
 
-    def _open(self, index: int):
-        from PIL import Image
 
-        image = self.split.images[index]
-        if isinstance(image, np.ndarray):
-            return Image.fromarray(image)
+def augmented(
+    files: Sequence[tuple[Any, str, str]],
+    labels: Sequence[int],
+    seeds: Sequence[tuple[int, ...]] | None,
+    transform: Callable[[Image.Image], np.ndarray],
+    size: tuple[int, int],
+    channels: int,
+) -> Batch | DataError:
+    """A batch of decoded and augmented images.
+
+    In training another image of the batch takes a broken one's place, so that batches keep their size, and a resumed
+    run need not know which images were broken before. In an evaluation a broken image is left out.
+
+    Args:
+        files: file or path, name, and what is wrong with the image if that is known.
+        labels: of the files.
+        seeds: of each image's augmentation in training; None for an evaluation.
+        transform: to ``uint8 (C, H, W)``.
+        size, channels: of the transform's result.
+    """
+    images: list[np.ndarray | None] = []
+    broken: list[str] = []
+    for i, (file, name, reason) in enumerate(files):
         try:
-            with Image.open(image) as file:
-                return file.convert("RGB" if self.channels == 3 else "L")
-        except Exception as error:  # Pillow's decoders raise whatever their format makes them stumble over
-            raise DataError(f"{image} is not a readable image: {error}") from error
+            image = decode(file, name, reason, channels)
+        except DataError as error:
+            broken.append(str(error))
+            images.append(None)
+            continue
+        if seeds is not None:
+            seed_everything(*seeds[i])
+        images.append(transform(image))
+    good = [i for i, image in enumerate(images) if image is not None]
+    if seeds is None:
+        chosen = good
+    elif good or not images:
+        chosen = [i if image is not None else good[i % len(good)] for i, image in enumerate(images)]
+    else:
+        return DataError(f"all images of a batch are broken; the first: {broken[0]}")
+    batch = np.stack([images[i] for i in chosen]) if chosen else np.empty((0, channels, *size), np.uint8)
+    return torch.from_numpy(batch), torch.tensor([int(labels[i]) for i in chosen], dtype=torch.int64), broken
+
+
+def decode(file: Any, name: str, reason: str, channels: int) -> Image.Image:
+    """The image in a file or at a path, as RGB or as gray levels.
+
+    Raises:
+        DataError: it is no image, or damaged; the message has its ``name`` and the ``reason``, if that is known.
+    """
+    try:
+        if reason:
+            raise ValueError(reason)
+        with Image.open(file) as image:
+            return image.convert("RGB" if channels == 3 else "L")
+    except UnidentifiedImageError:
+        raise DataError(
+            f"{name} is not a readable image: its format is not known, or its beginning is damaged"
+        ) from None
+    except Exception as error:  # Pillow's decoders raise whatever their format makes them stumble over
+        raise DataError(f"{name} is not a readable image: {error}") from error
+
+
+@dataclass(frozen=True)
+class FromSamples:
+    """Makes batches of the samples of shards; see :func:`augmented`."""
+
+    transform: Callable[[Image.Image], np.ndarray]
+    size: tuple[int, int]
+    channels: int
+
+    def __call__(self, samples: Sequence[Sample], seeds: Sequence[tuple[int, ...]] | None) -> Batch | DataError:
+        files = [(io.BytesIO(s.content or b""), s.name, s.reason) for s in samples]
+        return augmented(files, [s.label for s in samples], seeds, self.transform, self.size, self.channels)
+
+
+def to_bytes(image: Image.Image) -> np.ndarray:
+    """An image as it is: ``uint8 (C, H, W)``."""
+    array = np.asarray(image)
+    return array[None] if array.ndim == 2 else array.transpose(2, 0, 1)
 
 
 class TrainingOrder(Sampler):
@@ -180,10 +260,16 @@ def training_batches(
     order = TrainingOrder(len(data.train), batching, start)
     plain = batching.crop == 1 and not batching.flip and not batching.auto_augment
     transform = None if plain and data.image_size == size else _transform(data, batching, size, training=not plain)
-    part = (
-        partial(part_of_rank, rank=launch.rank(), size=launch.size(), mirrored=batching.mixed) if shared else np.arange
-    )
-    return _load(Batches(data.train, transform, size, data.channels, part), order, batching, device)
+    rank, ranks = (launch.rank(), launch.size()) if shared else (0, 1)
+    if isinstance(data.train, ShardSplit):
+        make = FromSamples(transform or to_bytes, size, data.channels)
+        end = batching.epochs * order.per_epoch
+        stream = TrainingStream(
+            data.train, make, rank, ranks, start, end, batching.batch_size, order.per_epoch, batching.seed
+        )
+        return _load(stream, None, data, batching, device)
+    part = partial(part_of_rank, rank=rank, size=ranks, mirrored=batching.mixed)
+    return _load(Batches(data.train, transform, size, data.channels, part), order, data, batching, device)
 
 
 def evaluation_batches(
@@ -196,12 +282,16 @@ def evaluation_batches(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """The test images in order, not augmented; of each batch this rank's part if ``shared``, perhaps none."""
     transform = None if data.image_size == size else _transform(data, batching, size, training=False)
-    indices = np.array_split(np.arange(len(data.test)), -(-len(data.test) // max(256, batching.batch_size)))
-    part = partial(part_of_rank, rank=launch.rank(), size=launch.size()) if shared else np.arange
-    batches = Batches(data.test, transform, size, data.channels, part)
+    rank, ranks = (launch.rank(), launch.size()) if shared else (0, 1)
+    most = max(256, batching.batch_size)
+    if isinstance(data.test, ShardSplit):
+        make = FromSamples(transform or to_bytes, size, data.channels)
+        return _load(EvaluationStream(data.test, make, rank, ranks, -(-most // ranks)), None, data, batching, device)
+    indices = np.array_split(np.arange(len(data.test)), -(-len(data.test) // most))
+    batches = Batches(data.test, transform, size, data.channels, partial(part_of_rank, rank=rank, size=ranks))
     if transform is None:
-        return (batches[None, part] for part in indices)
-    return _load(batches, [(None, part) for part in indices], batching, device)
+        return (batches[None, part][:2] for part in indices)
+    return _load(batches, [(None, part) for part in indices], data, batching, device)
 
 
 def _transform(data: ImageData, batching: Batching, size: tuple[int, int], training: bool):
@@ -222,15 +312,47 @@ def _transform(data: ImageData, batching: Batching, size: tuple[int, int], train
     )
 
 
-def _load(batches: Batches, order, batching: Batching, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
+def _load(
+    batches: Batches | TrainingStream | EvaluationStream,
+    order,
+    data: ImageData,
+    batching: Batching,
+    device: torch.device,
+) -> Iterator[tuple[Tensor, Tensor]]:
     workers = default_workers() if batching.workers is None else batching.workers
-    # Without transforms a batch is one slice of an array, which is not worth a process.
-    workers = workers if batches.transform is not None else 0
+    remote = False
+    if isinstance(batches, Batches):
+        # Without transforms a batch is one slice of an array, which is not worth a process.
+        workers = workers if batches.transform is not None else 0
+    else:
+        workers = batches.processes(workers)
+        remote = image_shards.is_url(batches.split.base)
+    # Clients of remote file systems have threads, which a fork would not take along.
+    servers = workers and remote and "forkserver" in multiprocessing.get_all_start_methods()
     loader = DataLoader(
         batches, batch_size=None, sampler=order, num_workers=workers, pin_memory=device.type == "cuda",
-        prefetch_factor=4 if workers else None,
+        prefetch_factor=4 if workers else None, multiprocessing_context="forkserver" if servers else None,
     )  # fmt: skip
     for batch in loader:
         if isinstance(batch, DataError):
             raise batch
-        yield batch
+        *batch, broken = batch
+        data.broken.note(broken, batching.max_broken)
+        yield tuple(batch)
+
+
+def loader_speed(data: ImageData, batching: Batching, size: tuple[int, int], seconds: float = 2.0) -> float:
+    """Training images per second that the loader of this rank delivers while nothing else runs, in at most an epoch.
+
+    The first batches are not counted where there are others: the loader prepares them while its processes start.
+    """
+    workers = default_workers() if batching.workers is None else batching.workers
+    once = dataclasses.replace(batching, epochs=1)
+    counts, times = [0], [time.perf_counter()]
+    for images, _ in training_batches(data, once, size, 0, torch.device("cpu"), shared=True):
+        counts.append(counts[-1] + len(images))
+        times.append(time.perf_counter())
+        if len(times) > 4 * workers + 2 and times[-1] - times[4 * workers + 1] > seconds:
+            break
+    first = 4 * workers + 1 if len(times) > 4 * workers + 2 else 0
+    return (counts[-1] - counts[first]) / (times[-1] - times[first])

@@ -9,22 +9,22 @@ import csv
 import gzip
 import importlib.util
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 
+from ..distributed import launch
+from . import image_shards
 from .digests import digest
+from .errors import Broken, DataError
+from .image_shards import ImageManifest, ShardSplit
 
 FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
 """Where the Debian package dataset-fashion-mnist puts its files."""
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-
-
-class DataError(ValueError):
-    """Images that cannot be used; the message names the file or folder and what is expected there."""
 
 
 @dataclass(frozen=True)
@@ -63,11 +63,12 @@ class ImageData:
 
     name: str
     classes: list[str]
-    train: Split
-    test: Split
+    train: Split | ShardSplit
+    test: Split | ShardSplit
     mean: tuple[float, ...]
     std: tuple[float, ...]
     image_size: tuple[int, int] | None
+    broken: Broken = field(default_factory=Broken)
 
     @property
     def channels(self) -> int:
@@ -78,14 +79,21 @@ class ImageData:
         """What the set holds, in words and a digest. Of files in folders the names count, not what is in them."""
         parts: list[bytes | np.ndarray] = [repr(self.classes).encode()]
         for split in (self.train, self.test):
+            if isinstance(split, ShardSplit):
+                parts.append(split.fingerprint())
+                continue
             images = split.images
             if not isinstance(images, np.ndarray):
                 images = "\n".join(path.removeprefix(self.name).lstrip(os.sep) for path in images).encode()
             parts += [images, split.labels]
         return (
             f"{len(self.train):,} training and {len(self.test):,} test images in {len(self.classes)} classes "
-            f"(sha256 {digest(*parts)})"
+            f"({self._streamed}sha256 {digest(*parts)})"
         )
+
+    @property
+    def _streamed(self) -> str:
+        return f"streamed by {launch.size()} ranks, " if isinstance(self.train, ShardSplit) else ""
 
 
 def load(source: ImageSource) -> ImageData:
@@ -94,11 +102,14 @@ def load(source: ImageSource) -> ImageData:
     Raises:
         DataError: files are missing, damaged or not laid out as expected, or classes do not fit ``num_classes``.
     """
-    data = READERS[source.data](source) if source.data in READERS else image_folder(source)
+    if source.data in READERS:
+        data = READERS[source.data](source)
+    else:
+        data = (shards if image_shards.is_prepared(source.data) else image_folder)(source)
     for name, split in (("training", data.train), ("test", data.test)):
         if not len(split):
             raise DataError(f"{source.data}: there are no {name} images")
-        if split.labels.min() < 0 or split.labels.max() >= len(data.classes):
+        if isinstance(split, Split) and (split.labels.min() < 0 or split.labels.max() >= len(data.classes)):
             raise DataError(
                 f"{source.data}: {name} labels run from {split.labels.min()} to {split.labels.max()}, "
                 f"but there are {len(data.classes)} classes"
@@ -166,7 +177,7 @@ def image_folder(source: ImageSource) -> ImageData:
     """A folder of class folders; with ``train`` and ``val`` (or ``test``) inside, or split 4 to 1 by the seed."""
     root = Path(source.data)
     if not root.is_dir():
-        raise DataError(f"no folder {root}; --data takes {', '.join(READERS)} or a folder of class folders")
+        raise DataError(f"no folder {root}; --data takes {', '.join(READERS)} a folder of class folders, or shards")
     train_root = root / "train" if (root / "train").is_dir() else root
     test_root = next((root / name for name in ("val", "test") if (root / name).is_dir()), None)
     if train_root is root:
@@ -182,6 +193,14 @@ def image_folder(source: ImageSource) -> ImageData:
             raise DataError(f"{train_root} and {test_root} have different classes: {', '.join(differ[:8])}")
         train, test = Split(paths, labels), Split(test_paths, test_labels)
     return ImageData(str(root), classes, train, test, IMAGENET_MEAN, IMAGENET_STD, None)
+
+
+def shards(source: ImageSource) -> ImageData:
+    """The shards in a folder or behind a URL that ``crate-kernels prepare-images`` described."""
+    manifest = ImageManifest.read(source.data)
+    train, test = (ShardSplit(source.data, files, len(manifest.classes)) for files in (manifest.train, manifest.test))
+    size = manifest.image_size and tuple(manifest.image_size)
+    return ImageData(source.data, manifest.classes, train, test, tuple(manifest.mean), tuple(manifest.std), size)
 
 
 PHOTOS = {

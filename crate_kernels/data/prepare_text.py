@@ -1,34 +1,29 @@
 """``crate-kernels prepare-text``: text files, JSON lines, Arrow and Parquet files to a folder of token shards.
 
-The input is cut into parts, each of which becomes one shard per split. Processes work on parts independently, and a
-finished part is recorded: started again after a kill, the command goes on with the parts that are not. The result does
-not depend on the number of processes, nor on interruptions.
+The input is cut into parts, each of which becomes one shard per split; see ``parts``. The result does not depend on the
+number of processes, nor on interruptions.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import hashlib
-import json
-import multiprocessing
 import os
-import threading
 import time
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from ..models.checkpoint import naming, write_atomically
+from ..models.checkpoint import naming
 from ..models.tokenizers import TOKENIZERS, Tokenizer, create_tokenizer
-from . import text_files
+from . import parts, text_files
 from .text_files import Format, Range
 from .text_shards import COUNTS, FORMAT, SPLITS, Manifest, Shard, TextShards, is_prepared
 
-RECORDS = "parts"
-"""The folder of finished parts' records, inside the output; it is removed when all are finished."""
 BUFFERED_TOKENS = 1 << 20
 """A shard's tokens are written so many at a time."""
 
@@ -62,7 +57,7 @@ class ShardWriter:
 
     def __init__(self, path: Path, dtype: np.dtype, counts: np.ndarray):
         self.path, self.dtype, self.counts = path, dtype, counts
-        self.file, self.sha256 = open(path.with_name(f".{path.name}.{os.getpid()}.tmp"), "wb"), hashlib.sha256()  # noqa: SIM115
+        self.file, self.sha256 = open(parts.temporary(path), "wb"), hashlib.sha256()  # noqa: SIM115
         self.held: list[np.ndarray] = []
         self.waiting = self.tokens = self.documents = self.bytes = 0
 
@@ -104,8 +99,9 @@ def belongs_to_validation(text: bytes, share: float) -> bool:
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest()) < share * 2**64
 
 
-def write_part(folder: Path, number: int, part: list[Range], settings: Settings, tokenizer: Tokenizer) -> None:
-    """Write the shards of one part, and then its record."""
+def write_part(settings: Settings, folder: Path, number: int, part: list[Range]) -> dict[str, Any]:
+    """Write the shards of one part; its record."""
+    tokenizer = _tokenizer(settings.tokenizer)
     dtype = token_dtype(tokenizer)
     counts = {split: np.zeros(tokenizer.vocab_size, np.int64) for split in SPLITS}
     writers = {split: ShardWriter(folder / f"{split}-{number:05}.bin", dtype, counts[split]) for split in SPLITS}
@@ -121,40 +117,18 @@ def write_part(folder: Path, number: int, part: list[Range], settings: Settings,
                 writers[split].end_document(tokenizer.end_of_text)
             running = split if goes_on else None
     shards = {split: dataclasses.asdict(writer.close()) for split, writer in writers.items()}
-    write_atomically(record_path(folder, number), json.dumps({**shards, "counts": counts["train"].tolist()}).encode())
+    return {**shards, "counts": counts["train"].tolist()}
+
+
+@functools.cache
+def _tokenizer(name: str) -> Tokenizer:
+    """Made once in a process."""
+    return create_tokenizer(name)
 
 
 def token_dtype(tokenizer: Tokenizer) -> np.dtype:
     """The smallest of uint16 and uint32 that holds every token."""
     return np.dtype("<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4")
-
-
-def record_path(folder: Path, number: int) -> Path:
-    """Where the record of a finished part lies."""
-    return folder / RECORDS / f"{number:05}.json"
-
-
-_tokenizers: dict[str, Tokenizer] = {}
-
-
-def _work(folder: Path, number: int, part: list[Range], settings: Settings) -> int:
-    """:func:`write_part` in a process of its own, which makes its tokenizer once."""
-    if settings.tokenizer not in _tokenizers:
-        _tokenizers[settings.tokenizer] = create_tokenizer(settings.tokenizer)
-    write_part(folder, number, part, settings, _tokenizers[settings.tokenizer])
-    return number
-
-
-def _end_with_parent() -> None:
-    """End this process soon after the one that started it, which may be killed."""
-    parent = os.getppid()
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(1)
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
 
 
 def prepare(sources: list[text_files.Source], folder: Path, settings: Settings, workers: int = 0, show=print) -> None:
@@ -173,44 +147,19 @@ def prepare(sources: list[text_files.Source], folder: Path, settings: Settings, 
         **dataclasses.asdict(settings),
         "sources": [{**dataclasses.asdict(s), "modified": os.stat(s.path).st_mtime_ns} for s in sources],
     }
-    plan_digest = hashlib.sha256(json.dumps(plan).encode()).hexdigest()
-    description = {k: v for k, v in plan.items() if k != "sources"} | {
-        "plan": plan_digest,
-        "files": len(sources),
-        "bytes": sum(s.bytes for s in sources),
-    }
+    digest = parts.plan_digest(plan)
+    description = {name: value for name, value in plan.items() if name != "sources"}
+    description |= {"plan": digest, "files": len(sources), "bytes": sum(s.bytes for s in sources)}
     if is_prepared(folder):
         if Manifest.read(folder).settings != description:
             raise ValueError(f"{folder} holds shards of other files or settings: choose another --output")
+        parts.forget(folder)
         show(f"{folder} is complete already")
         return
-    records = folder / RECORDS
-    records.mkdir(parents=True, exist_ok=True)
-    mark = records / "plan"
-    if mark.is_file() and mark.read_text() != plan_digest:
-        raise ValueError(
-            f"{folder} holds unfinished shards of other files or settings: remove the folder or choose another --output"
-        )
-    mark.write_text(plan_digest)
-    for leftover in (*folder.glob(".*.tmp"), *records.glob(".*.tmp")):
-        leftover.unlink()
-
-    parts = text_files.cut(sources, settings.part_bytes)
-    missing = [number for number in range(len(parts)) if not record_path(folder, number).is_file()]
-    if len(missing) < len(parts):
-        show(f"{len(parts) - len(missing)} of {len(parts)} parts are finished already")
-    began, shown = time.monotonic(), time.monotonic()
-    finished = _in_processes if workers else _in_this_process
-    for done, _ in enumerate(finished(folder, parts, missing, settings, workers), start=1):
-        if time.monotonic() - shown >= 10:
-            shown = time.monotonic()
-            left = (shown - began) / done * (len(missing) - done)
-            show(f"{len(parts) - len(missing) + done} of {len(parts)} parts, {left:.0f} s left")
-
+    work = functools.partial(write_part, settings)
     shards: dict[str, list[Shard]] = {split: [] for split in SPLITS}
     counts = np.zeros(tokenizer.vocab_size, np.int64)
-    for number in range(len(parts)):
-        record = json.loads(record_path(folder, number).read_text())
+    for record in parts.work_on(folder, digest, text_files.cut(sources, settings.part_bytes), work, workers, show):
         counts += np.array(record["counts"])
         for split in SPLITS:
             shard = Shard(**record[split])
@@ -224,30 +173,7 @@ def prepare(sources: list[text_files.Source], folder: Path, settings: Settings, 
         *(tuple(shards[split]) for split in SPLITS),
     )  # fmt: skip
     manifest.write(folder)
-    for path in records.iterdir():
-        path.unlink()
-    records.rmdir()
-
-
-def _in_this_process(folder, parts, missing, settings, workers):
-    for number in missing:
-        yield _work(folder, number, parts[number], settings)
-
-
-def _in_processes(folder, parts, missing, settings, workers):
-    # Processes of a server that has imported this module: they share its memory, and no thread of ours is forked.
-    methods = multiprocessing.get_all_start_methods()
-    context = multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
-    if context.get_start_method() == "forkserver":
-        context.set_forkserver_preload([__name__])
-    with ProcessPoolExecutor(workers, context, _end_with_parent) as pool:
-        futures = [pool.submit(_work, folder, number, parts[number], settings) for number in missing]
-        try:
-            for future in as_completed(futures):
-                yield future.result()
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+    parts.forget(folder)
 
 
 # -- command -----------------------------------------------------------------------------------------------------------
@@ -255,7 +181,7 @@ def _in_processes(folder, parts, missing, settings, workers):
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``crate-kernels prepare-text``."""
-    parser.epilog = "Started again after an interruption, the same command goes on with the parts that are missing."
+    parser.epilog = "Started again after an interruption, the same command does the parts that are missing."
     add = parser.add_argument
     add("inputs", nargs="*", metavar="PATH", help="text, JSON lines, Arrow and Parquet files, or folders of them")
     add("--output", required=True, metavar="FOLDER", help="where the shards go; train-text --text takes this folder")

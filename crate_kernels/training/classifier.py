@@ -24,6 +24,7 @@ from ..data.batches import (
     Normalization,
     TrainingOrder,
     evaluation_batches,
+    loader_speed,
     seed_everything,
     seed_for,
     training_batches,
@@ -290,6 +291,10 @@ class Trainer(Engine):
             "config": dataclasses.asdict(settings),
             "versions": versions(),
         }
+        loader = loader_speed(self.data, self.batching, self.model.image_size)
+        rate = self.steps * self.per_step() / max(self.seconds, 1e-9) / launch.size()
+        summary |= {"broken_images": list(self.data.broken.found), "loader_images_per_second": loader}
+        report.line(f"loader alone: {loader:.0f} images/s; training took {rate:.0f} images/s")
         images, labels = self.example()
         measurement = layerwise(model, images)
         picture = plot_layerwise(measurement, self.output / "layerwise.png", title=f"{self.data.name}, layer by layer")

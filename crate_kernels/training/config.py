@@ -39,6 +39,10 @@ def option(default, text: str, group: str, **keywords):
     return dataclasses.field(default=default, metadata={"help": text, "group": group, **keywords})
 
 
+MAX_BROKEN = "end the run when so many images and one more cannot be read; without it they are only counted and named"
+"""The help of ``--max-broken``."""
+
+
 @dataclass
 class EngineOptions:
     """Options of every training command that leave the result as it is."""
@@ -69,7 +73,9 @@ class EngineOptions:
 class Config(EngineOptions):
     """What a run does. Two runs with equal ``fixed()`` values on one machine end with equal weights."""
 
-    data: str = option("mnist5k", "mnist5k, fashion-mnist, cifar10, photos, or a folder of class folders", "data")
+    data: str = option(
+        "mnist5k", "mnist5k, fashion-mnist, cifar10, photos, a folder of class folders, or shards", "data"
+    )
     root: str | None = option(None, "where the named data set's files are, in torchvision's layout", "data")
     num_classes: int | None = option(None, "size of the head; must be the number of classes in the data", "data")
     crop: float = option(1.0, "smallest share of an image's area that a random crop keeps; 1 crops nothing", "data")
@@ -118,6 +124,7 @@ class Config(EngineOptions):
     device: str = option("auto", "cpu, cuda, cuda:1 ...; auto takes a GPU if there is one", "machine")
     compile: bool = option(False, "train through torch.compile", "machine")
     workers: int | None = option(None, "processes that prepare batches", "machine")
+    max_broken: int | None = option(None, MAX_BROKEN, "machine")
 
     output: str = option("runs/{data}", "folder of everything the run writes", "output")
     checkpoint_seconds: float = option(30.0, "write the state this often, besides after every epoch", "output")
@@ -136,13 +143,13 @@ class Config(EngineOptions):
         return Batching(
             batch_size=self.batch_size, accumulate=self.accumulate, epochs=self.epochs, seed=self.seed,
             workers=self.workers, crop=self.crop, flip=self.flip, auto_augment=self.auto_augment,
-            mixed=bool(self.mixup or self.cutmix),
+            mixed=bool(self.mixup or self.cutmix), max_broken=self.max_broken,
         )  # fmt: skip
 
 
 FREE = (
     "device", "workers", "output", "checkpoint_seconds", "log_steps", "root", "parallel", "activation_checkpointing",
-    "layerwise_steps", "tensorboard",
+    "layerwise_steps", "tensorboard", "max_broken",
 )  # fmt: skip
 """Options that do not change the resulting weights."""
 
@@ -232,7 +239,8 @@ def resolve(options: dict[str, Any]) -> Config:
                             ("dropout", 0, 0.99)):  # fmt: skip
         if not low <= getattr(config, name) <= high:
             raise ValueError(f"--{name.replace('_', '-')} must lie in {low}..{high}, got {getattr(config, name)}")
-    for name in ("learning_rate", "weight_decay", "warmup_epochs", "clip_grad", "mixup", "cutmix", "seed", "workers"):
+    for name in ("learning_rate", "weight_decay", "warmup_epochs", "clip_grad", "mixup", "cutmix", "seed", "workers",
+                 "max_broken"):  # fmt: skip
         value = getattr(config, name)
         if value is not None and value < 0:
             raise ValueError(f"--{name.replace('_', '-')} must not be negative, got {value}")

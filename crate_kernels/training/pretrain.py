@@ -14,13 +14,21 @@ import torch
 from torch import Tensor
 from torch.nn.functional import affine_grid, grid_sample, log_softmax, normalize, one_hot
 
-from ..data.batches import Batching, Normalization, TrainingOrder, evaluation_batches, seed_for, training_batches
+from ..data.batches import (
+    Batching,
+    Normalization,
+    TrainingOrder,
+    evaluation_batches,
+    loader_speed,
+    seed_for,
+    training_batches,
+)
 from ..data.images import ImageSource, load
 from ..distributed import launch
 from ..models import CrateModel
 from ..ops.backends import BACKENDS
 from ..version import __version__
-from .config import FREE, EngineOptions, option
+from .config import FREE, MAX_BROKEN, EngineOptions, option
 from .engine import Engine, Meter
 from .progress import Report, clock
 
@@ -29,7 +37,9 @@ from .progress import Report, clock
 class PretrainConfig(EngineOptions):
     """Options that every self-supervised run has."""
 
-    data: str = option("photos", "photos, mnist5k, fashion-mnist, cifar10, or a folder of class folders", "data")
+    data: str = option(
+        "photos", "photos, mnist5k, fashion-mnist, cifar10, a folder of class folders, or shards", "data"
+    )
     root: str | None = option(None, "where the named data set's files are, in torchvision's layout", "data")
     image_size: int | None = option(None, "pixels along an image", "data")
 
@@ -53,6 +63,7 @@ class PretrainConfig(EngineOptions):
     )
     device: str = option("auto", "cpu, cuda, cuda:1 ...; auto takes a GPU if there is one", "machine")
     workers: int | None = option(None, "processes that read image files", "machine")
+    max_broken: int | None = option(None, MAX_BROKEN, "machine")
 
     output: str = option("runs/pretrain-{data}", "folder of everything the run writes", "output")
     checkpoint_seconds: float = option(30.0, "write the state this often", "output")
@@ -67,8 +78,8 @@ class PretrainConfig(EngineOptions):
         for name in ("dim", "depth", "heads", "patch_size", "epochs", "batch_size", "accumulate", "log_steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(self, name)}")
-        for name in ("learning_rate", "warmup_epochs", "weight_decay", "clip_grad", "seed"):
-            if getattr(self, name) < 0:
+        for name in ("learning_rate", "warmup_epochs", "weight_decay", "clip_grad", "seed", "max_broken"):
+            if (getattr(self, name) or 0) < 0:
                 raise ValueError(f"--{name.replace('_', '-')} must not be negative, got {getattr(self, name)}")
         if self.dim % self.heads:
             raise ValueError(f"--heads {self.heads} does not divide --dim {self.dim}")
@@ -80,7 +91,9 @@ class PretrainConfig(EngineOptions):
 
     def batching(self) -> Batching:
         """How they are put together. Views are cut on the device, so the loader augments nothing."""
-        return Batching(self.batch_size, self.accumulate, self.epochs, self.seed, self.workers)
+        return Batching(
+            self.batch_size, self.accumulate, self.epochs, self.seed, self.workers, max_broken=self.max_broken
+        )
 
 
 # -- views -------------------------------------------------------------------------------------------------------------
@@ -288,6 +301,9 @@ class Pretrainer(Engine):
         path = self.output / "model.safetensors"
         model.save(path, data=self.data.name, mean=self.data.mean, std=self.data.std)
         written = [path, *self.draw(), *self.plot_probe()]
+        loader = loader_speed(self.data, self.batching, self.size)
+        rate = self.steps * self.per_step() / max(self.seconds, 1e-9) / launch.size()
+        report.line(f"loader alone: {loader:.0f} images/s; training took {rate:.0f} images/s")
         self.write_summary(
             {
                 "trained": figures,
@@ -298,6 +314,8 @@ class Pretrainer(Engine):
                 "precision": self.precision,
                 "device": str(self.device),
                 "ranks": launch.size(),
+                "broken_images": list(self.data.broken.found),
+                "loader_images_per_second": loader,
                 "version": __version__,
                 "torch": torch.__version__,
             }

@@ -1,6 +1,7 @@
 import hashlib
 import itertools
 import pickle
+import re
 import shutil
 
 import numpy as np
@@ -179,15 +180,24 @@ def test_splits_with_different_classes(image_root, tmp_path):
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_corrupt_image_is_named(image_root, workers):
+def test_a_corrupt_image_is_named_and_another_takes_its_place(image_root, workers, capsys):
     corrupt(image_root / "red" / "7.png")
-    data, batching = d.load(ImageSource(str(image_root))), Batching(4, workers=workers)
-    training, test = (
-        training_batches(data, batching, (32, 32), 0, CPU),
-        evaluation_batches(data, batching, (32, 32), CPU),
-    )
+    source, batching = ImageSource(str(image_root)), Batching(4, workers=workers)
+    data = d.load(source)
+    counts = [len(labels) for _, labels in training_batches(data, batching, (32, 32), 0, CPU)]
+    counts += [len(labels) for _, labels in evaluation_batches(data, batching, (32, 32), CPU)]
+    assert sum(counts) == 20 - ("red/7.png" in str(data.test.images))
+    (sentence,) = data.broken.found
+    assert re.match(r"^\S*red/7\.png is not a readable image", sentence)
+    assert capsys.readouterr().err == f"broken: {sentence}\n"
+    batching = Batching(4, workers=workers, max_broken=0)
+    data = d.load(source)
     with pytest.raises(d.DataError, match=r"^\S*red/7\.png is not a readable image"):  # not a worker's traceback
-        list(itertools.chain(training, test))
+        list(
+            itertools.chain(
+                training_batches(data, batching, (32, 32), 0, CPU), evaluation_batches(data, batching, (32, 32), CPU)
+            )
+        )
 
 
 def test_class_count(image_root):

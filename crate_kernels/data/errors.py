@@ -1,0 +1,43 @@
+"""What is wrong with data, in a sentence."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable
+
+SHOWN = 10
+"""So many broken images are named as they are found; the others are only counted."""
+
+
+class DataError(ValueError):
+    """Images that cannot be used; the message names the file or folder and what is expected there."""
+
+
+class Broken:
+    """The broken images that this rank has come across, each one once.
+
+    Attributes:
+        found: the sentence about each one.
+    """
+
+    def __init__(self):
+        self.found: dict[str, None] = {}
+
+    def __len__(self) -> int:
+        return len(self.found)
+
+    def note(self, sentences: Iterable[str], most: int | None) -> None:
+        """Count broken images, and name the first ones.
+
+        Raises:
+            DataError: there are more than ``most``.
+        """
+        for sentence in sentences:
+            if sentence in self.found:
+                continue
+            self.found[sentence] = None
+            if most is not None and len(self) > most:
+                more = f"; these are {len(self)}, and --max-broken is {most}" if most else ""
+                raise DataError(sentence + more)
+            if len(self) <= SHOWN:
+                print(f"broken: {sentence}" + ("; no more are named" if len(self) == SHOWN else ""), file=sys.stderr)

@@ -71,3 +71,20 @@ def test_write_a_variant(capsys):
 def test_operator_in_another_network():
     pytest.importorskip("sklearn")
     assert load("operator_in_another_network").main(epochs=5) > 0.9
+
+
+def test_huggingface_trainer(tmp_path):
+    pytest.importorskip("transformers")
+    pytest.importorskip("accelerate")
+    before, after = load("huggingface_trainer").main(["--bytes", "30000", "--output", str(tmp_path)])
+    assert after < before - 1.5
+    assert (tmp_path / "model.safetensors").is_file()
+
+
+def test_lightning_trainer(tmp_path):
+    pytest.importorskip("lightning")
+    pytest.importorskip("mlxtend")
+    assert load("lightning_trainer").main(["--epochs", "1", "--output", str(tmp_path)]) > 0.3
+    (checkpoint,) = tmp_path.rglob("*.ckpt")
+    state = torch.load(checkpoint, weights_only=False)["state_dict"]
+    assert {name.split(".")[0] for name in state} == {"model"}

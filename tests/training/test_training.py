@@ -14,6 +14,7 @@ import torch
 
 from crate_kernels.cli import main
 from crate_kernels.data.images import ImageSource, load
+from crate_kernels.data.prepare_images import Settings, prepare
 from crate_kernels.models import load_model
 from crate_kernels.models.checkpoint import read
 from crate_kernels.training import checkpoints, speed
@@ -126,6 +127,34 @@ def test_a_killed_run_goes_on_to_the_same_result(tmp_path, capsys):
             line.pop("images_per_second", None)
     assert logs[0] == logs[1]
     assert not [name for name in os.listdir(killed) if name.endswith(".tmp")]
+
+
+@pytest.mark.parametrize("form", ["tar", "parquet"])
+def test_streamed_images_resume_in_the_middle_of_an_epoch(form, fashion_root, tmp_path, capsys, monkeypatch):
+    if form == "parquet":
+        pytest.importorskip("pyarrow")
+    source, shards = ImageSource("fashion-mnist", str(fashion_root)), tmp_path / "shards"
+    prepare(source, shards, Settings(form, 10, None, 0), show=lambda line: None)
+    command = [*STATEFUL, "--data", str(shards), "--patch-size", "7", "--batch-size", "8", "--accumulate", "1"]
+    command += ["--crop", "0.8", "--layerwise-steps", "0"]
+    whole, part = tmp_path / "whole", tmp_path / "part"
+    assert main([*command, "--output", str(whole)]) == 0
+    assert "loader alone: " in capsys.readouterr().out
+    train_step = Trainer.train_step
+
+    def interrupt(self, batches):
+        if self.step == 8:  # of five in an epoch
+            raise KeyboardInterrupt
+        train_step(self, batches)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "train_step", interrupt)
+        assert main([*command, "--output", str(part), "--workers", "0"]) == 130
+    assert main([*command, "--output", str(part), "--workers", "2", "--resume"]) == 0
+    assert same(weights(part), weights(whole))
+    summary = json.loads((part / "summary.json").read_text())
+    assert summary["broken_images"] == []
+    assert summary["loader_images_per_second"] > 0
 
 
 def test_the_seed_decides(tmp_path):

@@ -47,7 +47,7 @@ class Stage:
 
 def stages(out: Path, dry: bool, commit: str) -> list[Stage]:
     python, device = sys.executable, "cpu" if dry else "cuda"
-    bench = [python, "-m", "crate_kernels.bench", "--device", device, "--results", str(out / "results")]
+    bench = [python, "-m", "crate_kernels", "bench", "--device", device, "--results", str(out / "results")]
     bench += ["--commit", commit] if commit else []
     bench += ["--quick"] if dry else []
     tests = [python, "-m", "pytest", "-q", "-x" if dry else "--maxfail=20", "-p", "no:cacheprovider"]

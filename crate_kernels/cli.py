@@ -5,10 +5,12 @@ from __future__ import annotations
 import argparse
 import importlib
 import os
+import signal
 import sys
 import time
 from typing import NoReturn
 
+from .terminal import printable
 from .version import __version__
 
 COMMANDS = {
@@ -27,11 +29,18 @@ COMMANDS = {
 """Subcommand -> the module that offers ``add_arguments(parser)`` and ``run(args)``, and one line of help."""
 
 
+class Parser(argparse.ArgumentParser):
+    """Refuses wrong arguments with one sentence."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {one_line(message)}; see {self.prog} --help\n")
+
+
 def main(arguments: list[str] | None = None) -> int:
-    """Run one subcommand and return its exit code: 0, 2 after an expected error, 130 after an interrupt."""
+    """Run one subcommand and return its exit code: 0; 2 after an expected error; 130 or 143 after a signal."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     rank = os.environ.get("RANK", "0")  # torchrun's
-    parser = argparse.ArgumentParser("crate-kernels", description="White-box transformers with kernels of their own.")
+    parser = Parser("crate-kernels", description="White-box transformers with kernels of their own.")
     parser.add_argument("--version", action="version", version=__version__)
     subparsers = parser.add_subparsers(dest="command", metavar="command", required=True)
     try:
@@ -42,10 +51,10 @@ def main(arguments: list[str] | None = None) -> int:
                 importlib.import_module(module).add_arguments(subparser)
         args = parser.parse_args(arguments)
         return importlib.import_module(COMMANDS[args.command][0]).run(args) or 0
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as interrupt:
         if rank == "0":
             print("interrupted", file=sys.stderr)
-        return 130
+        return getattr(interrupt, "code", 128 + signal.SIGINT)
     except Exception as error:
         if "--debug" in arguments or not expected(error):
             raise
@@ -95,8 +104,13 @@ def sentence(error: Exception) -> str:
     if isinstance(error, ModuleNotFoundError) and error.name:
         return f"this command needs the package {error.name.split('.')[0]}: pip install 'crate_kernels[train]'"
     if isinstance(error, OSError) and error.strerror:
-        return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
-    return " ".join(str(error).split()) or type(error).__name__
+        return one_line(f"{error.strerror}: {error.filename}" if error.filename else error.strerror)
+    return one_line(str(error)) or type(error).__name__
+
+
+def one_line(text: str) -> str:
+    """``text`` without line breaks and without characters that change the state of a terminal."""
+    return printable(" ".join(text.split()))
 
 
 if __name__ == "__main__":

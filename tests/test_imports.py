@@ -9,10 +9,10 @@ import pytest
 ROOT = Path(__file__).parents[1] / "crate_kernels"
 
 LAYERS = (
-    {"version", "agreement", "timing"},
+    {"version", "agreement", "timing", "options", "terminal"},
     {"ops"},
     {"nn"},
-    {"data", "distributed", "models", "fusion"},
+    {"data", "distributed", "models", "fusion", "runs"},
     {"training", "analysis", "bench", "collect_env"},
     {"cli", "__main__"},
 )

@@ -5,43 +5,68 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
+from .. import options
 from ..models import CrateMAE, CrateModel
 from ..models.checkpoint import write_atomically
+from ..models.registry import FACTORIES
+from ..options import option
+from ..runs.folder import open_model
 from .half_steps import HalfSteps, half_steps
-from .inputs import open_model, real_inputs
+from .inputs import real_inputs
 from .plots import plot_half_steps, plot_layerwise
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("checkpoint", help="a model's safetensors file, or the folder of a training run")
-    add_data_arguments(parser)
-    parser.add_argument("--output", help="folder of the pictures and analysis.json (default: the checkpoint's)")
-    parser.add_argument("--eps", type=float, default=0.1, help="distortion of the coding rates (default 0.1)")
-    parser.add_argument("--lam", type=float, default=0.1, help="weight of the sparsity in the objective (default 0.1)")
+    parser.add_argument("checkpoint", help="the folder of a training run, or a model's safetensors file")
+    options.add_arguments(parser, Settings)
 
 
-def add_data_arguments(parser: argparse.ArgumentParser) -> None:
-    """Which data to measure on."""
-    parser.add_argument("--model", help="registered name of the model, for a public checkpoint that does not say")
-    parser.add_argument("--data", help="images: a data set's name or a folder; what the file records if not given")
-    parser.add_argument("--root", help="where the named data set's files are")
-    parser.add_argument("--text", help="a UTF-8 text file for a language model; Python's manual if not given")
-    parser.add_argument("--samples", type=int, default=64, help="images, or pieces of text, to measure (default 64)")
+@dataclass
+class DataOptions:
+    """Which model, and which data to measure it on."""
+
+    model: str | None = option(
+        None, "registered name of the model, for a public checkpoint that does not name it", choices=FACTORIES
+    )
+    data: str | None = option(None, "images: a data set's name or a folder; without it what the file records")
+    root: str | None = option(
+        None, "folder with the files of fashion-mnist or cifar10",
+        only=("without --text", lambda s: s.text is None),
+    )  # fmt: skip
+    text: str | None = option(
+        None, "a UTF-8 text file or a folder of prepare-text, for a language model; without it what the file records",
+        only=("without --data", lambda s: s.data is None),
+    )  # fmt: skip
+    samples: int = option(64, "images, or pieces of text, to measure", least=1, most=1_000_000)
+
+
+@dataclass
+class Settings(DataOptions):
+    """The options of ``analyze``."""
+
+    output: str | None = option(None, "folder of the pictures and analysis.json; without it the checkpoint's")
+    eps: float = option(0.1, "distortion of the coding rates", above=0)
+    lam: float = option(0.1, "weight of the sparsity in the objective", least=0)
 
 
 def run(args: argparse.Namespace) -> int:
+    return analyze(Path(args.checkpoint), options.parse(args, Settings))
+
+
+def analyze(path: Path, settings: Settings) -> int:
+    """Measure the model at ``path`` and write pictures and figures."""
     began = time.monotonic()
-    if args.eps <= 0:
-        raise ValueError(f"--eps must be positive, got {args.eps}")
-    model, metadata = open_model(args.checkpoint, args.model)
-    inputs, what = real_inputs(model, metadata, args.samples, data=args.data, root=args.root, text=args.text)
-    path = Path(args.checkpoint)
-    output = Path(args.output) if args.output else path if path.is_dir() else path.parent
-    measurement = measure(model, inputs, args.eps, args.lam)
+    model, metadata = open_model(path, settings.model)
+    inputs, what = real_inputs(
+        model, metadata, settings.samples, data=settings.data, root=settings.root, text=settings.text
+    )
+    output = Path(settings.output) if settings.output else path if path.is_dir() else path.parent
+    measurement = measure(model, inputs, settings.eps, settings.lam)
     output.mkdir(parents=True, exist_ok=True)
     title = f"{type(model).__name__}: {what}"
     pictures = [

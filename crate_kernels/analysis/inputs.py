@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import torch
@@ -12,40 +11,9 @@ from ..data.batches import Batching, evaluation_batches
 from ..data.image_shards import ShardSplit
 from ..data.images import IMAGENET_MEAN, IMAGENET_STD, ImageSource, load
 from ..data.text import open_corpus
-from ..models import CheckpointError, CrateModel, create_model, load_model
-from ..models.checkpoint import read
+from ..models import CheckpointError, CrateModel
 from ..models.tokenizers import create_tokenizer
 from ..models.vision import VisionModel
-
-RUN_FILES = ("model.safetensors", "best.safetensors")
-"""What a training run leaves in its folder: the finished model, or the best one so far."""
-
-
-def open_model(path: str | os.PathLike, name: str | None = None) -> tuple[CrateModel, dict]:
-    """The model in a native file or in a run's folder, in evaluation mode, and the file's metadata.
-
-    Args:
-        path: a safetensors file, a folder that ``crate-kernels train`` wrote, or with ``name`` a public checkpoint.
-        name: registered name of the model whose weights these are, for files that do not say.
-
-    Raises:
-        CheckpointError, FileNotFoundError: there is no model; the message says what was looked for.
-    """
-    path = Path(path)
-    if path.is_dir():
-        found = next((path / file for file in RUN_FILES if (path / file).is_file()), None)
-        if found is None:
-            raise CheckpointError(f"{path} holds no finished model (neither {' nor '.join(RUN_FILES)})")
-        path = found
-    if name is None:
-        model = load_model(path)
-        return model.eval(), read(path)[1]
-    state, metadata = read(path)
-    if metadata.get("config"):
-        raise CheckpointError(f"{path} says itself which model it holds ({metadata['model']}); leave --model out")
-    model = create_model(name)
-    model.load_state_dict(state)
-    return model.eval(), metadata
 
 
 def normalisation(model: VisionModel, metadata: dict) -> tuple[Tensor, Tensor]:
@@ -130,7 +98,11 @@ def _spread(split, samples: int) -> None:
 
 def _text(model, metadata, samples, text) -> tuple[Tensor, str]:
     tokenizer = create_tokenizer(metadata.get("tokenizer", "bytes"))
-    context = model.config.get("block_size") or model.config["max_length"]
+    context = model.config.get("block_size") or model.config.get("max_length")
+    if context is None:
+        raise ValueError(f"a {type(model).__name__} reads neither images nor text")
+    if text is None and metadata.get("text") is not None and Path(metadata["text"]).exists():
+        text = metadata["text"]
     if tokenizer.vocab_size > model.config["vocab_size"]:
         raise ValueError(
             f"the tokenizer {tokenizer.name} has {tokenizer.vocab_size} tokens, "

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from ..runs.logs import read_records
 from .layerwise import Layerwise, layerwise
 
 
@@ -77,14 +78,3 @@ class LayerwiseProbe:
         from .plots import plot_training
 
         return plot_training(self.records, path, title)
-
-
-def read_records(path: Path) -> list[dict]:
-    """The complete lines of a probe's file; none if there is no such file."""
-    records = []
-    for line in path.read_text().splitlines() if path.is_file() else ():
-        try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError:  # the last line of a process that was killed while it wrote
-            break
-    return records

@@ -5,23 +5,26 @@ from __future__ import annotations
 import argparse
 import base64
 import html
-import json
 import tempfile
 import time
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
 from torch import Tensor
 
+from .. import options
 from ..collect_env import report as environment_report
 from ..models import CrateModel
 from ..models.checkpoint import write_atomically
 from ..models.vision import VisionModel
+from ..options import option
+from ..runs.folder import OPTIONS, SUMMARY, open_model, read_json
+from ..runs.logs import read_records
 from ..version import __version__
-from .command import add_data_arguments, measure
-from .inputs import normalisation, open_model, real_inputs
+from .command import DataOptions, measure
+from .inputs import normalisation, real_inputs
 from .plots import new_figure, plot_half_steps, plot_training, save
-from .probe import read_records
 from .segmentation import class_attention
 
 STYLE = """
@@ -38,23 +41,35 @@ td, th { padding: .15em 1em .15em 0; text-align: left; vertical-align: top; } th
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", help="the folder of a training run")
-    parser.add_argument("--output", help="the HTML file to write (default: report.html in the run's folder)")
-    add_data_arguments(parser)
+    options.add_arguments(parser, Settings)
+
+
+@dataclass
+class Settings(DataOptions):
+    """The options of ``report``."""
+
+    output: str | None = option(None, "the HTML file to write; without it report.html in the run's folder")
 
 
 def run(args: argparse.Namespace) -> int:
+    return write(Path(args.run), options.parse(args, Settings))
+
+
+def write(folder: Path, settings: Settings) -> int:
+    """Write the report on the run in ``folder``."""
     began = time.monotonic()
-    folder = Path(args.run)
     if not folder.is_dir():
         raise FileNotFoundError(f"no folder {folder}: give the folder of a training run")
-    model, metadata = open_model(folder, args.model)
+    model, metadata = open_model(folder, settings.model)
     try:
-        inputs = real_inputs(model, metadata, args.samples, data=args.data, root=args.root, text=args.text)
-    except (ValueError, OSError) as error:
-        if args.data or args.text:
+        inputs = real_inputs(
+            model, metadata, settings.samples, data=settings.data, root=settings.root, text=settings.text
+        )
+    except (ValueError, OSError, ImportError) as error:
+        if settings.data or settings.text:
             raise
         inputs = None, str(error)  # the run may have been made elsewhere; the rest of the report needs no data
-    path = Path(args.output) if args.output else folder / "report.html"
+    path = Path(settings.output) if settings.output else folder / "report.html"
     document = build(folder, model, metadata, *inputs)
     write_atomically(path, document.encode())
     print(f"{path}: {len(document) / 1e6:.1f} MB, {time.monotonic() - began:.1f} s")
@@ -69,7 +84,7 @@ def build(folder: Path, model: CrateModel, metadata: dict, inputs: Tensor | None
         model, metadata: see :func:`open_model`.
         inputs, what: see :func:`real_inputs`; without inputs ``what`` says why there are none.
     """
-    summary = read_json(folder / "summary.json")
+    summary = read_json(folder / SUMMARY)
     metrics = read_records(folder / "metrics.jsonl")
     probe = read_records(folder / "layerwise.jsonl")
     sections = [headline(model, metadata, summary)]
@@ -109,7 +124,7 @@ def build(folder: Path, model: CrateModel, metadata: dict, inputs: Tensor | None
         sections += ["<h2>A sample</h2>", f"<pre>{html.escape(sample)}</pre>"]
     architecture = {"model": type(model).__name__, **model.config}
     sections += ["<h2>Model</h2>", rows(architecture)]
-    if config := summary.get("config"):
+    if config := summary.get("config") or read_json(folder / OPTIONS):
         sections += ["<h2>Configuration</h2>", rows(config)]
     environment = {k: summary[k] for k in ("device", "threads", "precision", "backend", "seed") if k in summary}
     sections += [
@@ -221,13 +236,3 @@ def plot_maps(model: VisionModel, metadata: dict, images: Tensor, path: Path) ->
 def hide(axes: Iterable) -> None:
     for each in axes:
         each.axis("off")
-
-
-def read_json(path: Path) -> dict:
-    """The content of a JSON file, empty if there is none."""
-    if not path.is_file():
-        return {}
-    try:
-        return json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is damaged: {error}") from error

@@ -11,48 +11,63 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .. import options
+from ..models.registry import FACTORIES
 from ..models.vision import VisionModel
+from ..options import option
+from ..runs.folder import open_model
 from .images import model_input, read_image
-from .inputs import open_model
 from .plots import new_figure, save
 from .segmentation import attention_mask, class_attention, enlarge, keys, object_masks, principal_components
 
 MASK_COLOURS = ("#ee6677", "#4477aa", "#ccbb44", "#228833", "#66ccee", "#aa3377")
 
 
+@dataclass
+class Settings:
+    """The options of ``segment``."""
+
+    model: str | None = option(
+        None, "registered name of the model, for a public checkpoint that does not name it", choices=FACTORIES
+    )
+    output: str = option("segments", "folder of the results")
+    size: int | None = option(
+        None, "pixels along the shorter side that the model sees; without it its own size", least=1, most=8192
+    )
+    layer: int = option(-1, "layer whose attention is read; -1 is the last")
+    mass: float = option(0.6, "share of a head's attention in its mask", above=0, below=1)
+    masks: int = option(3, "most objects to cut out of an image", least=1, most=255)
+    threshold: float = option(0.0, "cosine from which patches belong together", least=-1, most=1)
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("images", nargs="+", help="image files of any size")
     parser.add_argument(
-        "--checkpoint", required=True, help="a vision model's safetensors file, or the folder of a training run"
+        "--checkpoint", required=True, help="the folder of a training run, or a vision model's safetensors file"
     )
-    parser.add_argument("--model", help="registered name of the model, for a public checkpoint that does not say")
-    parser.add_argument("--output", default="segments", help="folder of the results (default segments)")
-    parser.add_argument("--size", type=int, help="pixels along the shorter side that the model sees (default: its own)")
-    parser.add_argument("--layer", type=int, default=-1, help="layer whose attention is read (default -1, the last)")
-    parser.add_argument("--mass", type=float, default=0.6, help="share of a head's attention in its mask (default 0.6)")
-    parser.add_argument("--masks", type=int, default=3, help="most objects to cut out of an image (default 3)")
-    parser.add_argument(
-        "--threshold", type=float, default=0.0, help="cosine from which patches belong together (default 0)"
-    )
+    options.add_arguments(parser, Settings)
 
 
 def run(args: argparse.Namespace) -> int:
+    return segment_files(args.images, args.checkpoint, options.parse(args, Settings))
+
+
+def segment_files(images: list[str], checkpoint: str, settings: Settings) -> int:
+    """Segment image files, and write masks and pictures."""
     began = time.monotonic()
-    if args.size is not None and args.size < 1:
-        raise ValueError(f"--size must be at least 1, got {args.size}")
-    if args.masks < 1:
-        raise ValueError(f"--masks must be at least 1, got {args.masks}")
-    model, metadata = open_model(args.checkpoint, args.model)
+    model, metadata = open_model(checkpoint, settings.model)
     if not isinstance(model, VisionModel):
-        raise ValueError(f"{args.checkpoint} holds a {type(model).__name__}, which sees no images")
+        raise ValueError(f"{checkpoint} holds a {type(model).__name__}, which sees no images")
+    if not -len(model.blocks) <= settings.layer < len(model.blocks):
+        raise ValueError(f"--layer must lie in {-len(model.blocks)}..{len(model.blocks) - 1}, got {settings.layer}")
     if model.config.get("pool") == "mean":
         print("note: this model's head reads the mean of all tokens, so training shaped its class token little")
-    output = Path(args.output)
-    names = result_names(args.images)
-    pictures = [read_image(path, model.patch_embedding.channels) for path in args.images]
+    output = Path(settings.output)
+    names = result_names(images)
+    pictures = [read_image(path, model.patch_embedding.channels) for path in images]
     results = segment(
-        model, metadata, pictures, size=args.size, layer=args.layer, mass=args.mass, count=args.masks,
-        threshold=args.threshold,
+        model, metadata, pictures, size=settings.size, layer=settings.layer, mass=settings.mass, count=settings.masks,
+        threshold=settings.threshold,
     )  # fmt: skip
     for name, picture, result in zip(names, pictures, results, strict=True):
         write_label_image(output / f"{name}_masks.png", result.masks, picture.size)

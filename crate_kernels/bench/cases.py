@@ -175,6 +175,9 @@ def _decode_twice(w: Tensor, cache: Tensor) -> Tensor:
 
 _decode_twice.value = None
 
+CONTENDERS = (*backends.BACKENDS, COMPILED, *SDPA, "sdpa key-value")
+"""All names that a contender of an operator may have."""
+
 OPERATORS = (*ops.OPERATORS, "cached_subspace_attention")
 VISION = {"T": (6, 64), "S": (12, 48), "B": (12, 64), "L": (16, 64)}
 

@@ -6,56 +6,122 @@ import argparse
 import sys
 import time
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
+from .. import options
+from ..options import option
 from . import cost, peaks, results
 
-ROOT = Path(__file__).parents[2]
-"""The checkout: results and reports live beside the package, in ``benchmarks/`` and ``docs/``."""
+DTYPES = ("float32", "bfloat16", "float16")
+OF_OPERATORS = ("with --suite operators or all", lambda s: s.suite != "models")
+OF_MODELS = ("with --suite models or all", lambda s: s.suite != "operators")
+SIZED = ("with --suite models or all, and without --quick", lambda s: s.suite != "operators" and not s.quick)
+
+
+@dataclass
+class Settings:
+    """The options of ``bench``."""
+
+    suite: str = option("all", "what to measure: operators, models, or all", choices=(*results.PARTS, "all"))
+    device: str = option("auto", "cpu or cuda; auto takes CUDA if there is a device")
+    dtype: str | None = option(
+        None, "float32, bfloat16 or float16; without it bfloat16 on CUDA and float32 on the CPU", choices=DTYPES
+    )
+    operators: str | None = option(None, "only these operators, separated by commas", only=OF_OPERATORS)
+    sizes: str | None = option(None, "only these sizes of models, separated by commas: tiny,small,base,large",
+                               only=SIZED)  # fmt: skip
+    batches: str | None = option(None, "batch sizes of the models, separated by commas", only=OF_MODELS)
+    contenders: str | None = option(
+        None, "only these, separated by commas: reference,eager,triton,cuda,crate_kernels and so on"
+    )
+    threads: int | None = option(None, "CPU threads", least=1, most=4096)
+    seconds: float | None = option(None, "time to aim at for each interleaved measurement", above=0)
+    rounds: int | None = option(None, "least number of rounds of each measurement", least=1, most=100_000)
+    limit: float | None = option(None, "stop after so many seconds and keep what is measured", above=0)
+    quick: bool = option(False, "tiny shapes and few rounds: tries everything, measures nothing")
+    check_only: bool = option(False, "check the results of all implementations, time nothing, write nothing")
+    commit: str | None = option(None, "commit to record, where the package is no git checkout")
+    results: str = option("benchmarks/results", "folder of the result files")
+    report: bool = option(
+        False,
+        "render the results: in a checkout docs/benchmarks.md and the README's table, elsewhere a page of its own",
+    )
+    dispatch: bool = option(False, "in a checkout: write the table that the automatic backend choice may follow")
+    relative: bool = option(
+        False, "compare speed-ups instead of seconds", only=("with --compare", lambda s: s.compare is not None)
+    )
+    compare: tuple[Path, Path] | None = None
+
+    @property
+    def renders(self) -> bool:
+        return self.report or self.dispatch or self.compare is not None
+
+    def check(self, given: Iterable[str]) -> None:
+        """Raise ValueError for an option that is misspelled or does not apply."""
+        from . import cases, models
+
+        options.check(self, given)
+        options.check_device(self.device)
+        if self.renders and (idle := set(given) - {"results", "report", "dispatch", "relative"}):
+            names = ", ".join(sorted(map(options.flag, idle)))
+            raise ValueError(f"{names} applies only without --report, --dispatch and --compare")
+        listed(self.operators, "operators", cases.OPERATORS)
+        listed(self.sizes, "sizes", models.SIZES)
+        listed(self.contenders, "contenders", (*cases.CONTENDERS, *models.CONTENDERS))
+        for batch in listed(self.batches, "batches") or ():
+            if not batch.isascii() or not batch.isdigit() or not 1 <= int(batch[:9]) <= 1 << 20:
+                raise ValueError(f"--batches must be whole numbers from 1 to {1 << 20}, got {batch}")
+
+
+def listed(text: str | None, name: str, known: Iterable[str] = ()) -> list[str] | None:
+    """The words between the commas of an option's value; None if it is not given.
+
+    Raises:
+        ValueError: there are none, or not all of them are ``known``.
+    """
+    if text is None:
+        return None
+    words, known = [word.strip() for word in text.split(",") if word.strip()], list(known)
+    if not words:
+        raise ValueError(f"{options.flag(name)} must name at least one, got {text!r}")
+    if known and (unknown := [word for word in words if word not in known]):
+        raise ValueError(f"{options.flag(name)}: unknown {', '.join(unknown)}; known are {', '.join(known)}")
+    return words
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    def option(name: str, text: str, **settings) -> None:
-        parser.add_argument(name, help=text, **settings)
-
-    option("--suite", "what to measure", choices=(*results.PARTS, "all"), default="all")
-    option("--device", "cpu or cuda; CUDA if there is one")
-    option("--dtype", "float32, bfloat16 or float16; bfloat16 on CUDA, float32 on the CPU")
-    option("--operators", "only these operators, comma-separated")
-    option("--sizes", "model sizes, comma-separated: tiny,small,base,large")
-    option("--batches", "batch sizes of the models, comma-separated")
-    option("--contenders", "only these contenders, comma-separated: reference,eager,triton,cuda,crate_kernels,...")
-    option("--threads", "CPU threads", type=int)
-    option("--seconds", "aim of seconds for each interleaved measurement", type=float)
-    option("--rounds", "least number of rounds of each measurement", type=int)
-    option("--limit", "stop after so many seconds and keep what is measured", type=float)
-    option("--quick", "tiny shapes and few rounds: tries the path, measures nothing", action="store_true")
-    option("--check-only", "run the correctness gate alone, time nothing, write nothing", action="store_true")
-    option("--commit", "commit to record where the package is no git checkout")
-    option("--results", "folder of the result files", type=Path, default=ROOT / "benchmarks" / "results")
-    option("--report", "render docs/benchmarks.md, its plots and the README's table", action="store_true")
-    option("--dispatch", "write the table that the automatic backend choice may follow", action="store_true")
-    option("--compare", "list what became slower", nargs=2, type=Path, metavar=("OLD", "NEW"))
-    option("--relative", "with --compare: compare speed-ups instead of seconds", action="store_true")
+    options.add_arguments(parser, Settings)
+    parser.add_argument("--compare", nargs=2, type=Path, metavar=("OLD", "NEW"), help="list what became slower")
 
 
 def run(args: argparse.Namespace) -> int:
-    if args.compare:
-        return compare(*args.compare, args.relative)
-    if args.report or args.dispatch:
-        if args.report:
-            from . import report
+    given = options.given(args, Settings)
+    settings = Settings(**given, compare=args.compare and tuple(args.compare))
+    settings.check(given)
+    if settings.compare is not None:
+        return compare(*settings.compare, settings.relative)
+    return render(settings) if settings.renders else measure(settings)
 
-            for path in report.render(args.results, ROOT):
-                print(f"wrote {path}")
-        if args.dispatch:
-            from . import dispatch
 
-            print(f"wrote {dispatch.write(args.results, ROOT)}")
-        return 0
-    return measure(args)
+def render(settings: Settings) -> int:
+    """Write what was measured into the checkout that the user is in, or beside the result files."""
+    from . import dispatch, report
+
+    folder, here = Path(settings.results), Path.cwd()
+    if not results.read_all(folder):
+        raise ValueError(f"--results {folder} holds no result files")
+    if settings.report:
+        written = report.render(folder, here) if report.is_checkout(here) else report.render_page(folder)
+        for path in written:
+            print(f"wrote {path}")
+    if settings.dispatch:
+        if not (here / dispatch.TARGET).is_file():
+            raise ValueError(f"--dispatch writes {dispatch.TARGET}: run it in the root of a checkout")
+        print(f"wrote {dispatch.write(folder, here)}")
+    return 0
 
 
 def compare(old: Path, new: Path, relative: bool) -> int:
@@ -68,74 +134,69 @@ def compare(old: Path, new: Path, relative: bool) -> int:
     return 1 if found else 0
 
 
-def measure(args: argparse.Namespace) -> int:
-    """Run the suites; the exit code is 1 if the gate refused one of the package's own backends."""
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+def measure(settings: Settings) -> int:
+    """Run the suites; the exit code is 1 if one of the package's own backends gives wrong results."""
+    if settings.threads:
+        torch.set_num_threads(settings.threads)
+    name = ("cuda" if torch.cuda.is_available() else "cpu") if settings.device == "auto" else settings.device
+    device = torch.device(name)
     if device.type == "cuda":
-        if not torch.cuda.is_available():
-            raise RuntimeError("--device cuda: torch sees no CUDA device")
-        device = torch.device("cuda", torch.cuda.current_device())
+        device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
+        torch.cuda.set_device(device)
         torch.cuda.set_stream(torch.cuda.Stream())  # the default stream cannot be captured
-    dtype = getattr(torch, args.dtype or ("bfloat16" if device.type == "cuda" else "float32"), None)
-    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-        raise ValueError(f"--dtype: expected float32, bfloat16 or float16, got {args.dtype!r}")
-    deadline = time.monotonic() + (args.limit or float("inf"))
-    folder = args.results / results.device_folder(device)
-    environment = results.environment(device, args.commit)
+    dtype = getattr(torch, settings.dtype or ("bfloat16" if device.type == "cuda" else "float32"))
+    deadline = time.monotonic() + (settings.limit or float("inf"))
+    folder = Path(settings.results) / results.device_folder(device)
+    environment = results.environment(device, settings.commit)
     about = f"{environment['device']}, torch {torch.__version__}, {environment['threads']} threads"
     print(f"{about}, commit {environment['commit']}")
     ceilings = None
-    if not args.check_only:
-        ceilings = peaks.ceilings(device, [dtype], args.quick)
+    if not settings.check_only:
+        ceilings = peaks.ceilings(device, [dtype], settings.quick)
         copy, (product,) = ceilings["copy"] / 1e9, ceilings["product"].values()
         print(f"ceilings: copy {copy:.4g} GB/s, product {product / 1e12:.4g} TFLOP/s {dtype}")
         if device.type == "cpu" and environment["load_average"] > 1:
             print(f"this machine is busy (load {environment['load_average']:.1f}): trust ratios, not seconds")
     wrong = []
-    for part in results.PARTS if args.suite == "all" else [args.suite]:
+    for part in results.PARTS if settings.suite == "all" else [settings.suite]:
         records: list[dict] = []
-        content = dict(part=part, environment=environment, ceilings=ceilings, quick=args.quick, records=records)
-        stream = _operators(args, device, dtype, ceilings) if part == "operators" else _models(args, device, dtype)
+        content = dict(part=part, environment=environment, ceilings=ceilings, quick=settings.quick, records=records)
+        stream = (
+            _operators(settings, device, dtype, ceilings) if part == "operators" else _models(settings, device, dtype)
+        )
         for record in stream:
             records.append(record)
             print(line(record), flush=True)
             if record.get("refused") and not record["contender"].startswith(("sdpa", "reference compiled", "timm")):
                 wrong.append(record)
-            if not args.check_only:
+            if not settings.check_only:
                 results.write(folder / f"{part}.json", content)
             if time.monotonic() > deadline:
-                print(f"{part}: stopped at the limit of {args.limit:g} s; what was measured is kept")
+                print(f"{part}: stopped at the limit of {settings.limit:g} s; what was measured is kept")
                 break
+        if records and not settings.check_only:
+            print(f"wrote {folder / f'{part}.json'}")
     for record in wrong:
         print(f"WRONG, not timed: {line(record)}", file=sys.stderr)
     return 1 if wrong else 0
 
 
-def _listed(text: str | None) -> list[str] | None:
-    return [word.strip() for word in text.split(",") if word.strip()] if text else None
-
-
-def _operators(args, device, dtype, ceilings) -> Iterable[dict]:
+def _operators(settings: Settings, device: torch.device, dtype: torch.dtype, ceilings: dict | None) -> Iterable[dict]:
     from . import cases, operators
 
-    wanted = _listed(args.operators) or list(cases.OPERATORS)
-    unknown = set(wanted) - set(cases.OPERATORS)
-    if unknown:
-        raise ValueError(f"--operators: unknown {', '.join(sorted(unknown))}; known are {', '.join(cases.OPERATORS)}")
+    wanted = listed(settings.operators, "operators") or list(cases.OPERATORS)
     roof = None
     if ceilings:
         roof = cost.Ceilings(ceilings["copy"], next(iter(ceilings["product"].values())), ceilings["exponentials"])
-    seconds = args.seconds or (0.05 if args.quick else 1.0 if device.type == "cpu" else 0.3)
-    least = args.rounds or (3 if args.quick else 7)
-    for case in cases.cases(device, args.quick):
+    seconds = settings.seconds or (0.05 if settings.quick else 1.0 if device.type == "cpu" else 0.3)
+    least = settings.rounds or (3 if settings.quick else 7)
+    for case in cases.cases(device, settings.quick):
         if case.operator not in wanted:
             continue
         try:
             yield from operators.run_case(
-                case, device, dtype, roof, only=_listed(args.contenders), seconds=seconds,
-                rounds=(least, max(least, 5 if args.quick else 60)), check_only=args.check_only,
+                case, device, dtype, roof, only=listed(settings.contenders, "contenders"), seconds=seconds,
+                rounds=(least, max(least, 5 if settings.quick else 60)), check_only=settings.check_only,
             )  # fmt: skip
         except torch.OutOfMemoryError:
             torch.cuda.empty_cache()
@@ -143,22 +204,20 @@ def _operators(args, device, dtype, ceilings) -> Iterable[dict]:
             yield about | {"skipped": "the device has no room for the float64 oracle"}
 
 
-def _models(args, device, dtype) -> Iterable[dict]:
+def _models(settings: Settings, device: torch.device, dtype: torch.dtype) -> Iterable[dict]:
     from . import models
 
     on_gpu = device.type == "cuda"
-    sizes = ["tiny"] if args.quick else _listed(args.sizes) or (["base", "small", "tiny"])
-    unknown = set(sizes) - set(models.SIZES)
-    if unknown:
-        raise ValueError(f"--sizes: unknown {', '.join(sorted(unknown))}; known are {', '.join(models.SIZES)}")
-    default = "1,2" if args.quick else "1,64,256,1024" if on_gpu else "1,8"
-    batches = [int(b) for b in _listed(args.batches or default)]
-    seconds = args.seconds or (0.1 if args.quick else 2.0 if on_gpu else 20.0)
-    least = args.rounds or (3 if args.quick else 7)
+    sizes = ["tiny"] if settings.quick else listed(settings.sizes, "sizes") or ["base", "small", "tiny"]
+    default = "1,2" if settings.quick else "1,64,256,1024" if on_gpu else "1,8"
+    batches = [int(b) for b in listed(settings.batches or default, "batches")]
+    seconds = settings.seconds or (0.1 if settings.quick else 2.0 if on_gpu else 20.0)
+    least = settings.rounds or (3 if settings.quick else 7)
     for size in sizes:
         yield from models.run_size(
-            size, device, dtype, batches=batches, only=_listed(args.contenders), seconds=seconds,
-            rounds=(least, max(least, 5 if args.quick else 40)), quick=args.quick, check_only=args.check_only,
+            size, device, dtype, batches=batches, only=listed(settings.contenders, "contenders"), seconds=seconds,
+            rounds=(least, max(least, 5 if settings.quick else 40)), quick=settings.quick,
+            check_only=settings.check_only,
         )  # fmt: skip
 
 
@@ -181,7 +240,8 @@ def line(record: dict) -> str:
         peak = record["peak_memory"]
         return f"{what} N{record['tokens']}: " + ("not counted" if peak is None else f"{peak / 2**30:.2f} GiB")
     if "seconds" not in record:
-        return f"{what}: {record['check']} ({100 * record['share_of_budget']:.0f} % of the budget)"
+        share = record.get("share_of_budget")  # models of another architecture have no budget
+        return f"{what}: {record['check']}" + ("" if share is None else f" ({100 * share:.0f} % of the budget)")
     text = f"{what}: {record['seconds']['p50'] * 1e3:.4g} ms"
     if record.get("speedup"):
         text += f", {record['speedup']['p50']:.2f}x"

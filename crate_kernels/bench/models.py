@@ -23,10 +23,15 @@ from . import deployment
 
 REFERENCE, COMPILED, OURS, PREPARED = "reference", "reference compiled", "crate_kernels", "crate_kernels prepared"
 OURS_WITH_MKL = "crate_kernels on MKL"
-FROZEN = "reference compiled, frozen"
+FROZEN = "reference compiled frozen"
 ONNX_RUNTIME, OPENVINO, OPENVINO_BF16 = "ONNX Runtime", "OpenVINO", "OpenVINO bf16"
-REFERENCE_BF16, OURS_BF16, PREPARED_BF16 = (f"{name}, bf16 autocast" for name in (REFERENCE, OURS, PREPARED))
+REFERENCE_BF16, OURS_BF16, PREPARED_BF16 = (f"{name} bf16 autocast" for name in (REFERENCE, OURS, PREPARED))
 VIT, VIT_COMPILED = "timm ViT", "timm ViT compiled"
+CONTENDERS = (
+    REFERENCE, COMPILED, OURS, PREPARED, OURS_WITH_MKL, FROZEN, ONNX_RUNTIME, OPENVINO, OPENVINO_BF16, REFERENCE_BF16,
+    OURS_BF16, PREPARED_BF16, VIT, VIT_COMPILED, "eager", "triton", "cuda",
+)  # fmt: skip
+"""All names that a contender may have. None holds a comma, which separates them on the command line."""
 TASKS = ("forward", "training step")
 JUDGED_IMAGES = 2
 JUDGED_STEP = 64

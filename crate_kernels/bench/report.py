@@ -28,11 +28,7 @@ def render(folder: Path, root: Path) -> list[Path]:
         folder: of the result files.
         root: of the checkout, with ``README.md`` and ``docs/benchmarks.md``.
     """
-    found = results.read_all(folder)
-    for device, parts in found.items():
-        for part, content in parts.items():
-            if content.get("quick"):
-                raise ValueError(f"{folder / device / part}.json is of a quick run, whose figures mean nothing")
+    found = _complete(folder)
     written = []
     docs, readme = root / "docs" / "benchmarks.md", root / "README.md"
     for path, markers, text in ((docs, DOCS_MARKERS, docs_text), (readme, README_MARKERS, readme_text)):
@@ -44,6 +40,36 @@ def render(folder: Path, root: Path) -> list[Path]:
     for device, parts in found.items():
         written += plots(parts, root / "docs" / "benchmarks" / device)
     return written
+
+
+def is_checkout(root: Path) -> bool:
+    """Whether ``root`` has the pages that hold results."""
+    pages = (root / "docs" / "benchmarks.md", DOCS_MARKERS), (root / "README.md", README_MARKERS)
+    return all(path.is_file() and between(path.read_text(), markers, "") is not None for path, markers in pages)
+
+
+def render_page(folder: Path) -> list[Path]:
+    """Write the results and their plots as a page beside the result files -> the paths written.
+
+    Args:
+        folder: of the result files.
+    """
+    found, page = _complete(folder), folder / "benchmarks.md"
+    page.write_text(f"# Benchmarks\n\n{docs_text(found)}\n")
+    written = [page]
+    for device, parts in found.items():
+        written += plots(parts, folder / "benchmarks" / device)
+    return written
+
+
+def _complete(folder: Path) -> Results:
+    """All result files, none of them of a quick run."""
+    found = results.read_all(folder)
+    for device, parts in found.items():
+        for part, content in parts.items():
+            if content.get("quick"):
+                raise ValueError(f"{folder / device / part}.json is of a quick run, whose figures mean nothing")
+    return found
 
 
 def between(page: str, markers: tuple[str, str], text: str) -> str | None:

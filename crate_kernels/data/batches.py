@@ -12,6 +12,7 @@ import io
 import multiprocessing
 import os
 import random
+import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -312,6 +313,11 @@ def _transform(data: ImageData, batching: Batching, size: tuple[int, int], train
     )
 
 
+def _ignore_interrupts(worker: int) -> None:
+    """Leave Ctrl-C, which reaches all processes of a terminal, to the main process: it finishes its step first."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
 def _load(
     batches: Batches | TrainingStream | EvaluationStream,
     order,
@@ -332,6 +338,7 @@ def _load(
     loader = DataLoader(
         batches, batch_size=None, sampler=order, num_workers=workers, pin_memory=device.type == "cuda",
         prefetch_factor=4 if workers else None, multiprocessing_context="forkserver" if servers else None,
+        worker_init_fn=_ignore_interrupts,
     )  # fmt: skip
     for batch in loader:
         if isinstance(batch, DataError):

@@ -137,13 +137,13 @@ def agree(decide: Callable[[], Any]) -> Any:
     return box[0]
 
 
-def decide(yes: bool) -> bool:
-    """What rank 0 says, on every rank; cheap enough for every step."""
+def largest(number: int) -> int:
+    """The largest ``number`` of all ranks, on every rank; cheap enough for every step."""
     if size() == 1:
-        return yes
-    answer = torch.tensor(yes)
-    dist.broadcast(answer, src=0)
-    return bool(answer)
+        return number
+    answer = torch.tensor(number)
+    dist.all_reduce(answer, dist.ReduceOp.MAX)
+    return int(answer)
 
 
 def decide_any(yes: bool) -> bool:

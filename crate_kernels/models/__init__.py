@@ -23,6 +23,7 @@ from .gpt import CrateGPTConfig as CrateGPTConfig
 from .gpt import crate_gpt2 as crate_gpt2
 from .gpt import crate_lm as crate_lm
 from .mae import CrateMAE as CrateMAE
+from .mae import CrateMAEClassifier as CrateMAEClassifier
 from .mae import mae_crate_base as mae_crate_base
 from .mae import mae_crate_large as mae_crate_large
 from .mae import mae_crate_small as mae_crate_small

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from ..nn import CrateBlock, CrateDecoderBlock
 from ..ops import checks
 from .checkpoint import KeyMap
+from .crate import CRATE
 from .vision import ConvPatchEmbedding, VisionModel, interpolate_positions, pair
 
 
@@ -218,6 +219,30 @@ class CrateMAE(VisionModel):
         return self.patch_embedding.unflatten(seen, grid), self.patch_embedding.unflatten(
             seen + prediction.to(images.dtype) * mask, grid
         )
+
+
+class CrateMAEClassifier(CRATE):
+    """The encoder of a :class:`CrateMAE` with a head for classes: what ``crate-kernels train --init`` fine-tunes.
+
+    The tokens read whole images. Positions start from the encoder's fixed table and are learned.
+
+    Args:
+        lambd: sparsity weight of the ISTA steps.
+        options: see :class:`CRATE`.
+    """
+
+    layout = None
+    embedding = ConvPatchEmbedding
+
+    def __init__(self, *, lambd: float = 0.5, **options):
+        self._lambd = lambd
+        super().__init__(**options)
+        self.config["lambd"] = lambd
+        self.norm.eps = 1e-6
+        self.position_embedding.data.copy_(sincos_positions(self.grid_size, self.num_features))
+
+    def block(self, dim: int, heads: int, dim_head: int, **options) -> nn.Module:
+        return CrateBlock(dim, heads, None, lambd=self._lambd, **options)
 
 
 def _patch_statistics(patches: Tensor) -> tuple[Tensor, Tensor]:

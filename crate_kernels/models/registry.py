@@ -34,7 +34,15 @@ FACTORIES: dict[str, Callable[..., CrateModel]] = {
 
 CLASSES: dict[str, type[CrateModel]] = {
     cls.__name__: cls
-    for cls in (crate.CRATE, alpha.CrateAlpha, mae.CrateMAE, dino.CrateDINO, gpt.CrateGPT, bert.CrateBert)
+    for cls in (
+        crate.CRATE,
+        alpha.CrateAlpha,
+        mae.CrateMAE,
+        mae.CrateMAEClassifier,
+        dino.CrateDINO,
+        gpt.CrateGPT,
+        bert.CrateBert,
+    )
 }
 """Class name, as files record it -> class."""
 

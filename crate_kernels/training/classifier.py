@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import platform
+import shlex
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,8 +14,6 @@ from typing import Any
 import torch
 from timm.data import Mixup
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
-from timm.optim import create_optimizer_v2
-from timm.scheduler import create_scheduler_v2
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
@@ -34,12 +33,13 @@ from ..distributed import launch
 from ..models import CrateModel
 from ..ops import requested_backend
 from ..version import __version__
-from . import command, config
-from .build import build_model, load_initial
+from . import command, config, initial
+from .build import build_model
 from .config import Config
 from .engine import Engine, Meter
+from .optimizer import make_optimizer, make_schedule
 from .progress import Report, clock
-from .speed import against_reference, faster_precision
+from .speed import against_reference
 
 
 class Trainer(Engine):
@@ -74,9 +74,13 @@ class Trainer(Engine):
     def resolve(cls, options: dict[str, Any]) -> Config:
         return config.resolve(options)
 
+    @classmethod
+    def variants(cls) -> dict[str, Config]:
+        return config.variants()
+
     def initialise(self) -> None:
         if self.settings.init is not None:
-            load_initial(self.model, self.settings.init, self.settings.new_head)
+            initial.load(self.model, self.settings.init, self.settings.new_head)
 
     def prepare(self, state: dict[str, Any] | None = None) -> None:
         if self.settings.ema:  # before the model is laid out over ranks: a sharded one cannot be copied
@@ -95,26 +99,9 @@ class Trainer(Engine):
             )
 
     def make_optimizer(self) -> torch.optim.Optimizer:
-        s = self.settings
-        betas = {} if s.beta2 is None else {"betas": (0.9, s.beta2)}
-        optimizer = create_optimizer_v2(
-            self.model, opt=s.optimizer, lr=s.learning_rate, weight_decay=s.weight_decay, **betas
-        )
-        self.scheduler, _ = create_scheduler_v2(
-            optimizer,
-            sched=s.schedule,
-            num_epochs=s.epochs,
-            warmup_epochs=min(s.warmup_epochs, s.epochs / 5),  # a short run must reach its learning rate
-            warmup_lr=s.learning_rate / 100,
-            step_on_epochs=False,
-            updates_per_epoch=self.steps_per_epoch,
-        )
+        optimizer = make_optimizer(self.settings, self.model)
+        self.scheduler = make_schedule(self.settings, optimizer, self.steps_per_epoch)
         return optimizer
-
-    def choose_precision(self) -> str:
-        if self.settings.precision != "auto" or self.device.type == "cuda":
-            return self.precision
-        return launch.agree(lambda: faster_precision(self.model, *self.example()))
 
     @property
     def evaluated(self) -> CrateModel:
@@ -143,6 +130,10 @@ class Trainer(Engine):
 
     def fingerprint(self) -> str:
         return self.data.fingerprint
+
+    def metadata(self) -> dict[str, Any]:
+        data = self.data
+        return {"data": data.name, "classes": data.classes, "mean": data.mean, "std": data.std}
 
     def load_state(self, state: dict[str, Any]) -> None:
         super().load_state(state)
@@ -194,7 +185,7 @@ class Trainer(Engine):
         if self.ema is not None:
             self.ema.update(self.model, step=self.step)
 
-    def figures(self) -> dict[str, float]:
+    def metrics(self) -> dict[str, float]:
         """Means over the epoch so far."""
         return self.meter.read()
 
@@ -204,15 +195,15 @@ class Trainer(Engine):
     def epoch_ends(self) -> bool:
         return self.step % self.steps_per_epoch == 0
 
-    def status(self, figures: dict[str, float], rate: float, left: float) -> str:
+    def status(self, metrics: dict[str, float], rate: float, left: float) -> str:
         epoch = (self.step - 1) // self.steps_per_epoch + 1
         return (
-            f"epoch {epoch}  loss {figures['loss']:.4f}  accuracy {100 * figures['accuracy']:.1f} %  "
+            f"epoch {epoch}  loss {metrics['loss']:.4f}  accuracy {100 * metrics['accuracy']:.1f} %  "
             f"{rate:.0f} images/s  {clock(left)} left"
         )
 
-    def look(self, report: Report) -> bool:
-        """Test after every epoch, and keep the best weights."""
+    def evaluate_if_due(self, report: Report) -> bool:
+        """Test after every epoch, and save the best weights."""
         if not self.epoch_ends():
             return False
         epoch, train = self.step // self.steps_per_epoch, self.meter.read()
@@ -250,14 +241,7 @@ class Trainer(Engine):
         path = self.output / name
         with launch.together():
             if model is not None:
-                model.save(
-                    path,
-                    data=self.data.name,
-                    classes=self.data.classes,
-                    mean=self.data.mean,
-                    std=self.data.std,
-                    test_accuracy=self.test.get("accuracy"),
-                )
+                model.save(path, **self.metadata(), test_accuracy=self.test.get("accuracy"))
         return path
 
     # -- what a run says and leaves --------------------------------------------------------------------------------
@@ -267,8 +251,17 @@ class Trainer(Engine):
         parameters = sum(p.numel() for p in self.model.parameters())
         return (
             f"{data.name}: {len(data.train)} training and {len(data.test)} test images of {len(data.classes)} classes, "
-            f"{size[0]} x {size[1]}; {parameters:,} parameters, {self.precision} on {self.device}"
+            f"{size[0]} x {size[1]}; {parameters:,} parameters, {self.precision} on {self.device} "
+            f"({self.precision_reason})"
         )
+
+    def next_steps(self) -> dict[str, str]:
+        segment = f"crate-kernels segment IMAGE --checkpoint {shlex.quote(str(self.output))}"
+        others = [name for name in ("fashion-mnist", "photos") if name != self.settings.data]
+        return super().next_steps() | {
+            segment: "what its attention separates in an image",
+            f"crate-kernels train --data {others[0]}": "other images; or a folder of your own",
+        }
 
     def finish(self, report: Report, began: float) -> None:
         """Save the model, then measure and record: test accuracy, speed, the layer-wise picture."""
@@ -282,6 +275,7 @@ class Trainer(Engine):
             "best": self.best,
             "training_seconds": self.seconds,
             "precision": self.precision,
+            "precision_reason": self.precision_reason,
             "backend": requested_backend() or "automatic",
             "device": str(self.device),
             "ranks": launch.size(),
@@ -304,9 +298,16 @@ class Trainer(Engine):
             f"test accuracy {100 * summary['test_accuracy']:.2f} % (best {100 * self.best['accuracy']:.2f} % "
             f"after epoch {self.best['epoch']})"
         )
+        summary["total_seconds"] = time.monotonic() - began
+        self.write_summary(summary)  # the run is finished, whatever becomes of the measurement below
         # On the CPU a run in bf16 is compared in float32, too: there the reference may well be faster in float32.
         for precision in dict.fromkeys([self.precision, "fp32"]):
-            speed = against_reference(model, images, labels, precision)
+            try:
+                speed = against_reference(model, images, labels, precision)
+            except RuntimeError as error:
+                summary.setdefault("warnings", []).append(f"no speed was measured in {precision}: {error}")
+                report.line(f"warning: {summary['warnings'][-1]}")
+                continue
             summary.setdefault("speed", {})[precision] = speed
             for what, rate in speed.items():
                 report.line(

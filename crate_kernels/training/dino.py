@@ -16,56 +16,56 @@ from torch import Tensor, nn
 from torch.nn.functional import log_softmax
 
 from ..analysis import coding_rate
+from ..data.images import READERS
 from ..distributed import launch
 from ..models.dino import CrateDINO
+from ..options import option
 from . import command
-from .config import option
+from .config import data_name
 from .pretrain import PretrainConfig, Pretrainer, knn_accuracy, probe_accuracy, random_crops
+
+DINO = ("without --simdino", lambda s: not s.simdino)
+SIMDINO = ("with --simdino", lambda s: s.simdino)
+LOCAL = ("with --local-crops above 0", lambda s: s.local_crops > 0)
 
 
 @dataclass
 class DINOConfig(PretrainConfig):
-    """What a self-distillation run does."""
+    """The options of ``train-dino``."""
 
-    data: str = option("mnist5k", "mnist5k, fashion-mnist, cifar10, photos, or a folder of class folders", "data")
-    dim: int = option(96, "width of the tokens", "model")
-    patch_size: int = option(7, "pixels along a patch", "model")
+    data: str = option("mnist5k", f"{', '.join(READERS)}, or a folder of class folders", "data")
+    dim: int = option(96, "width of the tokens", "model", least=1, most=1 << 16)
+    patch_size: int = option(7, "pixels along a patch", "model", least=1)
     pool: str = option("mean", "what the heads read", "model", choices=("cls", "mean"))
-    simdino: bool = option(False, "a coding-rate term instead of prototypes, centring and sharpening", "model")
-    hidden: int = option(256, "width of the heads' hidden layers", "model")
-    bottleneck: int = option(64, "width of the heads' unit vectors", "model")
-    prototypes: int = option(512, "number of prototypes; SimDINO has none", "model")
+    simdino: bool = option(False, "a coding-rate term instead of prototypes, centering and sharpening", "model")
+    hidden: int = option(256, "width of the heads' hidden layers", "model", least=1, most=1 << 16)
+    bottleneck: int = option(64, "width of the heads' unit vectors", "model", least=1, most=1 << 16)
+    prototypes: int = option(512, "number of prototypes", "model", least=1, most=1 << 24, only=DINO)
 
-    local_crops: int = option(2, "small crops of every image, besides two global ones", "data")
-    local_size: int | None = option(None, "pixels along a local crop; half an image without it", "data")
-    global_scale: float = option(0.6, "smallest share of an image's area in a global crop", "data")
-    local_scale: float = option(0.3, "smallest share of an image's area in a local crop", "data")
-    flip: float = option(0.0, "probability of mirroring a crop", "data")
-    jitter: float = option(0.4, "strength of random contrast and brightness", "data")
+    local_crops: int = option(2, "small crops of every image, besides two global ones", "data", least=0, most=100)
+    local_size: int | None = option(
+        None, "pixels along a local crop; half an image without it", "data", least=1, only=LOCAL
+    )
+    global_scale: float = option(0.6, "smallest share of an image's area in a global crop", "data", above=0, most=1)
+    local_scale: float = option(
+        0.3, "smallest share of an image's area in a local crop", "data", above=0, most=1, only=LOCAL
+    )
+    flip: float = option(0.0, "probability of mirroring a crop", "data", least=0, most=1)
+    jitter: float = option(0.4, "strength of random contrast and brightness", "data", least=0)
 
-    epochs: int = option(20, "passes over the training images", "optimisation")
-    learning_rate: float = option(1e-3, "after the warm-up; falls to zero along a cosine", "optimisation")
-    student_temperature: float = option(0.1, "of the student's scores", "optimisation")
-    teacher_temperature: float = option(0.04, "of the teacher's scores: sharpening", "optimisation")
-    center_momentum: float = option(0.9, "of the running mean of the teacher's scores: centring", "optimisation")
-    momentum: float = option(0.99, "of the teacher's weights; rises to 1 along a cosine", "optimisation")
-    gamma: float = option(0.3, "simdino: weight of the coding rate per dimension", "optimisation")
-    eps: float = option(0.5, "simdino: distortion of the coding rate", "optimisation")
-    output: str = option("runs/dino-{data}", "folder of everything the run writes", "output")
+    student_temperature: float = option(0.1, "of the student's scores", "optimization", above=0, only=DINO)
+    teacher_temperature: float = option(0.04, "of the teacher's scores: sharpening", "optimization", above=0, only=DINO)
+    center_momentum: float = option(
+        0.9, "of the running mean of the teacher's scores: centering", "optimization", least=0, most=1, only=DINO
+    )
+    momentum: float = option(
+        0.99, "of the teacher's weights; rises to 1 along a cosine", "optimization", least=0, most=1
+    )
+    gamma: float = option(0.3, "weight of the coding rate per dimension", "optimization", least=0, only=SIMDINO)
+    eps: float = option(0.5, "distortion of the coding rate", "optimization", above=0, only=SIMDINO)
 
-    def check(self) -> None:
-        super().check()
-        for name in ("hidden", "bottleneck", "prototypes"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"--{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("global_scale", "local_scale", "flip", "momentum", "center_momentum"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"--{name.replace('_', '-')} must lie in 0..1, got {getattr(self, name)}")
-        for name in ("student_temperature", "teacher_temperature", "eps"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"--{name.replace('_', '-')} must be positive, got {getattr(self, name)}")
-        if self.local_crops < 0 or self.jitter < 0 or self.gamma < 0:
-            raise ValueError("--local-crops, --jitter and --gamma must not be negative")
+    def default_output(self) -> str:
+        return f"runs/{'simdino' if self.simdino else 'dino'}-{data_name(self.data)}"
 
 
 # -- losses ------------------------------------------------------------------------------------------------------------
@@ -197,7 +197,7 @@ class DINOTrainer(Pretrainer):
 
     def draw(self) -> list[Path]:
         path = self.output / "backbone.safetensors"
-        self.model.backbone.save(path, data=self.data.name, mean=self.data.mean, std=self.data.std)
+        self.model.backbone.save(path, **self.metadata())
         return [path]
 
     def state(self) -> dict[str, Any]:

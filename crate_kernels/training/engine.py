@@ -1,4 +1,4 @@
-"""What every training command shares: ranks, steps, state, logs. A trainer says what a batch is and what its loss is.
+"""What every training command shares: ranks, steps, checkpoints, logs. A trainer defines its batches and its loss.
 
 Step ``i`` of a run is a function of the seed and ``i``, whatever the number of ranks: ``--batch-size`` is the batch of
 all ranks together, each takes its part of that batch and of the random numbers drawn for it, and gradients are means
@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import json
 import math
+import shlex
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -25,8 +26,11 @@ from ..data.batches import seed_for
 from ..distributed import launch, sharding
 from ..models import CrateModel
 from ..models.checkpoint import write_atomically
+from ..runs import checkpoints
+from ..runs.folder import SUMMARY, Description
+from ..runs.logs import MetricsLog
 from ..version import __version__
-from . import checkpoints
+from .interrupt import Interrupted, Interrupts
 from .progress import Report, clock
 
 
@@ -42,7 +46,7 @@ class Engine:
     """
 
     command: ClassVar[str]
-    """The command that trains so; a state is resumed by the one that wrote it."""
+    """The command that trains so; it alone resumes its checkpoints."""
     options: ClassVar[type]
     """The dataclass of the settings."""
     unit = "images"
@@ -59,16 +63,21 @@ class Engine:
     def __init__(self, settings: Any, output: Path, device: torch.device):
         self.settings, self.output, self.device = settings, output, device
         self.step, self.seconds = 0, 0.0
-        bf16 = settings.precision == "bf16" or (settings.precision == "auto" and device.type == "cuda")
-        self.precision = "bf16" if bf16 else "fp32"
+        self.precision, self.precision_reason = choose_precision(settings.precision, device)
         self.sharded = False
+        self.interrupts = Interrupts()
 
-    # -- what a subclass says ------------------------------------------------------------------------------------------
+    # -- what a subclass defines ---------------------------------------------------------------------------------------
 
     @classmethod
     def resolve(cls, options: dict[str, Any]) -> Any:
         """The checked settings of a new run with the given ``options``."""
         raise NotImplementedError
+
+    @classmethod
+    def variants(cls) -> dict[str, Any]:
+        """The settings whose defaults the help shows, by label; "" is the bare command."""
+        return {"": cls.resolve({})}
 
     def initialise(self) -> None:
         """Take over what a new run starts from, and a resumed one does not need."""
@@ -107,8 +116,8 @@ class Engine:
     def after_step(self) -> None:
         """What follows the optimiser's step."""
 
-    def look(self, report: Report) -> bool:
-        """Judge the model if it is time to; whether a state should be kept now."""
+    def evaluate_if_due(self, report: Report) -> bool:
+        """Evaluate the model if it is time to; whether to save a checkpoint now."""
         return False
 
     def probe_inputs(self, count: int) -> tuple[Tensor, dict[str, Any]]:
@@ -119,14 +128,14 @@ class Engine:
         """So many ``unit`` in a step."""
         return self.settings.batch_size * self.settings.accumulate
 
-    def figures(self) -> dict[str, float]:
-        """What the log says of the steps since it was last asked: the loss, at least."""
-        figures = self.meter.read()
+    def metrics(self) -> dict[str, float]:
+        """The metrics of the steps since the last record of the log: the loss, at least."""
+        metrics = self.meter.read()
         self.meter.reset()
-        return figures
+        return metrics
 
     def position(self) -> dict[str, float]:
-        """What the log says of the place in the run, besides the step."""
+        """Where the run is, besides the step, for the log."""
         return {}
 
     def describe(self) -> str:
@@ -134,8 +143,12 @@ class Engine:
         raise NotImplementedError
 
     def finish(self, report: Report, began: float) -> None:
-        """Judge the trained model and write it; every rank takes part. Only rank 0 needs to come to the end."""
+        """Evaluate the trained model and write it; every rank takes part. Only rank 0 needs to come to the end."""
         raise NotImplementedError
+
+    def next_steps(self) -> dict[str, str]:
+        """Commands to try after this run, and what each of them shows."""
+        return {f"crate-kernels report {shlex.quote(str(self.output))}": "one page with everything about this run"}
 
     # -- ranks ---------------------------------------------------------------------------------------------------------
 
@@ -151,10 +164,23 @@ class Engine:
         if s.tensorboard and launch.is_main():
             _summary_writer()
 
+    def check_backend(self) -> None:
+        """Raise ValueError if ``--backend`` names one that cannot run this model here."""
+        name = self.settings.backend
+        if name is None:
+            return
+        inputs, keywords = self.probe_inputs(1)
+        try:
+            with torch.no_grad(), self.autocast():
+                self.model.eval()(inputs[:1], **keywords)
+        except RuntimeError as error:
+            raise ValueError(f"--backend {name} cannot run this model here: {error}") from error
+
     def prepare(self, state: dict[str, Any] | None = None) -> None:
-        """Lay the model out over the ranks, make its optimiser, and go on from ``state`` if there is one."""
+        """Lay the model out over the ranks, make its optimizer, and resume from ``state`` if there is one."""
         s = self.settings
-        self.precision = self.choose_precision() if state is None else state.get("precision", self.precision)
+        if state is not None and state["precision"] != self.precision:
+            self.precision, self.precision_reason = state["precision"], "as in the run to resume"
         self.plain_type = type(self.model)
         if s.activation_checkpointing:
             sharding.checkpoint_activations(self.trained)
@@ -168,10 +194,6 @@ class Engine:
         self.optimizer = self.make_optimizer()
         if state is not None:
             self.load_state(checkpoints.restore(state, self.like))
-
-    def choose_precision(self) -> str:
-        """``"fp32"`` or ``"bf16"``, alike on all ranks."""
-        return self.precision
 
     def autocast(self) -> contextlib.AbstractContextManager:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
@@ -201,6 +223,9 @@ class Engine:
             "command": self.command,
             "config": dataclasses.asdict(self.settings),
             "precision": self.precision,
+            "description": dataclasses.asdict(
+                Description(self.plain_type.__name__, self.model.config, self.metadata())
+            ),
             "data": self.fingerprint(),
             "step": self.step,
             "seconds": self.seconds,
@@ -213,6 +238,10 @@ class Engine:
         """The data the run reads, in words and a digest."""
         raise NotImplementedError
 
+    def metadata(self) -> dict[str, Any]:
+        """What a model's file says about its data, so that other commands can use it."""
+        raise NotImplementedError
+
     def check_state(self, state: dict[str, Any]) -> None:
         """Raise ValueError if ``state`` is that of a run on other data."""
         then, now = state["data"], self.fingerprint()
@@ -220,7 +249,7 @@ class Engine:
             raise ValueError(f"the run to resume reads other data: {then} there, {now} here")
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Go on from a state that :meth:`state` made, here or on another number of ranks."""
+        """Continue from what :meth:`state` returned, here or on another number of ranks."""
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.step, self.seconds = state["step"], state["seconds"]
@@ -237,9 +266,9 @@ class Engine:
         return None
 
     def save_state(self) -> None:
-        """Write the state, but none that there is no going on from: the one before then stays."""
+        """Save a checkpoint unless weights are not finite; the previous checkpoint then stays."""
         if launch.decide_any(not sharding.is_finite(self.model)):
-            self.diverged("there are weights that are no finite numbers")
+            self.diverged("some weights are not finite numbers")
         checkpoints.save_run(self.output, self.state())
 
     def diverged(self, what: str) -> None:
@@ -248,9 +277,17 @@ class Engine:
     # -- training ------------------------------------------------------------------------------------------------------
 
     def fit(self, report: Report) -> None:
-        """Train from the present step to the last, writing log, measurements and state."""
+        """Train from the present step to the last, writing logs and checkpoints.
+
+        Raises:
+            Interrupted: a signal arrived. The step in progress is finished and a checkpoint saved.
+        """
+        with self.interrupts.deferred():
+            self._fit(report)
+
+    def _fit(self, report: Report) -> None:
         s = self.settings
-        self.log = checkpoints.MetricsLog(self.output / "metrics.jsonl", self.step)
+        self.log = MetricsLog(self.output / "metrics.jsonl", self.step)
         self.start_probe()
         batches = self.batches(self.step * s.accumulate)
         before, first, started = self.seconds, self.step, time.monotonic()
@@ -263,25 +300,29 @@ class Engine:
             now = time.monotonic()
             self.seconds = before + now - started
             if self.step % s.log_steps == 0 or self.epoch_ends() or self.step == self.steps:
-                figures = self.figures()
-                if not math.isfinite(figures["loss"]):
-                    self.diverged(f"the loss is {figures['loss']}")
+                metrics = self.metrics()
+                if not math.isfinite(metrics["loss"]):
+                    self.diverged(f"the loss is {metrics['loss']}")
                 rate = (self.step - logged) * self.per_step() / (now - marked)
                 left = (now - started) / (self.step - first) * (self.steps - self.step)
                 logged, marked = self.step, now
                 self.log.write(
-                    step=self.step, **self.position(), **figures, learning_rate=self.learning_rate(),
+                    step=self.step, **self.position(), **metrics, learning_rate=self.learning_rate(),
                     **{f"{self.unit}_per_second": rate},
                 )  # fmt: skip
-                report.show(self.step, self.status(figures, rate, left))
+                report.show(self.step, self.status(metrics, rate, left))
             self.measure()
-            keep = self.look(report)
+            keep = self.evaluate_if_due(report)
             if keep:
                 marked = time.monotonic()
                 self.seconds = before + marked - started
-            if keep or launch.decide(time.monotonic() - saved >= s.checkpoint_seconds):
+            due = launch.is_main() and time.monotonic() - saved >= s.checkpoint_seconds
+            wish = launch.largest(self.interrupts.received or int(due))
+            if keep or wish:
                 self.save_state()
                 saved, kept = time.monotonic(), self.step
+            if wish > 1:  # the number of a signal that one of the ranks received
+                raise Interrupted(wish)
         if kept != self.step:
             self.save_state()
 
@@ -289,11 +330,11 @@ class Engine:
         """Whether the step just done was the last of an epoch that the log should show."""
         return False
 
-    def status(self, figures: dict[str, float], rate: float, left: float) -> str:
-        return f"step {self.step}  loss {figures['loss']:.4f}  {rate:.0f} {self.unit}/s  {clock(left)} left"
+    def status(self, metrics: dict[str, float], rate: float, left: float) -> str:
+        return f"step {self.step}  loss {metrics['loss']:.4f}  {rate:.0f} {self.unit}/s  {clock(left)} left"
 
     def train_step(self, batches: Iterator[Any]) -> None:
-        """One optimiser step."""
+        """One optimizer step."""
         s = self.settings
         self.model.train()
         for i in range(s.accumulate):
@@ -345,7 +386,7 @@ class Engine:
         return [self.probe.plot(self.output / "layerwise_training.png", title=f"{self.command}: layer by layer")]
 
     def write_summary(self, summary: dict[str, Any]) -> None:
-        write_atomically(self.output / "summary.json", (json.dumps(summary, indent=2) + "\n").encode())
+        write_atomically(self.output / SUMMARY, (json.dumps(summary, indent=2) + "\n").encode())
 
 
 def _summary_writer() -> type:
@@ -354,6 +395,22 @@ def _summary_writer() -> type:
     except ImportError as error:
         raise ValueError("--tensorboard needs the package tensorboard: pip install tensorboard") from error
     return SummaryWriter
+
+
+def choose_precision(wanted: str, device: torch.device) -> tuple[str, str]:
+    """``"fp32"`` or ``"bf16"``, and why.
+
+    The automatic choice depends on the device alone, so that the same command gives the same weights: bf16 on a GPU
+    that computes in it, else fp32.
+    """
+    if wanted != "auto":
+        return wanted, "as asked for"
+    if device.type != "cuda":
+        return "fp32", "automatic: bf16 is for GPUs"
+    capability = torch.cuda.get_device_capability(device)
+    if torch.version.cuda is not None and capability < (8, 0):
+        return "fp32", f"automatic: this GPU, of compute capability {capability[0]}.{capability[1]}, has no bf16"
+    return "bf16", "automatic: this GPU computes in bf16"
 
 
 class Meter:

@@ -6,6 +6,7 @@ Without options it takes crops of the photographs inside scikit-image and scikit
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,35 +17,34 @@ from torch import Tensor
 
 from ..distributed import launch
 from ..models import CrateMAE
+from ..options import option
 from . import command
-from .config import option
+from .config import data_name
 from .engine import Meter
 from .pretrain import PretrainConfig, Pretrainer, probe_accuracy, random_crops
 
 
 @dataclass
 class MAEConfig(PretrainConfig):
-    """What a masked-autoencoder run does."""
+    """The options of ``train-mae``."""
 
-    decoder_depth: int = option(4, "number of decoder layers", "model")
-    lambd: float = option(0.1, "sparsity weight of the ISTA steps", "model")
-    norm_pix_loss: bool = option(True, "predict each patch standardised by itself", "model")
-    learning_rate: float = option(2e-3, "after the warm-up; falls to zero along a cosine", "optimisation")
-    epochs: int = option(6, "passes over the training images", "optimisation")
-    mask_ratio: float = option(0.5, "share of the patches that is hidden", "optimisation")
-    crop: float = option(0.4, "smallest share of an image's area that a random crop keeps", "data")
-    flip: float = option(0.5, "probability of mirroring an image", "data")
-    output: str = option("runs/mae-{data}", "folder of everything the run writes", "output")
+    dim: int = option(128, "width of the tokens, a multiple of 4", "model", least=4, most=1 << 16)
+    decoder_depth: int = option(4, "number of decoder layers", "model", least=1, most=1000)
+    lambd: float = option(0.1, "sparsity weight of the ISTA steps", "model", least=0)
+    norm_pix_loss: bool = option(True, "predict each patch standardized by itself", "model")
+    learning_rate: float = option(2e-3, "after the warm-up; falls to zero along a cosine", "optimization", above=0)
+    epochs: int = option(6, "passes over the training images", "optimization", least=1, most=1_000_000)
+    mask_ratio: float = option(0.5, "share of the patches that is hidden", "optimization", above=0, below=1)
+    crop: float = option(0.4, "smallest share of an image's area that a random crop keeps", "data", above=0, most=1)
+    flip: float = option(0.5, "probability of mirroring an image", "data", least=0, most=1)
 
-    def check(self) -> None:
-        super().check()
-        if self.decoder_depth < 1:
-            raise ValueError(f"--decoder-depth must be at least 1, got {self.decoder_depth}")
-        if not 0 < self.mask_ratio < 1:
-            raise ValueError(f"--mask-ratio must lie between 0 and 1, got {self.mask_ratio}")
-        for name in ("crop", "flip"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"--{name} must lie in 0..1, got {getattr(self, name)}")
+    def check(self, given: Iterable[str] = ()) -> None:
+        super().check(given)
+        if self.dim % 4:
+            raise ValueError(f"--dim must be a multiple of 4, for sine and cosine of two coordinates; got {self.dim}")
+
+    def default_output(self) -> str:
+        return f"runs/mae-{data_name(self.data)}"
 
 
 class MAETrainer(Pretrainer):

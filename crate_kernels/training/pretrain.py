@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import shlex
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,67 +24,44 @@ from ..data.batches import (
     seed_for,
     training_batches,
 )
-from ..data.images import ImageSource, load
+from ..data.images import READERS, ImageSource, load
 from ..distributed import launch
 from ..models import CrateModel
-from ..ops.backends import BACKENDS
+from ..options import option
 from ..version import __version__
-from .config import FREE, MAX_BROKEN, EngineOptions, option
+from .config import ImageOptions
 from .engine import Engine, Meter
 from .progress import Report, clock
 
 
 @dataclass
-class PretrainConfig(EngineOptions):
+class PretrainConfig(ImageOptions):
     """Options that every self-supervised run has."""
 
-    data: str = option(
-        "photos", "photos, mnist5k, fashion-mnist, cifar10, a folder of class folders, or shards", "data"
+    data: str = option("photos", f"{', '.join(READERS)}, a folder of class folders, or shards", "data")
+
+    dim: int = option(128, "width of the tokens", "model", least=1, most=1 << 16)
+    depth: int = option(4, "number of layers", "model", least=1, most=1000)
+    heads: int = option(4, "number of attention heads", "model", least=1)
+    patch_size: int = option(8, "pixels along a patch", "model", least=1)
+
+    epochs: int = option(20, "passes over the training images", "optimization", least=1, most=1_000_000)
+    batch_size: int = option(
+        64, "images of all ranks together, per optimizer step and accumulation", "optimization", least=1
     )
-    root: str | None = option(None, "where the named data set's files are, in torchvision's layout", "data")
-    image_size: int | None = option(None, "pixels along an image", "data")
+    accumulate: int = option(1, "batches whose gradients make one optimizer step", "optimization", least=1)
+    learning_rate: float = option(1e-3, "after the warm-up; falls to zero along a cosine", "optimization", above=0)
+    warmup_epochs: float = option(1.0, "epochs of linear warm-up", "optimization", least=0)
+    weight_decay: float = option(0.05, "of matrices, not of biases and norms", "optimization", least=0)
+    clip_grad: float = option(1.0, "largest norm of the gradient; 0 does not clip", "optimization", least=0)
+    seed: int = option(0, "of weights, views and masks", "optimization", least=0, most=2**32 - 1)
 
-    dim: int = option(128, "width of the tokens", "model")
-    depth: int = option(4, "number of layers", "model")
-    heads: int = option(4, "number of attention heads", "model")
-    patch_size: int = option(8, "pixels along a patch", "model")
+    log_steps: int = option(25, "optimizer steps between two records of the metrics log", "output", least=1)
 
-    epochs: int = option(20, "passes over the training images", "optimisation")
-    batch_size: int = option(64, "images of all ranks together, per optimiser step and accumulation", "optimisation")
-    accumulate: int = option(1, "batches whose gradients make one optimiser step", "optimisation")
-    learning_rate: float = option(1e-3, "after the warm-up; falls to zero along a cosine", "optimisation")
-    warmup_epochs: float = option(1.0, "epochs of linear warm-up", "optimisation")
-    weight_decay: float = option(0.05, "of matrices, not of biases and norms", "optimisation")
-    clip_grad: float = option(1.0, "largest norm of the gradient; 0 does not clip", "optimisation")
-    seed: int = option(0, "of weights, views and masks", "optimisation")
-
-    precision: str = option("auto", "auto takes bf16 on a GPU", "machine", choices=("auto", "fp32", "bf16"))
-    backend: str | None = option(
-        None, "backend of the operators, instead of the automatic choice", "machine", choices=BACKENDS
-    )
-    device: str = option("auto", "cpu, cuda, cuda:1 ...; auto takes a GPU if there is one", "machine")
-    workers: int | None = option(None, "processes that read image files", "machine")
-    max_broken: int | None = option(None, MAX_BROKEN, "machine")
-
-    output: str = option("runs/pretrain-{data}", "folder of everything the run writes", "output")
-    checkpoint_seconds: float = option(30.0, "write the state this often", "output")
-    log_steps: int = option(25, "steps between two records of the metrics log", "output")
-
-    def fixed(self) -> dict[str, Any]:
-        """The values that decide the result: a resumed run must agree on them."""
-        return {name: value for name, value in dataclasses.asdict(self).items() if name not in FREE}
-
-    def check(self) -> None:
-        """Raise ValueError for a value out of its range."""
-        for name in ("dim", "depth", "heads", "patch_size", "epochs", "batch_size", "accumulate", "log_steps"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(self, name)}")
-        for name in ("learning_rate", "warmup_epochs", "weight_decay", "clip_grad", "seed", "max_broken"):
-            if (getattr(self, name) or 0) < 0:
-                raise ValueError(f"--{name.replace('_', '-')} must not be negative, got {getattr(self, name)}")
+    def check(self, given: Iterable[str] = ()) -> None:
+        super().check(given)
         if self.dim % self.heads:
             raise ValueError(f"--heads {self.heads} does not divide --dim {self.dim}")
-        self.check_engine()
 
     def source(self) -> ImageSource:
         """The images that the run reads."""
@@ -192,7 +170,8 @@ class Pretrainer(Engine):
     @classmethod
     def resolve(cls, options: dict[str, Any]) -> PretrainConfig:
         settings = cls.options(**options)
-        settings.check()
+        settings.check(options)
+        settings.name_output()
         return settings
 
     def build(self) -> CrateModel:
@@ -279,6 +258,9 @@ class Pretrainer(Engine):
     def fingerprint(self) -> str:
         return self.data.fingerprint
 
+    def metadata(self) -> dict[str, Any]:
+        return {"data": self.data.name, "mean": self.data.mean, "std": self.data.std}
+
     def trained_parameters(self) -> int:
         return sum(p.numel() for p in self.model.parameters() if p.requires_grad)
 
@@ -286,8 +268,15 @@ class Pretrainer(Engine):
         return (
             f"{self.data.name}: {len(self.data.train)} training and {len(self.data.test)} test images, "
             f"{self.size[0]} x {self.size[1]}; {self.trained_parameters():,} trained parameters, {self.precision} on "
-            f"{self.device}"
+            f"{self.device} ({self.precision_reason})"
         )
+
+    def next_steps(self) -> dict[str, str]:
+        folder = shlex.quote(str(self.output))
+        return super().next_steps() | {
+            f"crate-kernels segment IMAGE --checkpoint {folder}": "what its attention separates in an image",
+            f"crate-kernels train --init {folder}": "a classifier that starts from these weights",
+        }
 
     def finish(self, report: Report, began: float) -> None:
         """Evaluate once more, save the model, and write what the subclass draws."""
@@ -299,7 +288,7 @@ class Pretrainer(Engine):
         for figure, value in figures.items():
             report.line(f"{figure.replace('_', ' ')}: {value:.4f} (untrained {self.untrained[figure]:.4f})")
         path = self.output / "model.safetensors"
-        model.save(path, data=self.data.name, mean=self.data.mean, std=self.data.std)
+        model.save(path, **self.metadata())
         written = [path, *self.draw(), *self.plot_probe()]
         loader = loader_speed(self.data, self.batching, self.size)
         rate = self.steps * self.per_step() / max(self.seconds, 1e-9) / launch.size()
@@ -312,6 +301,7 @@ class Pretrainer(Engine):
                 "parameters": parameters,
                 "config": dataclasses.asdict(self.settings),
                 "precision": self.precision,
+                "precision_reason": self.precision_reason,
                 "device": str(self.device),
                 "ranks": launch.size(),
                 "broken_images": list(self.data.broken.found),

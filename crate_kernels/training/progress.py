@@ -8,6 +8,8 @@ from typing import Self
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
+from ..terminal import printable
+
 
 class Report:
     """A run's progress, of ``total`` steps: ``with Report(total) as report``."""
@@ -38,7 +40,7 @@ class Report:
 
     def line(self, text: str) -> None:
         """A line that stays."""
-        self.console.print(text, markup=False, soft_wrap=True)
+        self.console.print(printable(text), markup=False, soft_wrap=True)
 
     def show(self, step: int, text: str) -> None:
         """Where the run is: in the bar at once, as a line now and then."""

@@ -25,20 +25,6 @@ def training_step(model: nn.Module, images: Tensor, labels: Tensor, precision: s
     return logits.detach()
 
 
-def faster_precision(model: nn.Module, images: Tensor, labels: Tensor) -> str:
-    """``"bf16"`` where a training step under autocast takes at least a tenth less time than in float32.
-
-    Measured, because no capability flag tells: a GPU always wins, a CPU only with bf16 instructions and fast kernels
-    for the shapes at hand.
-    """
-    model = copy.deepcopy(model).train()
-    images, labels = _some(model, images, labels)
-    backend = requested_backend()
-    runs = {name: partial(training_step, model, images, labels, name, backend) for name in DTYPES}
-    times = medians(runs, images.device, 5)
-    return "bf16" if times["bf16"] < 0.9 * times["fp32"] else "fp32"
-
-
 def against_reference(model: nn.Module, images: Tensor, labels: Tensor, precision: str) -> dict[str, dict[str, float]]:
     """Images per second of the requested (or automatic) backend and of ``reference``, forward and training step.
 

@@ -9,11 +9,12 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import math
+import shlex
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -27,10 +28,11 @@ from ..models.checkpoint import write_atomically
 from ..models.generation import stream_text
 from ..models.gpt import IGNORED_TARGET
 from ..models.tokenizers import TOKENIZERS, word_starts
-from ..ops.backends import BACKENDS
+from ..options import option
+from ..terminal import printable
 from ..version import __version__
 from . import command
-from .config import FREE, EngineOptions, option
+from .config import EngineOptions
 from .engine import Engine, Meter
 from .progress import Report, clock
 
@@ -41,69 +43,59 @@ MODEL_DEFAULTS: dict[str, dict[str, Any]] = {
 """Model -> what differs from the defaults of :class:`TextConfig`."""
 
 
+CAUSAL = ("with --model gpt2 or lm", lambda s: s.model != "bert")
+
+
 @dataclass
 class TextConfig(EngineOptions):
-    """What a run does. Two runs with equal ``fixed()`` values on one machine end with equal weights."""
+    """The options of ``train-text``. Two runs with equal ``fixed()`` values on one machine end with equal weights."""
 
     text: str | None = option(
         None, "a UTF-8 text file or a folder of prepare-text; without it the Python manual", "data"
     )
     tokenizer: str = option("bytes", "bytes, or GPT-2's byte pairs", "data", choices=TOKENIZERS)
-    whole_words: bool = option(False, "bert: hide whole words, not tokens", "data")
+    whole_words: bool = option(
+        False, "hide whole words, not tokens", "data", only=("with --model bert", lambda s: s.model == "bert")
+    )
 
     model: str = option("gpt2", "gpt2, lm (overcomplete), or bert (masked)", "model", choices=("gpt2", "lm", "bert"))
-    context: int = option(64, "tokens the model sees", "model")
-    dim: int = option(192, "width of the tokens", "model")
-    depth: int = option(4, "number of layers", "model")
-    heads: int = option(4, "number of attention heads", "model")
-    dropout: float = option(0.0, "dropout", "model")
+    context: int = option(64, "tokens the model sees", "model", least=8, most=1 << 20)
+    dim: int = option(192, "width of the tokens", "model", least=1, most=1 << 16)
+    depth: int = option(4, "number of layers", "model", least=1, most=1000)
+    heads: int = option(4, "number of attention heads", "model", least=1)
+    dropout: float = option(0.0, "dropout", "model", least=0, most=0.99)
 
-    steps: int = option(6000, "optimiser steps", "optimisation")
-    batch_size: int = option(12, "texts of all ranks together, per step and accumulation", "optimisation")
-    accumulate: int = option(1, "batches whose gradients make one optimiser step", "optimisation")
-    learning_rate: float = option(2e-3, "after the warm-up; falls to a tenth along a cosine", "optimisation")
-    warmup_steps: int = option(500, "steps of linear warm-up", "optimisation")
-    weight_decay: float = option(0.1, "of matrices, not of biases and norms", "optimisation")
-    clip_grad: float = option(1.0, "largest norm of the gradient; 0 does not clip", "optimisation")
-    seed: int = option(0, "of weights, texts and masks", "optimisation")
+    steps: int = option(6000, "optimizer steps", "optimization", least=1)
+    batch_size: int = option(12, "texts of all ranks together, per step and accumulation", "optimization", least=1)
+    accumulate: int = option(1, "batches whose gradients make one optimizer step", "optimization", least=1)
+    learning_rate: float = option(2e-3, "after the warm-up; falls to a tenth along a cosine", "optimization", above=0)
+    warmup_steps: int = option(500, "steps of linear warm-up", "optimization", least=0)
+    weight_decay: float = option(0.1, "of matrices, not of biases and norms", "optimization", least=0)
+    clip_grad: float = option(1.0, "largest norm of the gradient; 0 does not clip", "optimization", least=0)
+    seed: int = option(0, "of weights, texts and masks", "optimization", least=0, most=2**32 - 1)
 
-    precision: str = option("auto", "auto takes bf16 on a GPU", "machine", choices=("auto", "fp32", "bf16"))
-    backend: str | None = option(
-        None, "backend of the operators, instead of the automatic choice", "machine", choices=BACKENDS
+    evaluate_steps: int = option(1000, "steps between two evaluations on the validation text", "output", least=1)
+    prompt: str = option("The ", "what the sample at the end begins with", "output", only=CAUSAL)
+    sample_tokens: int = option(400, "tokens of the sample at the end", "output", least=0, most=1 << 20, only=CAUSAL)
+    temperature: float = option(
+        0.7, "of the sample at the end; 0 takes the likeliest token", "output", least=0, only=CAUSAL
     )
-    device: str = option("auto", "cpu, cuda, cuda:1 ...; auto takes a GPU if there is one", "machine")
+    top_p: float = option(
+        0.95, "the sample draws from the likeliest tokens that together reach this probability", "output", above=0,
+        most=1, only=CAUSAL,
+    )  # fmt: skip
 
-    output: str = option("runs/text-{model}", "folder of everything the run writes", "output")
-    checkpoint_seconds: float = option(30.0, "write the state this often", "output")
-    log_steps: int = option(50, "steps between two records of the metrics log", "output")
-    evaluate_steps: int = option(1000, "steps between two looks at the validation text", "output")
-    prompt: str = option("The ", "what the sample at the end begins with", "output")
-    sample_tokens: int = option(400, "tokens of the sample at the end", "output")
-    temperature: float = option(0.7, "of the sample at the end", "output")
-    top_p: float = option(0.95, "of the sample at the end", "output")
+    free: ClassVar[tuple[str, ...]] = (
+        *EngineOptions.free, "evaluate_steps", "prompt", "sample_tokens", "temperature", "top_p",
+    )  # fmt: skip
 
-    def fixed(self) -> dict[str, Any]:
-        """The values that decide the result: a resumed run must agree on them."""
-        free = (*FREE, "evaluate_steps", "prompt", "sample_tokens", "temperature", "top_p")
-        return {name: value for name, value in dataclasses.asdict(self).items() if name not in free}
-
-    def check(self) -> None:
-        """Raise ValueError for a value out of its range."""
-        for name in (
-            "context", "dim", "depth", "heads", "steps", "batch_size", "accumulate", "log_steps", "evaluate_steps",
-        ):  # fmt: skip
-            if getattr(self, name) < 1:
-                raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(self, name)}")
-        if self.context < 8:
-            raise ValueError(f"--context must be at least 8, got {self.context}")
-        for name in ("learning_rate", "warmup_steps", "weight_decay", "clip_grad", "seed", "sample_tokens"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"--{name.replace('_', '-')} must not be negative, got {getattr(self, name)}")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"--dropout must lie in 0..1, got {self.dropout}")
+    def check(self, given: Iterable[str] = ()) -> None:
+        super().check(given)
         if self.dim % self.heads:
             raise ValueError(f"--heads {self.heads} does not divide --dim {self.dim}")
-        self.check_engine()
+
+    def default_output(self) -> str:
+        return f"runs/text-{self.model}"
 
 
 # -- tasks -------------------------------------------------------------------------------------------------------------
@@ -264,8 +256,17 @@ class TextTrainer(Engine):
         shards = Path(options["text"]) if options.get("text") is not None else None
         made_with = {"tokenizer": Manifest.read(shards).tokenizer} if shards is not None and is_prepared(shards) else {}
         settings = TextConfig(**MODEL_DEFAULTS.get(options.get("model"), {}) | made_with | options)
-        settings.check()
+        settings.check(options)
+        settings.name_output()
         return settings
+
+    @classmethod
+    def variants(cls) -> dict[str, TextConfig]:
+        return {"": cls.resolve({})} | {name: cls.resolve({"model": name}) for name in MODEL_DEFAULTS}
+
+    def metadata(self) -> dict[str, Any]:
+        found = {"tokenizer": self.settings.tokenizer, "mask_token": self.corpus.mask_token}
+        return found | ({} if self.settings.text is None else {"text": self.settings.text})
 
     def make_optimizer(self) -> torch.optim.Optimizer:
         matrices = [p for p in self.model.parameters() if p.dim() > 1]
@@ -310,7 +311,7 @@ class TextTrainer(Engine):
         self.meter.add(1, loss)
         return loss
 
-    def look(self, report: Report) -> bool:
+    def evaluate_if_due(self, report: Report) -> bool:
         if self.step % self.settings.evaluate_steps or self.step == self.steps:
             return False
         figures = self.evaluate()
@@ -355,7 +356,7 @@ class TextTrainer(Engine):
         return (
             f"{self.settings.text or 'the Python manual'}: {corpus.training_tokens:,} training and "
             f"{corpus.validation_tokens:,} validation tokens ({self.settings.tokenizer}); {parameters:,} parameters, "
-            f"{self.precision} on {self.device}"
+            f"{self.precision} on {self.device} ({self.precision_reason})"
         )
 
     def judgement(self, figures: dict[str, float]) -> str:
@@ -365,6 +366,13 @@ class TextTrainer(Engine):
             f"{100 * figures['accuracy']:.2f} % of tokens right"
         )
 
+    def next_steps(self) -> dict[str, str]:
+        folder = shlex.quote(str(self.output))
+        return super().next_steps() | {
+            f"crate-kernels analyze {folder}": "coding rate and sparsity of every half-step",
+            "crate-kernels train-text --text FILE": "a text of your own",
+        }
+
     def finish(self, report: Report, began: float) -> None:
         """Judge the model, by figures beside those of token frequencies and by a sample; save it."""
         settings, output, figures = self.settings, self.output, self.evaluate()
@@ -372,13 +380,13 @@ class TextTrainer(Engine):
         if model is None:
             return
         path = output / "model.safetensors"
-        model.save(path, tokenizer=settings.tokenizer, mask_token=self.corpus.mask_token)
+        model.save(path, **self.metadata())
         baseline = self.baseline()
         report.line(self.judgement(figures))
         report.line(
             f"token frequencies alone: {baseline['loss']:.4f} nats per token, {100 * baseline['accuracy']:.2f} % right"
         )
-        sample = "".join(self.task.sample(model.eval()))
+        sample = printable("".join(self.task.sample(model.eval())))
         report.line(f"\n{sample}\n")
         write_atomically(output / "sample.txt", (sample + "\n").encode())
         pictures = self.plot_probe()
@@ -388,6 +396,7 @@ class TextTrainer(Engine):
             "bytes_per_token": self.corpus.bytes_per_token,
             "training_seconds": self.seconds,
             "precision": self.precision,
+            "precision_reason": self.precision_reason,
             "device": str(self.device),
             "ranks": launch.size(),
             "threads": torch.get_num_threads(),

@@ -3,6 +3,7 @@
 import copy
 import json
 import random
+import re
 from pathlib import Path
 
 import pytest
@@ -50,6 +51,23 @@ def test_report_holds_the_results_figures(checkout):
     before = {path: path.read_bytes() for path in written}
     report.render(checkout / "benchmarks" / "results", checkout)
     assert before == {path: path.read_bytes() for path in written}  # the same results, the same bytes
+
+
+def test_outside_a_checkout_the_report_is_a_page_of_its_own(checkout, tmp_path, monkeypatch, capsys):
+    pytest.importorskip("matplotlib")
+    folder = checkout / "benchmarks" / "results"
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert command.run(parsed("--report", "--results", folder)) == 0
+    page = (folder / "benchmarks.md").read_text()
+    assert "CRATE-T" in page
+    for picture in re.findall(r"!\[.*?\]\((.*?)\)", page):
+        assert (folder / picture).is_file()
+    assert not list((tmp_path / "elsewhere").iterdir())
+    with pytest.raises(ValueError, match="run it in the root of a checkout"):
+        command.run(parsed("--dispatch", "--results", folder))
+    with pytest.raises(ValueError, match="holds no result files"):
+        command.run(parsed("--dispatch", "--results", tmp_path / "elsewhere"))
 
 
 def test_quick_results_and_foreign_files_are_refused(checkout):

@@ -14,7 +14,7 @@ pytest.importorskip("rich")
 
 from crate_kernels.cli import main
 from crate_kernels.models.checkpoint import read
-from crate_kernels.training import checkpoints
+from crate_kernels.runs.logs import read_records
 
 HERE = Path(__file__).parent
 SMALL = [
@@ -45,7 +45,7 @@ def command(tmp_path_factory):
 
 def records(folder):
     """The metrics log without speeds, and the probe's file."""
-    log = checkpoints.MetricsLog.read(folder / "metrics.jsonl")
+    log = read_records(folder / "metrics.jsonl")
     return [{k: v for k, v in line.items() if "second" not in k} for line in log], (
         folder / "layerwise.jsonl"
     ).read_text()
@@ -65,7 +65,7 @@ def test_torchrun_starts_a_killed_run_again_and_nothing_is_lost(command, tmp_pat
     )
     assert run.returncode == 0, run.stderr
     assert "exitcode: -9" in run.stderr
-    assert f"going on from step {KILL_AT} of 12" in run.stdout
+    assert f"resuming from step {KILL_AT} of 12" in run.stdout
     ours, expected = (read(folder / "model.safetensors")[0] for folder in (killed, whole))
     assert all(torch.equal(ours[name], expected[name]) for name in expected)
     assert records(killed) == records(whole)
@@ -83,9 +83,9 @@ def test_a_killed_run_ends_with_an_error_and_goes_on_alone(command, tmp_path, ca
     assert main(["train-mae", "--resume", str(killed)]) == 2
     assert "belongs to a run of crate-kernels train-text: train-mae cannot" in capsys.readouterr().err
     assert main(["train-text", "--resume", str(killed)]) == 0
-    assert f"going on from step {KILL_AT} of 12" in capsys.readouterr().out
+    assert f"resuming from step {KILL_AT} of 12" in capsys.readouterr().out
     assert main([*command, "--output", str(whole)]) == 0
-    ours, expected = (checkpoints.MetricsLog.read(folder / "metrics.jsonl") for folder in (killed, whole))
+    ours, expected = (read_records(folder / "metrics.jsonl") for folder in (killed, whole))
     assert [line["step"] for line in ours] == [line["step"] for line in expected]
     # float32: one rank and two round differently.
     assert [line["loss"] for line in ours] == pytest.approx([line["loss"] for line in expected], rel=1e-4)

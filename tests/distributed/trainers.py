@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from crate_kernels.distributed import sharding
-from crate_kernels.training import checkpoints
+from crate_kernels.runs import checkpoints
 from crate_kernels.training.classifier import Trainer
 from crate_kernels.training.dino import DINOTrainer
 from crate_kernels.training.mae import MAETrainer
@@ -64,7 +64,7 @@ def follow(name: str, data: tuple[str, str], output: Path, parallel: str = "auto
         batches, losses = trainer.batches(trainer.step * settings.accumulate), []
         while trainer.step < stop:
             trainer.train_step(batches)
-            losses.append(trainer.figures()["loss"])
+            losses.append(trainer.metrics()["loss"])
             trainer.meter.reset()
             trainer.measure()
         trainer.save_state()

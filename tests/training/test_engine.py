@@ -16,7 +16,7 @@ from crate_kernels.cli import main
 from crate_kernels.distributed import launch
 from crate_kernels.models import CrateMAE
 from crate_kernels.models.checkpoint import read
-from crate_kernels.training import checkpoints
+from crate_kernels.runs import checkpoints
 from crate_kernels.training.engine import Engine
 
 from ..distributed.trainers import RUNS, follow
@@ -127,12 +127,12 @@ def test_a_run_leaves_measurements_and_a_resumed_one_continues_them(text, tmp_pa
 
     def step(self, batches):
         if self.step == 9:
-            raise KeyboardInterrupt
+            raise RuntimeError("stopped")
         interrupted(self, batches)
 
     with monkeypatch.context() as patch:
         patch.setattr(Engine, "train_step", step)
-        assert main([*text, "--output", str(tmp_path / "part")]) == 130
+        assert main([*text, "--output", str(tmp_path / "part")]) == 2
     assert main(["train-text", "--resume", str(tmp_path / "part")]) == 0
     assert Writer.last.start == 9
     assert (tmp_path / "part" / "layerwise.jsonl").read_text() == measured
@@ -176,34 +176,40 @@ def test_a_restart_goes_on_with_the_same_run_only(text, tmp_path, monkeypatch, c
 
     def stop(self, batches):
         if self.step == 3:
-            raise KeyboardInterrupt
+            raise RuntimeError("stopped")
         step(self, batches)
 
     with monkeypatch.context() as patch:
         patch.setattr(Engine, "train_step", stop)
-        assert main([*text, "--checkpoint-seconds=0", "--output", str(output)]) == 130
+        assert main([*text, "--checkpoint-seconds=0", "--output", str(output)]) == 2
     monkeypatch.setattr(launch, "process_group", lambda: contextlib.nullcontext(True))
     assert main([*text, "--seed=4", "--output", str(output)]) == 2
     assert "--seed 4 contradicts the run to resume, which has 0" in capsys.readouterr().err
     assert main([*text, "--checkpoint-seconds=0", "--output", str(output)]) == 0
-    assert "going on from step 3 of 12" in capsys.readouterr().out
+    assert "resuming from step 3 of 12" in capsys.readouterr().out
     # Started again after its end, it writes its results once more; with other settings it is another run.
     (output / "sample.txt").unlink()
     assert main([*text, "--checkpoint-seconds=0", "--output", str(output)]) == 0
-    assert "going on from step 12 of 12" in capsys.readouterr().out
+    assert "resuming from step 12 of 12" in capsys.readouterr().out
     assert (output / "sample.txt").exists()
-    # A new run in the same folder, started again before it has a state, must not take the old one's.
+    # Another run does not take the place of the finished one, even when torchrun starts it again.
+    assert main([*text, "--seed=4", "--output", str(output)]) == 2
+    assert "holds a finished run" in capsys.readouterr().err
+    # A new run that replaces it, started again before it has a checkpoint, must not take the old one's.
     with monkeypatch.context() as patch:
-        patch.setattr(Engine, "train_step", lambda self, batches: (_ for _ in ()).throw(KeyboardInterrupt))
-        assert main([*text, "--seed=4", "--output", str(output)]) == 130
+        patch.setattr(Engine, "train_step", lambda self, batches: (_ for _ in ()).throw(RuntimeError("stopped")))
+        assert main([*text, "--seed=4", "--overwrite", "--output", str(output)]) == 2
     assert checkpoints.find(output) is None
+    assert not (output / "model.safetensors").exists()
+    assert main([*text, "--seed=4", "--overwrite", "--output", str(output)]) == 0
+    assert "resuming" not in capsys.readouterr().out
 
 
 def test_a_resumed_run_does_not_write_over_another(text, tmp_path, capsys):
     for name in ("one", "two"):
         assert main([*text, "--output", str(tmp_path / name)]) == 0
     assert main(["train-text", "--resume", str(tmp_path / "one"), "--output", str(tmp_path / "two")]) == 2
-    assert "holds another run than" in capsys.readouterr().err
+    assert "holds a finished run, not that of" in capsys.readouterr().err
 
 
 def test_a_resumed_run_reads_the_data_it_began_with(text, tmp_path, capsys):
@@ -225,13 +231,13 @@ def test_weights_that_are_no_numbers_are_not_kept(text, tmp_path, monkeypatch, c
 
     monkeypatch.setattr(Engine, "train_step", diverge)
     assert main([*text, "--checkpoint-seconds=0", "--output", str(output)]) == 2
-    assert "weights that are no finite numbers at step 5; a lower --learning-rate" in capsys.readouterr().err
+    assert "some weights are not finite numbers at step 5; a lower --learning-rate" in capsys.readouterr().err
     assert checkpoints.load(output / "last.pt")["step"] == 4
 
 
 def test_an_output_folder_with_an_unknown_name_in_braces_is_refused(text, capsys):
     assert main([*text, "--output", "runs/{foo}"]) == 2
-    assert "--output runs/{foo}: 'foo' in braces is no option" in capsys.readouterr().err
+    assert "--output runs/{foo}: what stands in braces must be an option" in capsys.readouterr().err
 
 
 def test_photographs_are_a_data_set_like_others():

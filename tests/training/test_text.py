@@ -12,7 +12,8 @@ from crate_kernels.data.text_files import Format
 from crate_kernels.models import load_model
 from crate_kernels.models.gpt import IGNORED_TARGET
 from crate_kernels.models.tokenizers import ByteTokenizer
-from crate_kernels.training import checkpoints, text
+from crate_kernels.runs import checkpoints
+from crate_kernels.training import text
 from crate_kernels.training.progress import Report
 from crate_kernels.training.text import TextConfig, TextTrainer
 
@@ -88,6 +89,13 @@ def test_an_interrupted_run_ends_where_an_uninterrupted_one_does(tmp_path, rhyme
     assert [json.loads(line)["loss"] for line in logs[0]] == [json.loads(line)["loss"] for line in logs[1]]
     with pytest.raises(ValueError, match="--seed 3 contradicts the run to resume"):
         text.run(parser.parse_args(["--resume", str(part), "--seed", "3"]))
+
+
+def test_sampled_control_bytes_do_not_reach_the_terminal(tmp_path, rhyme, monkeypatch, capsys):
+    monkeypatch.setattr(text.NextToken, "sample", lambda self, model: iter(["red: \x1b[31m", "bell: \x07\n"]))
+    assert train("--text", rhyme, "--steps", 1, "--layerwise-steps", 0, "--output", tmp_path / "run") == 0
+    assert "red: \u241b[31mbell: \u2407" in capsys.readouterr().out
+    assert (tmp_path / "run" / "sample.txt").read_text() == "red: \u241b[31mbell: \u2407\n\n"
 
 
 def test_next_token_batches():

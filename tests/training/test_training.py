@@ -15,9 +15,11 @@ import torch
 from crate_kernels.cli import main
 from crate_kernels.data.images import ImageSource, load
 from crate_kernels.data.prepare_images import Settings, prepare
-from crate_kernels.models import load_model
+from crate_kernels.models import CRATE, load_model
 from crate_kernels.models.checkpoint import read
-from crate_kernels.training import checkpoints, speed
+from crate_kernels.runs import checkpoints
+from crate_kernels.runs.logs import read_records
+from crate_kernels.training import classifier, speed
 from crate_kernels.training.classifier import Trainer
 from crate_kernels.training.config import DATA_DEFAULTS, resolve
 
@@ -83,15 +85,16 @@ def test_what_a_run_leaves(learned):
     images = (torch.from_numpy(digits.images)[:, None] / 255 - metadata["mean"][0]) / metadata["std"][0]
     with torch.no_grad():
         correct = (model.eval()(images).argmax(1) == torch.from_numpy(digits.labels)).float().mean().item()
-    assert correct == pytest.approx(summary["test_accuracy"], abs=0.01)  # bf16 may have been chosen
+    assert correct == pytest.approx(summary["test_accuracy"], abs=0.002)
     assert summary["best"]["accuracy"] >= summary["test_accuracy"]
     assert load_model(learned / "best.safetensors").config == model.config
 
 
 def test_bf16_and_the_reference_backend_learn_too(tmp_path):
     for options in (["--precision", "bf16"], ["--backend", "reference", "--precision", "fp32"]):
-        assert main([*SMALL, *options, "--epochs", "2", "--output", str(tmp_path)]) == 0
-        log = checkpoints.MetricsLog.read(tmp_path / "metrics.jsonl")
+        output = tmp_path / options[1]
+        assert main([*SMALL, *options, "--epochs", "2", "--output", str(output)]) == 0
+        log = read_records(output / "metrics.jsonl")
         assert log[-2]["loss"] < 0.9 * log[0]["loss"]
 
 
@@ -103,7 +106,7 @@ def test_a_killed_run_goes_on_to_the_same_result(tmp_path, capsys):
     steps, log = 3 * 50, killed / "metrics.jsonl"
     moment = random.randrange(5, steps - 20)
     deadline = time.monotonic() + 120
-    while len(checkpoints.MetricsLog.read(log)) < moment:
+    while len(read_records(log)) < moment:
         assert process.poll() is None, "it ended before it could be killed"
         assert time.monotonic() < deadline
         time.sleep(0.002)
@@ -116,12 +119,12 @@ def test_a_killed_run_goes_on_to_the_same_result(tmp_path, capsys):
     assert main([*STATEFUL, "--output", str(killed)]) == 2
     assert "holds an unfinished run: continue it with --resume" in capsys.readouterr().err
     assert main([*STATEFUL, "--output", str(killed), "--resume"]) == 0
-    assert f"going on from step {state['step']} of {steps}" in capsys.readouterr().out
+    assert f"resuming from step {state['step']} of {steps}" in capsys.readouterr().out
     assert same(weights(killed), weights(whole)), f"killed at step {state['step']}"
     for name in ("model", "ema", "optimizer", "scheduler", "meter", "best", "test"):
         ours, expected = (checkpoints.load(folder / "last.pt")[name] for folder in (killed, whole))
         assert str(ours) == str(expected)
-    logs = [checkpoints.MetricsLog.read(folder / "metrics.jsonl") for folder in (killed, whole)]
+    logs = [read_records(folder / "metrics.jsonl") for folder in (killed, whole)]
     for lines in logs:
         for line in lines:
             line.pop("images_per_second", None)
@@ -166,15 +169,22 @@ def test_the_seed_decides(tmp_path):
 
 
 def test_starting_from_weights(learned, tmp_path, image_root, capsys):
-    start = [*SMALL, "--init", str(learned / "best.safetensors"), "--output", str(tmp_path / "run"), "--epochs", "1"]
+    start = ["train", "--init", str(learned / "best.safetensors"), "--output", str(tmp_path / "run"), "--epochs", "1"]
     assert main([*start, "--learning-rate", "1e-6"]) == 0
-    log = checkpoints.MetricsLog.read(tmp_path / "run" / "metrics.jsonl")
+    log = read_records(tmp_path / "run" / "metrics.jsonl")
     assert log[-1]["test_accuracy"] > 0.7
-    photos = ["--data", str(image_root), "--image-size", "28", "--batch-size", "4", "--output", str(tmp_path / "p")]
+    assert main([*start, "--dim", "64"]) == 2
+    assert "--dim 64 contradicts --init" in capsys.readouterr().err
+    photos = ["--data", str(image_root), "--batch-size", "4", "--output", str(tmp_path / "p")]
+    assert main([*start, *photos, "--new-head"]) == 2
+    assert "sees images of 1 channels, the data has 3" in capsys.readouterr().err
+    model = CRATE(image_size=28, patch_size=7, num_classes=10, dim=16, depth=1, heads=2, dim_head=8)
+    model.save(tmp_path / "colors.safetensors")
+    start[2] = str(tmp_path / "colors.safetensors")
     assert main([*start, *photos]) == 2
-    assert "trained for 10 classes, the data has 2; --new-head" in capsys.readouterr().err
-    assert main([*start, *photos, "--new-head"]) == 2  # one colour channel there, three here
-    assert "patch_embedding.projection.weight" in capsys.readouterr().err
+    assert "was trained for 10 classes, the data has 2; --new-head" in capsys.readouterr().err
+    assert main([*start, *photos, "--new-head"]) == 0
+    assert load_model(tmp_path / "p" / "model.safetensors").num_classes == 2
 
 
 def test_a_folder_of_photos_end_to_end(image_root, tmp_path):
@@ -195,11 +205,11 @@ def test_a_folder_of_photos_end_to_end(image_root, tmp_path):
         (["--heads", "5"], "--heads 5 does not divide --dim 48"),
         (["--model", "crate_tiny_patch16_224"], "--model fixes the architecture; leave out --dim, --depth, --heads"),
         (["--init", "/nowhere.safetensors"], "no checkpoint at /nowhere.safetensors"),
-        (["--optimizer", "magic"], "magic"),
-        (["--backend", "cuda"], "backend 'cuda' cannot run these inputs"),
+        (["--optimizer", "magic"], "--optimizer must be one of timm's, "),
+        (["--backend", "cuda"], "--backend cuda cannot run this model here: backend 'cuda'"),
         (["--resume"], "nothing to resume: there is no"),
         (["--crop", "2"], "--crop must lie in 0.01..1, got 2"),
-        (["--epochs", "0"], "--epochs must be at least 1, got 0"),
+        (["--epochs", "0"], "--epochs must lie in 1..1000000, got 0"),
         (["--learning-rate", "1e30", "--clip-grad", "0"], "a lower --learning-rate may help"),
     ],
 )
@@ -229,24 +239,35 @@ def test_backends_that_disagree_are_not_timed(learned, monkeypatch):
         return logits if backend == "reference" else logits + 1e-2
 
     monkeypatch.setattr(speed, "training_step", wrong)
-    with pytest.raises(RuntimeError, match="the backends disagree on logits"):
+    with pytest.raises(RuntimeError, match=r"no speed is measured \(output: error"):
         speed.against_reference(model, images, labels, "fp32")
 
 
+def test_a_speed_that_cannot_be_measured_is_a_warning_of_a_finished_run(tmp_path, monkeypatch, capsys):
+    def fails(*arguments):
+        raise RuntimeError("the backends disagree, so no speed is measured")
+
+    monkeypatch.setattr(classifier, "against_reference", fails)
+    assert main([*SMALL, "--epochs", "1", "--output", str(tmp_path / "run")]) == 0
+    assert "warning: no speed was measured in fp32: the backends disagree" in capsys.readouterr().out
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["warnings"] == ["no speed was measured in fp32: the backends disagree, so no speed is measured"]
+    assert summary["test_accuracy"] > 0
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_flipped_relu_units_are_no_disagreement(seed):
+    """The case that failed: many ReLU units close to their threshold, of which some fall on the other side."""
+    torch.manual_seed(seed)
+    model = CRATE(image_size=64, patch_size=8, num_classes=100, dim=128, depth=8, heads=4, dim_head=32)
+    images, labels = torch.randn(16, 3, 64, 64), torch.randint(100, (16,))
+    assert speed.agreement(model, images, labels, "fp32", "eager").passed
+
+
 def test_a_model_that_is_no_classifier_is_refused(tmp_path, capsys):
-    assert main(["train", "--model", "crate_bert_base", "--output", str(tmp_path / "run")]) == 2
-    assert "crate_bert_base cannot be trained as an image classifier" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("steps", [0, 1])
-def test_an_interrupt_says_how_to_go_on_if_there_is_a_state(steps, tmp_path, capsys, monkeypatch):
-    train_step = Trainer.train_step
-
-    def interrupt(self, batches):
-        if self.step == steps:
-            raise KeyboardInterrupt
-        train_step(self, batches)
-
-    monkeypatch.setattr(Trainer, "train_step", interrupt)
-    assert main([*SMALL, "--checkpoint-seconds=0", "--output", str(tmp_path / "run")]) == 130
-    assert ("continue with --resume" in capsys.readouterr().out) is bool(steps)
+    for name in ("crate_bert_base", "crate_mae_tiny_patch16_224"):
+        with pytest.raises(SystemExit, match="2"):
+            main(["train", "--model", name, "--output", str(tmp_path / "run")])
+        error = capsys.readouterr().err
+        assert f"argument --model: invalid choice: '{name}' (choose from" in error
+        assert "crate_tiny_patch16_224" in error

@@ -10,10 +10,12 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
 from crate_kernels.models import CheckpointError
-from crate_kernels.training import checkpoints
-from crate_kernels.training.config import Config
+from crate_kernels.runs import checkpoints
+from crate_kernels.runs.logs import MetricsLog
+from crate_kernels.training.command import resumed_settings
+from crate_kernels.training.config import Config, resolve
 
-STATE = {"config": dataclasses.asdict(Config()), "step": 3, "model": {"weight": torch.arange(1000.0)}}
+STATE = {"config": dataclasses.asdict(resolve({})), "step": 3, "model": {"weight": torch.arange(1000.0)}}
 
 
 def test_a_crash_while_writing_leaves_the_last_good_state(tmp_path, monkeypatch):
@@ -71,20 +73,20 @@ def test_only_a_whole_state_of_ours_is_read_and_no_code_runs(tmp_path, monkeypat
 
 
 def test_options_of_a_resumed_run():
-    config = checkpoints.resumed_config(STATE, {"workers": 3, "output": "elsewhere", "seed": 0})
-    assert config == Config(workers=3, output="elsewhere")
-    with pytest.raises(ValueError, match=r"--learning-rate 0.1 contradicts the run to resume, which has 0.001"):
-        checkpoints.resumed_config(STATE, {"learning_rate": 0.1})
+    config = resumed_settings(STATE, {"workers": 3, "output": "elsewhere", "seed": 0}, Config)
+    assert config == resolve({"workers": 3, "output": "elsewhere"})
+    with pytest.raises(ValueError, match=r"--learning-rate 0.1 contradicts the run to resume, which has 0.003"):
+        resumed_settings(STATE, {"learning_rate": 0.1}, Config)
 
 
 def test_the_log_never_runs_ahead_of_the_state(tmp_path):
     path = tmp_path / "metrics.jsonl"
-    log = checkpoints.MetricsLog(path, 0)
+    log = MetricsLog(path, 0)
     for step in range(1, 6):
         log.write(step=step, loss=1 / step)
     with open(path, "a") as file:
         file.write('{"step": 6, "lo')  # killed while writing
-    checkpoints.MetricsLog(path, 3).write(step=4, loss=0.0)
+    MetricsLog(path, 3).write(step=4, loss=0.0)
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     assert lines == [
         {"step": 1, "loss": 1.0},
@@ -92,13 +94,13 @@ def test_the_log_never_runs_ahead_of_the_state(tmp_path):
         {"step": 3, "loss": 1 / 3},
         {"step": 4, "loss": 0},
     ]
-    checkpoints.MetricsLog(path, 0)
+    MetricsLog(path, 0)
     assert path.read_text() == ""
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="this system has no /dev/full")
 def test_a_full_disk_is_named_with_the_file(tmp_path):
-    log = checkpoints.MetricsLog(tmp_path / "metrics.jsonl", 0)
+    log = MetricsLog(tmp_path / "metrics.jsonl", 0)
     log.path = Path("/dev/full")
     with pytest.raises(OSError, match="No space left on device: '/dev/full'"):
         log.write(step=1)

@@ -1,16 +1,14 @@
-"""A run's state on disk: what the next step depends on, replaced in one piece, and a log that never runs ahead of it.
+"""A run's checkpoint on disk: everything that the next step depends on, replaced in one piece.
 
-A state whose tensors are whole is the file ``last.pt``. One that is sharded over ranks (FSDP) is a folder
-``last-<step>``: ``state.pt`` inside is the same without the sharded tensors, which lie beside it in the format of
-torch.distributed.checkpoint. Either goes on on any number of ranks.
+A checkpoint whose tensors are whole is the file ``last.pt``. A checkpoint that is sharded over ranks (FSDP) is a folder
+``last-<step>``: its ``state.pt`` holds everything but the sharded tensors, which lie beside it in the format of
+torch.distributed.checkpoint. A run resumes from either on any number of ranks.
 
-The random generators are not in it: each step seeds them anew from (seed, epoch, position), see ``data``.
+The random generators are not in it: each step seeds them anew from (seed, epoch, position), see ``data.batches``.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import os
 import re
 import shutil
@@ -24,8 +22,7 @@ from torch.distributed.tensor import DTensor
 
 from ..distributed import launch, sharded_files
 from ..distributed.sharding import place
-from ..models.checkpoint import CheckpointError, naming, write_atomically
-from .config import Config
+from ..models.checkpoint import CheckpointError, write_atomically
 
 FORMAT = 1
 LAST = "last.pt"
@@ -207,53 +204,7 @@ def load(path: Path) -> dict[str, Any]:
     return state
 
 
-def resumed_config(state: dict[str, Any], options: dict[str, Any], kind: type = Config):
-    """The configuration (a ``kind``) of the run in ``state``, under ``options`` that leave its result as it is.
-
-    Raises:
-        ValueError: an option contradicts the run.
-    """
-    names = {field.name for field in dataclasses.fields(kind)}
-    stored = kind(**{name: value for name, value in state["config"].items() if name in names})
-    for name, value in options.items():
-        if name in stored.fixed() and getattr(stored, name) != value:
-            raise ValueError(
-                f"--{name.replace('_', '-')} {value} contradicts the run to resume, which has {getattr(stored, name)}"
-            )
-    return dataclasses.replace(stored, **options)
-
-
 def remove_leftovers(folder: Path) -> None:
     """Remove the unfinished files of a process that was killed while it wrote."""
     for path in folder.glob(".*.tmp"):
         _remove(path)
-
-
-class MetricsLog:
-    """A file of JSON lines, each with its ``step``. Lines past ``step`` are dropped: that part is run again.
-
-    Only rank 0 writes.
-    """
-
-    def __init__(self, path: Path, step: int):
-        self.path = path
-        if not launch.is_main():
-            return
-        kept = [line for line in self.read(path) if line["step"] <= step] if step else []
-        write_atomically(path, "".join(json.dumps(line) + "\n" for line in kept).encode())
-
-    @staticmethod
-    def read(path: Path) -> list[dict[str, Any]]:
-        """All complete lines; a process killed while it wrote leaves at most one that is not, the last."""
-        lines = []
-        for text in path.read_text().splitlines() if path.is_file() else ():
-            try:
-                lines.append(json.loads(text))
-            except json.JSONDecodeError:
-                break
-        return lines
-
-    def write(self, **values) -> None:
-        if launch.is_main():
-            with naming(self.path), open(self.path, "a") as file:
-                file.write(json.dumps(values) + "\n")

@@ -1,0 +1,17 @@
+"""Text on its way to a terminal."""
+
+import unicodedata
+
+
+def printable(text: str) -> str:
+    """``text`` with a visible sign for every control character, which could change the terminal's state.
+
+    Line feeds and tabs stay.
+    """
+    return "".join(c if c in "\n\t" or unicodedata.category(c) != "Cc" else _sign(ord(c)) for c in text)
+
+
+def _sign(code: int) -> str:
+    if code < 0x20:
+        return chr(0x2400 + code)  # Unicode's pictures of the control characters
+    return "\u2421" if code == 0x7F else "\ufffd"

@@ -16,6 +16,8 @@ from ..options import option
 from . import cost, peaks, results
 
 DTYPES = ("float32", "bfloat16", "float16")
+FOREIGN = ("sdpa", "reference compiled", "timm", "ONNX Runtime", "OpenVINO")
+"""Implementations of others: a wrong result of theirs is listed as refused, and the run goes on as a success."""
 OF_OPERATORS = ("with --suite operators or all", lambda s: s.suite != "models")
 OF_MODELS = ("with --suite models or all", lambda s: s.suite != "operators")
 SIZED = ("with --suite models or all, and without --quick", lambda s: s.suite != "operators" and not s.quick)
@@ -25,7 +27,10 @@ SIZED = ("with --suite models or all, and without --quick", lambda s: s.suite !=
 class Settings:
     """The options of ``bench``."""
 
-    suite: str = option("all", "what to measure: operators, models, or all", choices=(*results.PARTS, "all"))
+    suite: str = option(
+        "all", "what to measure: operators, models, both (all), or the host time of a layer (overhead)",
+        choices=(*results.PARTS, "all", "overhead"),
+    )  # fmt: skip
     device: str = option("auto", "cpu or cuda; auto takes CUDA if there is a device")
     dtype: str | None = option(
         None, "float32, bfloat16 or float16; without it bfloat16 on CUDA and float32 on the CPU", choices=DTYPES
@@ -103,7 +108,17 @@ def run(args: argparse.Namespace) -> int:
     settings.check(given)
     if settings.compare is not None:
         return compare(*settings.compare, settings.relative)
-    return render(settings) if settings.renders else measure(settings)
+    if settings.renders:
+        return render(settings)
+    return overhead() if settings.suite == "overhead" else measure(settings)
+
+
+def overhead() -> int:
+    """Print the host time of a layer for every implementation."""
+    from . import overhead as suite
+
+    print(suite.table(list(suite.measure())))
+    return 0
 
 
 def render(settings: Settings) -> int:
@@ -167,7 +182,7 @@ def measure(settings: Settings) -> int:
         for record in stream:
             records.append(record)
             print(line(record), flush=True)
-            if record.get("refused") and not record["contender"].startswith(("sdpa", "reference compiled", "timm")):
+            if record.get("refused") and not record["contender"].startswith(FOREIGN):
                 wrong.append(record)
             if not settings.check_only:
                 results.write(folder / f"{part}.json", content)

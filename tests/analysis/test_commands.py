@@ -69,7 +69,7 @@ def test_analyze_refuses(tmp_path):
     save_language(tmp_path / "language.safetensors")
     for arguments, error, message in (
         ((tmp_path / "none.safetensors",), FileNotFoundError, "no checkpoint at"),
-        ((tmp_path,), CheckpointError, "holds no finished model"),
+        ((tmp_path,), CheckpointError, "is not the folder of a training run"),
         ((tmp_path / "vision.safetensors", "--text", "x"), ValueError, "reads images, not text"),
         ((tmp_path / "language.safetensors", "--data", "mnist5k"), ValueError, "reads text, not images"),
         ((tmp_path / "vision.safetensors", "--data", tmp_path / "nowhere"), ValueError, "no folder"),

@@ -2,91 +2,11 @@
 
 from __future__ import annotations
 
-from torch import Tensor
-
 from ..ista_block import eager as ista_block
 from ..mssa_block import eager as mssa_block
+from .halves import compose
 
 MIXED = True
 """The stream may be float32 beside narrower matrices, as it is under autocast."""
 
-
-def why_not(z: Tensor, *_) -> None:
-    return None
-
-
-def forward(
-    z: Tensor,
-    mssa_norm_weight: Tensor,
-    mssa_norm_bias: Tensor,
-    u_weight: Tensor,
-    out_weight: Tensor | None,
-    out_bias: Tensor | None,
-    ista_norm_weight: Tensor,
-    ista_norm_bias: Tensor,
-    weight: Tensor,
-    folded: Tensor | None,
-    lengths: Tensor | None,
-    heads: int,
-    scale: float,
-    causal: bool,
-    mssa_step_size: float,
-    step_size: float,
-    lambd: float,
-    mssa_eps: float,
-    ista_eps: float,
-    save: bool,
-) -> tuple[Tensor, ...]:
-    """-> ``out (B, N, d)`` and what ``op.py`` lists; ``between`` is the stream between the halves."""
-    between, w, o, lse, mssa_mean, mssa_rstd = mssa_block.forward(
-        z, mssa_norm_weight, mssa_norm_bias, u_weight, out_weight, out_bias, lengths,
-        heads, scale, causal, mssa_step_size, mssa_eps,
-    )  # fmt: skip
-    out, ista_mean, ista_rstd = ista_block.forward(
-        between.flatten(0, 1), ista_norm_weight, ista_norm_bias, weight, folded, step_size, lambd, ista_eps
-    )
-    if save:
-        between = between.to(u_weight.dtype)
-        ista_mean, ista_rstd = ista_mean.view(mssa_mean.shape), ista_rstd.view(mssa_mean.shape)
-    return out.view(z.shape), w, o, lse, mssa_mean, mssa_rstd, between, ista_mean, ista_rstd
-
-
-def backward(
-    grad: Tensor,
-    z: Tensor,
-    mssa_norm_weight: Tensor,
-    mssa_norm_bias: Tensor,
-    u_weight: Tensor,
-    out_weight: Tensor | None,
-    out_bias: Tensor | None,
-    ista_norm_weight: Tensor,
-    ista_norm_bias: Tensor,
-    weight: Tensor,
-    folded: Tensor | None,
-    lengths: Tensor | None,
-    out: Tensor,
-    w: Tensor,
-    o: Tensor,
-    lse: Tensor,
-    mssa_mean: Tensor,
-    mssa_rstd: Tensor,
-    between: Tensor,
-    ista_mean: Tensor,
-    ista_rstd: Tensor,
-    scale: float,
-    causal: bool,
-    mssa_step_size: float,
-    step_size: float,
-    mssa_eps: float,
-    ista_eps: float,
-) -> tuple[Tensor | None, ...]:
-    """-> the gradients that ``op.py`` lists."""
-    dbetween, *ista_gradients = ista_block.backward(
-        grad.flatten(0, 1), between.flatten(0, 1).to(z.dtype), ista_norm_weight, ista_norm_bias, weight, folded,
-        out.flatten(0, 1), ista_mean.flatten(), ista_rstd.flatten(), step_size, ista_eps,
-    )  # fmt: skip
-    gradients = mssa_block.backward(
-        dbetween.view(z.shape), z, mssa_norm_weight, mssa_norm_bias, u_weight, out_weight, out_bias, lengths,
-        w, o, lse, mssa_mean, mssa_rstd, scale, causal, mssa_step_size, mssa_eps,
-    )  # fmt: skip
-    return *gradients, *ista_gradients
+why_not, forward, backward = compose(mssa_block, ista_block)

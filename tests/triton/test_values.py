@@ -25,7 +25,9 @@ SHARED = [
     name
     for name, case in CASES.items()
     if not (case.operator is ops.subspace_attention and case.tensors[0].shape[-1] < 8)
-    and not (case.operator is ops.mssa_block and case.tensors[3].shape[0] < 8 * case.options["heads"])
+    and not (
+        case.operator in (ops.mssa_block, ops.crate_layer) and case.tensors[3].shape[0] < 8 * case.options["heads"]
+    )
 ]
 
 

@@ -68,8 +68,7 @@ class CrateAlpha(CRATE):
         self._clipa = clipa
         super().__init__(**options)
         self.config["clipa"] = clipa
-        # As the public training code has it. No norm follows, and torch's default is small beside the positions.
-        nn.init.kaiming_uniform_(self.patch_embedding.projection.weight)
+        self._reset_projection()
         if clipa:
             self.layout = CLIPA_LAYOUT
             self.norm.eps = BLOCK_EPS
@@ -80,6 +79,16 @@ class CrateAlpha(CRATE):
 
     def block(self, dim: int, heads: int, dim_head: int, **options) -> nn.Module:
         return OvercompleteCrateBlock(dim, heads, dim_head, output_bias=False, eps=BLOCK_EPS, **options)
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        self._reset_projection()
+
+    init_weights = reset_parameters
+
+    def _reset_projection(self) -> None:
+        # As the public training code has it. No norm follows, and torch's default is small beside the positions.
+        nn.init.kaiming_uniform_(self.patch_embedding.projection.weight)
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         super().reset_classifier(num_classes, global_pool)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from ..nn import CrateBlock
 from ..ops import checks
 from .checkpoint import KeyMap
-from .vision import PatchEmbedding, VisionModel, interpolate_positions, pair
+from .vision import PatchEmbedding, VisionModel, pair
 
 
 class CRATE(VisionModel):
@@ -18,7 +18,7 @@ class CRATE(VisionModel):
         image_size, patch_size: pixels, an integer or (height, width).
         num_classes: size of the head's output; 0 leaves the head out.
         dim, depth, heads, dim_head, dropout: of the layers, see :class:`crate_kernels.nn.CrateBlock`.
-        pool: ``"cls"`` reads the class token, ``"mean"`` the mean of all tokens.
+        pool: ``"cls"`` reads the class token, ``"mean"`` the mean of all tokens, ``""`` classifies every token.
         channels: of the images.
         emb_dropout: dropout after the embedding.
         ista: step size of the ISTA steps.
@@ -90,46 +90,67 @@ class CRATE(VisionModel):
 
     def embed(self, images: Tensor) -> Tensor:
         """``(B, C, H, W)`` -> the first layer's tokens ``(B, 1 + patches, dim)``, class token first."""
-        grid = self.patch_embedding.grid(images)
         tokens = self.patch_embedding(images)
         tokens = torch.cat([self.cls_token.expand(tokens.shape[0], -1, -1), tokens], dim=1)
-        return self.dropout(tokens + interpolate_positions(self.position_embedding, self.grid_size, grid))
+        return self.dropout(self.add_positions(tokens, images))
 
     def forward_features(self, images: Tensor) -> Tensor:
         """The last layer's tokens ``(B, 1 + patches, dim)``, before the final LayerNorm."""
         return self.run_blocks(self.embed(images))
 
     def forward_head(self, tokens: Tensor, pre_logits: bool = False) -> Tensor:
-        """Pool, normalise and classify ``tokens (B, N, dim)`` -> ``(B, num_classes)``, or ``(B, dim)`` before that."""
-        pooled = self.norm(tokens.mean(dim=1) if self.pool == "mean" else tokens[:, 0])
-        return pooled if pre_logits else self.head(pooled)
+        """Pool, normalize and classify ``tokens (B, N, dim)`` -> ``(B, num_classes)``, or ``(B, dim)`` before that.
+
+        Without pooling every token is normalized and classified: ``(B, N, …)``.
+        """
+        if self.pool:
+            tokens = tokens.mean(dim=1) if self.pool == "mean" else tokens[:, 0]
+        tokens = self.norm(tokens)
+        return tokens if pre_logits else self.head(tokens)
+
+    def reset_parameters(self) -> None:
+        """Fill all weights as the constructor does, with other random numbers: for a model built on the device meta."""
+        nn.init.normal_(self.position_embedding)
+        nn.init.normal_(self.cls_token)
+        for module in self.modules():
+            if module is not self and hasattr(module, "reset_parameters"):
+                module.reset_parameters()
+
+    init_weights = reset_parameters
+    """timm's name."""
+
+    @property
+    def global_pool(self) -> str:
+        """timm's name of the pooling."""
+        return {"cls": "token", "mean": "avg", "": ""}[self.pool]
 
     def get_classifier(self) -> nn.Module:
         return self.head
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """A new head for ``num_classes``, none for 0; ``global_pool`` is as ``pool``, or timm's name of it."""
+        """A new head for ``num_classes``, none for 0.
+
+        ``global_pool`` is as ``pool``, or timm's name of it: ``"token"``, ``"avg"``, ``""`` for no pooling.
+        """
         checks.integer("num_classes", num_classes)
         if global_pool is not None:
-            self.pool = self.config["pool"] = pool_name(global_pool)
+            self.pool = self.config["pool"] = pool_name(global_pool, "global_pool")
         self.num_classes = self.config["num_classes"] = num_classes
-        reference = self.norm.weight
-        self.head = (
-            nn.Linear(self.num_features, num_classes, device=reference.device, dtype=reference.dtype)
-            if num_classes
-            else nn.Identity()
-        )
+        like = dict(device=self.cls_token.device, dtype=self.cls_token.dtype)
+        self.head = nn.Linear(self.num_features, num_classes, **like) if num_classes else nn.Identity()
+        self.head.train(self.training)
 
     def forward(self, images: Tensor) -> Tensor:
         """``(B, C, H, W)`` -> logits ``(B, num_classes)``. Positions are interpolated for other image sizes."""
         return self.forward_head(self.forward_features(images))
 
 
-def pool_name(pool: str) -> str:
-    """``"cls"`` or ``"mean"``, also under timm's names ``"token"`` and ``"avg"``."""
+def pool_name(pool: str, argument: str = "pool") -> str:
+    """``"cls"``, ``"mean"`` or ``""``, also under timm's names ``"token"`` and ``"avg"``."""
     name = {"token": "cls", "avg": "mean"}.get(pool, pool)
-    if name not in ("cls", "mean"):
-        raise ValueError(f"pool: expected 'cls' or 'mean', got {pool!r}")
+    if name not in ("cls", "mean", ""):
+        ours = "'cls', 'mean' or ''" if argument == "pool" else "'token', 'avg' or ''"
+        raise ValueError(f"{argument}: expected {ours}, got {pool!r}")
     return name
 
 

@@ -9,7 +9,7 @@ from ..nn import CrateBlock, CrateDecoderBlock
 from ..ops import checks
 from .checkpoint import KeyMap
 from .crate import CRATE
-from .vision import ConvPatchEmbedding, VisionModel, interpolate_positions, pair
+from .vision import ConvPatchEmbedding, VisionModel, pair
 
 
 class CrateMAE(VisionModel):
@@ -55,6 +55,7 @@ class CrateMAE(VisionModel):
     )
 
     num_classes = 0
+    position_tables = ("position_table", "unused_position_table")
 
     def __init__(
         self,
@@ -130,16 +131,18 @@ class CrateMAE(VisionModel):
 
     def embed(self, images: Tensor, mask: Tensor | None = None) -> Tensor:
         """``(B, C, H, W)`` -> tokens ``(B, 1 + N, d)``; patches where ``mask (B, N)`` is 1 become mask tokens."""
-        grid = self.patch_embedding.grid(images)
         tokens = self.patch_embedding(images)
         if mask is not None:
             tokens = torch.where(mask.unsqueeze(-1).bool(), self.mask_token.to(tokens.dtype), tokens)
         tokens = torch.cat([self.cls_token.to(tokens.dtype).expand(tokens.shape[0], -1, -1), tokens], dim=1)
-        return tokens + interpolate_positions(self.position_table, self.grid_size, grid)
+        return self.add_positions(tokens, images)
 
     def forward_encoder(self, images: Tensor, mask: Tensor | None = None) -> Tensor:
         """The encoder's tokens ``(B, 1 + N, d)``, normalised, class token first."""
-        return self.norm(self.run_blocks(self.embed(images, mask)))
+        return self.finish(self.run_blocks(self.embed(images, mask)))
+
+    def finish(self, tokens: Tensor) -> Tensor:
+        return self.norm(tokens)
 
     def forward_features(self, images: Tensor) -> Tensor:
         """The encoder's tokens of unmasked images ``(B, 1 + N, d)``: what a probe or a new head reads."""
@@ -239,7 +242,17 @@ class CrateMAEClassifier(CRATE):
         super().__init__(**options)
         self.config["lambd"] = lambd
         self.norm.eps = 1e-6
-        self.position_embedding.data.copy_(sincos_positions(self.grid_size, self.num_features))
+        self._reset_positions()
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        self._reset_positions()
+
+    init_weights = reset_parameters
+
+    def _reset_positions(self) -> None:
+        with torch.no_grad():
+            self.position_embedding.copy_(sincos_positions(self.grid_size, self.num_features))
 
     def block(self, dim: int, heads: int, dim_head: int, **options) -> nn.Module:
         return CrateBlock(dim, heads, None, lambd=self._lambd, **options)

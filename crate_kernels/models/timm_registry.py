@@ -10,6 +10,7 @@ through it::
 
 from __future__ import annotations
 
+import contextlib
 import re
 import runpy
 import sys
@@ -18,14 +19,17 @@ from pathlib import Path
 
 try:
     from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-    from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+    from timm.models import build_model_with_cfg, generate_default_cfgs, register_model, register_notrace_module
 except ImportError as error:
     raise ImportError("models in timm's registry need timm: pip install 'crate_kernels[train]'") from error
 
+import torch
 from torch import Tensor
 
+from ..nn import CrateBlock, CrateDecoderBlock
+from .crate import pool_name
 from .registry import FACTORIES
-from .vision import VisionModel
+from .vision import Patches, VisionModel
 
 MODELS = {name: factory for name, factory in FACTORIES.items() if "_patch" in name}
 """The names registered: those of the models that take images."""
@@ -50,7 +54,9 @@ def _default_cfg(name: str) -> dict:
         crop_pct=0.9,
         mean=IMAGENET_DEFAULT_MEAN,
         std=IMAGENET_DEFAULT_STD,
-        first_conv=embedding if "_alpha_" in name or _is_autoencoder(name) else None,
+        # Weights for other channels can be adapted where the embedding is a convolution. A LayerNorm over the pixels of
+        # a patch stands before the others.
+        first_conv=embedding if "_alpha_" in name or _is_autoencoder(name) else (),
         classifier=None if _is_autoencoder(name) else "head",
         license="mit",
     )
@@ -61,6 +67,15 @@ default_cfgs = generate_default_cfgs({name: _default_cfg(name) for name in MODEL
 
 def _construct(name: str, **options) -> VisionModel:
     """The model of a name from timm's constructor arguments; further ones are those of the model's class."""
+    device, dtype = options.pop("device", None), options.pop("dtype", None)
+    dynamic = options.pop("dynamic_img_size", True)
+    with contextlib.nullcontext() if device is None else torch.device(device):
+        model = _build(name, options).to(dtype=dtype)
+    model.dynamic_img_size = dynamic
+    return model
+
+
+def _build(name: str, options: dict) -> VisionModel:
     for unsupported, meaning in (
         ("drop_rate", "dropout before the classifier; dropout= acts in the layers"),
         ("drop_path_rate", "stochastic depth"),
@@ -72,7 +87,9 @@ def _construct(name: str, **options) -> VisionModel:
         if options.pop("num_classes", 0):
             raise ValueError(f"num_classes: {name} is a masked autoencoder and has no classifier")
         return MODELS[name](**options)
-    for theirs, ours in (("img_size", "image_size"), ("in_chans", "channels"), ("global_pool", "pool")):
+    if "global_pool" in options:
+        options["pool"] = pool_name(options.pop("global_pool"), "global_pool")
+    for theirs, ours in (("img_size", "image_size"), ("in_chans", "channels")):
         if theirs in options:
             options[ours] = options.pop(theirs)
     if isinstance(options.get("image_size"), list):
@@ -104,6 +121,10 @@ def _register(name: str) -> None:
 
 for _name in MODELS:
     _register(_name)
+
+# Features by torch.fx end at whole layers: inside them Python decides by shapes, which a trace cannot follow.
+for _module in (CrateBlock, *CrateBlock.__subclasses__(), CrateDecoderBlock, *Patches.__subclasses__()):
+    register_notrace_module(_module)
 
 
 def main(arguments: list[str]) -> None:

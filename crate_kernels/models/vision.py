@@ -11,6 +11,18 @@ from torch.utils.checkpoint import checkpoint
 from .base import CrateModel
 
 
+@torch.fx.wrap
+def patch_grid(images: Tensor, patch_size: tuple[int, int], channels: int) -> tuple[int, int]:
+    """Rows and columns of patches in ``images``, or an error that says what does not fit."""
+    rows, columns = patch_size
+    if images.dim() != 4 or images.shape[1] != channels:
+        raise ValueError(f"images: expected shape (B, {channels}, H, W), got {tuple(images.shape)}")
+    height, width = images.shape[2:]
+    if height % rows or width % columns or not height or not width:
+        raise ValueError(f"images: {height} x {width} pixels are no multiple of the patch size {rows} x {columns}")
+    return height // rows, width // columns
+
+
 class Patches(nn.Module):
     """Base of the embeddings: what images fit, and how many patches they hold."""
 
@@ -21,13 +33,7 @@ class Patches(nn.Module):
 
     def grid(self, images: Tensor) -> tuple[int, int]:
         """Rows and columns of patches in ``images``, or an error that says what does not fit."""
-        rows, columns = self.patch_size
-        if images.dim() != 4 or images.shape[1] != self.channels:
-            raise ValueError(f"images: expected shape (B, {self.channels}, H, W), got {tuple(images.shape)}")
-        height, width = images.shape[2:]
-        if height % rows or width % columns or not height or not width:
-            raise ValueError(f"images: {height} x {width} pixels are no multiple of the patch size {rows} x {columns}")
-        return height // rows, width // columns
+        return patch_grid(images, self.patch_size, self.channels)
 
     def flatten(self, images: Tensor) -> Tensor:
         """``(B, C, H, W)`` -> patches ``(B, N, rows·columns·C)``, each flattened as (row, column, channel)."""
@@ -79,6 +85,10 @@ class VisionModel(CrateModel):
 
     num_prefix_tokens = 1
     grad_checkpointing = False
+    dynamic_img_size = True
+    """Whether images of other sizes than :attr:`image_size` are taken; their positions are interpolated."""
+    position_tables: tuple[str, ...] = ("position_embedding",)
+    """The parameters ``(1, 1 + rows·columns, dim)`` that belong to the grid of patches; the first is added."""
     num_features: int
     grid_size: tuple[int, int]
 
@@ -105,11 +115,50 @@ class VisionModel(CrateModel):
     def run_blocks(self, tokens: Tensor) -> Tensor:
         """``tokens (B, N, dim)`` through all layers of the encoder."""
         for block in self.blocks:
-            if self.grad_checkpointing and torch.is_grad_enabled():
-                tokens = checkpoint(block, tokens, use_reentrant=False)
-            else:
-                tokens = block(tokens)
+            tokens = self._run_block(block, tokens)
         return tokens
+
+    def _run_block(self, block: nn.Module, tokens: Tensor) -> Tensor:
+        if self.grad_checkpointing and torch.is_grad_enabled():
+            return checkpoint(block, tokens, use_reentrant=False)
+        return block(tokens)
+
+    def add_positions(self, tokens: Tensor, images: Tensor) -> Tensor:
+        """Positions for the grid of ``images`` added to ``tokens (B, 1 + patches, dim)``, class token first."""
+        grid = patch_grid(images, self.patch_embedding.patch_size, self.patch_embedding.channels)
+        table = getattr(self, self.position_tables[0])
+        return tokens + interpolate_positions(table, self.grid_size, grid, self.dynamic_img_size)
+
+    def set_input_size(
+        self, img_size: int | tuple[int, int] | None = None, patch_size: int | tuple[int, int] | None = None
+    ) -> None:
+        """Rebuild the positions for images of ``img_size``, by interpolation. The outputs for them stay what they are.
+
+        Raises:
+            ValueError: ``img_size`` is no multiple of the patch size, or ``patch_size`` is another one.
+        """
+        rows, columns = self.patch_embedding.patch_size
+        if patch_size is not None and pair("patch_size", patch_size) != (rows, columns):
+            raise ValueError(f"patch_size: is {rows} x {columns} and cannot change, got {patch_size}")
+        if img_size is None:
+            return
+        height, width = size = pair("img_size", img_size)
+        if height % rows or width % columns:
+            raise ValueError(f"img_size: {size} is no multiple of the patch size {rows} x {columns}")
+        grid = (height // rows, width // columns)
+        for name in self.position_tables:
+            old = getattr(self, name)
+            table = interpolate_positions(old.detach(), self.grid_size, grid).clone()
+            setattr(self, name, nn.Parameter(table, requires_grad=old.requires_grad))
+        self.grid_size = grid
+        self.config["img_size" if "img_size" in self.config else "image_size"] = size
+        if hasattr(self, "_traits"):  # what timm notes of a model's input
+            self._traits = {**self._traits, "img_size": size}
+            self._model_args = {**getattr(self, "_model_args", {}), "img_size": size}
+
+    def no_weight_decay(self) -> set[str]:
+        """The parameters that timm's optimizers leave without weight decay, beside biases and norms."""
+        return {name for name in ("cls_token", "mask_token", *self.position_tables) if hasattr(self, name)}
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Keep only each layer's input for the backward pass and compute the rest again."""
@@ -139,6 +188,7 @@ class VisionModel(CrateModel):
         output_fmt: str = "NCHW",
         return_prefix_tokens: bool = False,
         intermediates_only: bool = False,
+        output_dict: bool = False,
         stop_early: bool = False,
     ):
         """Features of any layers, with timm's arguments.
@@ -149,6 +199,8 @@ class VisionModel(CrateModel):
             output_fmt: ``"NCHW"`` gives maps ``(B, dim, rows, columns)``, ``"NLC"`` tokens ``(B, patches, dim)``.
             return_prefix_tokens: pair each with its class token ``(B, 1, dim)``.
             intermediates_only: return the list alone, not ``(last tokens, list)``.
+            output_dict: return ``image_intermediates``, ``image_intermediates_prefix`` if asked for, and
+                ``image_features``, the last tokens, by name.
             stop_early: do not run layers past the last one asked for.
         """
         if output_fmt not in ("NCHW", "NLC"):
@@ -159,14 +211,41 @@ class VisionModel(CrateModel):
         for layer, block in enumerate(self.blocks):
             if stop_early and layer > max(wanted, default=-1):
                 break
-            tokens = block(tokens)
+            tokens = self._run_block(block, tokens)
             if layer in wanted:
-                feature = self.norm(tokens) if norm else tokens
-                prefix, patches = feature[:, :1], feature[:, 1:]
-                if output_fmt == "NCHW":
-                    patches = patches.transpose(1, 2).unflatten(2, (rows, columns))
-                features.append((patches, prefix) if return_prefix_tokens else patches)
+                features.append(self.norm(tokens) if norm else tokens)
+        prefixes, features = [f[:, :1] for f in features], [f[:, 1:] for f in features]
+        if output_fmt == "NCHW":
+            features = [f.transpose(1, 2).unflatten(2, (rows, columns)) for f in features]
+        tokens = self.finish(tokens)
+        if output_dict:
+            named = {"image_intermediates": features}
+            named |= {"image_intermediates_prefix": prefixes} if return_prefix_tokens else {}
+            return named if intermediates_only else named | {"image_features": tokens}
+        features = list(zip(features, prefixes, strict=True)) if return_prefix_tokens else features
         return features if intermediates_only else (tokens, features)
+
+    def finish(self, tokens: Tensor) -> Tensor:
+        """The last layer's tokens ``(B, N, dim)`` as :meth:`forward_features` returns them."""
+        return tokens
+
+    def get_intermediate_layers(
+        self,
+        images: Tensor,
+        n: int | list[int] = 1,
+        reshape: bool = False,
+        return_prefix_tokens: bool = False,
+        norm: bool = False,
+    ) -> list:
+        """Features of the last ``n`` layers, or of the layers ``n``, with DINO's arguments: maps if ``reshape``."""
+        return self.forward_intermediates(
+            images,
+            n,
+            norm=norm,
+            output_fmt="NCHW" if reshape else "NLC",
+            return_prefix_tokens=return_prefix_tokens,
+            intermediates_only=True,
+        )
 
     def prune_intermediate_layers(
         self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
@@ -177,7 +256,7 @@ class VisionModel(CrateModel):
         if prune_norm:
             self.norm = nn.Identity()
         if prune_head and hasattr(self, "reset_classifier"):
-            self.head = nn.Identity()
+            self.reset_classifier(0)
         return wanted
 
     def get_attention(self, images: Tensor, layer: int = -1) -> Tensor:
@@ -211,10 +290,19 @@ class VisionModel(CrateModel):
         return [i % depth for i in indices]
 
 
-def interpolate_positions(positions: Tensor, trained: tuple[int, int], grid: tuple[int, int]) -> Tensor:
-    """``(1, 1 + rows·columns, dim)`` for another grid of patches: bicubic, the class token's position unchanged."""
+@torch.fx.wrap
+def interpolate_positions(
+    positions: Tensor, trained: tuple[int, int], grid: tuple[int, int], allowed: bool = True
+) -> Tensor:
+    """``(1, 1 + rows·columns, dim)`` for another grid of patches: bicubic, the class token's position unchanged.
+
+    Raises:
+        ValueError: the grid is another one, and that is not ``allowed``.
+    """
     if grid == trained:
         return positions
+    if not allowed:
+        raise ValueError(f"images: {grid[0]} x {grid[1]} patches, but the model has {trained[0]} x {trained[1]}")
     patches = positions[:, 1:].transpose(1, 2).unflatten(2, trained)
     patches = nn.functional.interpolate(patches.float(), size=grid, mode="bicubic", antialias=True)
     return torch.cat([positions[:, :1], patches.to(positions.dtype).flatten(2).transpose(1, 2)], dim=1)

@@ -144,12 +144,12 @@ def test_attention_maps_explain_the_layer():
 def test_other_image_sizes_interpolate_positions():
     model = small().eval()
     assert model(torch.randn(1, 3, 16, 16)).shape == (1, 5)
-    positions = models.crate.interpolate_positions(model.position_embedding, (2, 6), (4, 8))
+    positions = models.vision.interpolate_positions(model.position_embedding, (2, 6), (4, 8))
     assert positions.shape == (1, 33, 24)
     torch.testing.assert_close(positions[:, 0], model.position_embedding[:, 0])
     constant = torch.ones_like(model.position_embedding)
     torch.testing.assert_close(
-        models.crate.interpolate_positions(constant, (2, 6), (5, 3)), torch.ones(1, 16, 24), rtol=1e-5, atol=1e-5
+        models.vision.interpolate_positions(constant, (2, 6), (5, 3)), torch.ones(1, 16, 24), rtol=1e-5, atol=1e-5
     )
 
 
@@ -170,7 +170,7 @@ def test_bad_images(images, message):
     ("options", "message"),
     [
         (dict(image_size=9), "image_size: .* is no multiple of patch_size"),
-        (dict(pool="max"), "pool: expected 'cls' or 'mean', got 'max'"),
+        (dict(pool="max"), "pool: expected 'cls', 'mean' or '', got 'max'"),
         (dict(patch_size=(4, 2, 2)), "patch_size: expected a positive integer or a pair"),
     ],
 )

@@ -1,5 +1,6 @@
 """The vision models under timm's registry, features, checkpoints and training functions."""
 
+import copy
 import subprocess
 import sys
 
@@ -45,8 +46,10 @@ def test_timm_arguments_mean_what_timm_means(name):
     for option in ("drop_rate", "drop_path_rate"):
         with pytest.raises(ValueError, match=option):
             create(name, **{option: 0.1})
-    with pytest.raises(ValueError, match="pool"):
-        create(name, global_pool="map")
+    with pytest.raises(ValueError, match=r"^global_pool: expected 'token', 'avg' or '', got 'max'"):
+        create(name, global_pool="max")
+    with pytest.raises(TypeError, match="not_an_argument"):
+        create(name, not_an_argument=1)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -95,6 +98,159 @@ def test_checkpoints_load_in_either_layout_and_with_other_classes(name, tmp_path
         loaded = create(name, num_classes=3, pretrained=True, pretrained_cfg_overlay=overlay).eval()
         assert loaded(images).shape == (2, 3)
         torch.testing.assert_close(loaded.forward_features(images), model.forward_features(images), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_pooling_in_timms_words(name):
+    images = torch.randn(2, 3, 16, 16)
+    model = create(name, num_classes=7).eval()
+    tokens = model.forward_features(images)
+    for word, pooled in (("token", tokens[:, 0]), ("avg", tokens.mean(1)), ("", tokens)):
+        model.reset_classifier(7, word)
+        assert (model.global_pool, model.num_classes) == (word, 7)
+        torch.testing.assert_close(model(images), model.head(model.norm(pooled)))
+        model.reset_classifier(0)  # keeps the pooling
+        torch.testing.assert_close(model(images), model.norm(pooled))
+        assert create(name, num_classes=0, global_pool=word)(images).shape == pooled.shape
+    with pytest.raises(ValueError, match=r"^global_pool: expected 'token'"):
+        model.reset_classifier(3, "max")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_new_classifier_is_like_its_model(name):
+    model = create(name).double().eval()
+    model.reset_classifier(0)
+    model.reset_classifier(4)
+    assert model.head.weight.dtype == torch.float64
+    assert not any(module.training for module in model.modules())
+    model = create(name, device="meta", dtype=torch.bfloat16)
+    assert all(p.is_meta and p.dtype == torch.bfloat16 for p in model.parameters())
+    model = create(name, device="meta").to_empty(device="cpu")
+    for parameter in model.parameters():
+        torch.nn.init.constant_(parameter, float("nan"))
+    torch.manual_seed(1)
+    model.init_weights()
+    torch.manual_seed(0)
+    fresh = create(name)
+    for (key, filled), built in zip(model.named_parameters(), fresh.parameters(), strict=True):
+        assert torch.isfinite(filled).all(), key
+        if built.numel() > 200:
+            assert filled.std().item() == pytest.approx(built.std().item(), rel=0.2), key
+
+
+@pytest.mark.parametrize("name", [*NAMES, "crate_mae_tiny_patch16_224"])
+def test_other_image_sizes(name):
+    autoencoder = "_mae_" in name
+    options = dict(img_size=16, patch_size=4, embed_dim=32, depth=2, num_heads=2, decoder_depth=1)
+    options = options if autoencoder else dict(TINY, depth=2)
+    model = timm.create_model(name, dynamic_img_size=True, **options).eval()
+    images = torch.randn(2, 3, 24, 8)
+    before = model.forward_features(images)
+    strict = timm.create_model(name, dynamic_img_size=False, **options)
+    strict.load_state_dict(model.state_dict())
+    with pytest.raises(ValueError, match="images: 6 x 2 patches, but the model has 4 x 4"):
+        strict.forward_features(images)
+    strict.requires_grad_(False)
+    strict.set_input_size(img_size=(24, 8))
+    torch.testing.assert_close(strict.eval().forward_features(images), before)
+    assert strict.image_size == (24, 8)
+    assert not any(p.requires_grad for p in strict.parameters())
+    with pytest.raises(ValueError, match=r"img_size: \(25, 8\) is no multiple of the patch size 4 x 4"):
+        strict.set_input_size(img_size=(25, 8))
+    with pytest.raises(ValueError, match="patch_size: is 4 x 4 and cannot change"):
+        strict.set_input_size(patch_size=8)
+    assert getattr(strict, "_traits", {"img_size": (24, 8)})["img_size"] == (24, 8)  # timm's note, in newer versions
+
+
+def test_a_resized_model_is_saved_and_rebuilt(tmp_path):
+    model, images = create(num_classes=3).eval(), torch.randn(1, 3, 24, 8)
+    model.set_input_size((24, 8))
+    model.save(tmp_path / "model.safetensors")
+    again = models.load_model(tmp_path / "model.safetensors").eval()
+    torch.testing.assert_close(again(images), model(images), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", [*NAMES, "crate_mae_tiny_patch16_224"])
+def test_weight_decay_leaves_out_tokens_and_positions(name):
+    from timm.optim import create_optimizer_v2
+
+    options = dict(img_size=16, patch_size=4, embed_dim=32, depth=1, num_heads=2, decoder_depth=1)
+    model = timm.create_model(name, **options if "_mae_" in name else dict(TINY, depth=1))
+    names = dict(model.named_parameters())
+    assert model.no_weight_decay() <= names.keys()
+    groups = create_optimizer_v2(model, opt="adamw", lr=1e-3, weight_decay=0.05).param_groups
+    decayed = {id(p) for group in groups if group["weight_decay"] for p in group["params"]}
+    without = {key for key, p in names.items() if p.requires_grad and id(p) not in decayed}
+    ndim_1 = {key for key, p in names.items() if p.ndim <= 1}
+    assert without == ndim_1 | {key for key in ("cls_token", "mask_token", "position_embedding") if key in names}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_intermediate_features_by_name(name):
+    model, images = create(name).eval(), torch.randn(2, 3, 16, 16)
+    last, features = model.forward_intermediates(images, [0, 2], return_prefix_tokens=True)
+    named = model.forward_intermediates(images, [0, 2], return_prefix_tokens=True, output_dict=True)
+    assert list(named) == ["image_intermediates", "image_intermediates_prefix", "image_features"]
+    torch.testing.assert_close(named["image_features"], last, rtol=0, atol=0)
+    for (maps, prefix), i in zip(features, (0, 1), strict=True):
+        assert torch.equal(maps, named["image_intermediates"][i])
+        assert torch.equal(prefix, named["image_intermediates_prefix"][i])
+    alone = model.forward_intermediates(images, [0, 2], intermediates_only=True, output_dict=True)
+    assert list(alone) == ["image_intermediates"]
+    (tokens,) = model.get_intermediate_layers(images, 1)
+    torch.testing.assert_close(tokens, last[:, 1:], rtol=0, atol=0)
+    ((maps, prefix),) = model.get_intermediate_layers(images, [2], reshape=True, return_prefix_tokens=True, norm=True)
+    torch.testing.assert_close(maps.flatten(2).transpose(1, 2), model.norm(last[:, 1:]))
+    torch.testing.assert_close(prefix, model.norm(last[:, :1]))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_pruned_models_keep_their_features_and_train(name):
+    model, images = create(name).eval(), torch.randn(2, 3, 16, 16)
+    wanted = model.forward_intermediates(images, intermediates_only=True)
+    for layer in range(3):
+        pruned = copy.deepcopy(model)
+        kept = pruned.prune_intermediate_layers([layer], prune_norm=True)
+        (feature,) = pruned.forward_intermediates(images, kept, intermediates_only=True)
+        torch.testing.assert_close(feature, wanted[layer], rtol=0, atol=0)
+        pruned.train().forward_features(images).sum().backward()
+        assert all(p.grad is not None for p in pruned.parameters())
+    whole = copy.deepcopy(model)
+    whole.prune_intermediate_layers([2], prune_head=False)
+    torch.testing.assert_close(whole(images), model(images), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_checkpointed_layers_give_the_same(name):
+    model, images = create(name).eval(), torch.randn(2, 3, 16, 16)
+    plain = model.forward_intermediates(images)
+    model.set_grad_checkpointing(True)
+    calls = []
+    for block in model.blocks:
+        block.register_forward_pre_hook(lambda *_: calls.append(1))
+    again = model.forward_intermediates(images)
+    for a, b in zip([plain[0], *plain[1]], [again[0], *again[1]], strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0)
+    again[0].sum().backward()
+    assert len(calls) == 6
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_features_by_torch_fx(name):
+    from timm.models import get_notrace_modules
+    from torchvision.models.feature_extraction import create_feature_extractor
+
+    model, images = create(name, num_classes=7).eval(), torch.randn(2, 3, 16, 16)
+    extractor = create_feature_extractor(
+        model, return_nodes=["blocks.0", "blocks.2", "head"], tracer_kwargs=dict(leaf_modules=get_notrace_modules())
+    )
+    for size in ((2, 3, 16, 16), (1, 3, 8, 24)):  # traced once, for any size
+        images = torch.randn(*size)
+        got = extractor(images)
+        last, features = model.forward_intermediates(images, output_fmt="NLC")
+        torch.testing.assert_close(got["head"], model(images), rtol=0, atol=0)
+        torch.testing.assert_close(got["blocks.2"], last, rtol=0, atol=0)
+        torch.testing.assert_close(got["blocks.0"][:, 1:], features[0], rtol=0, atol=0)
 
 
 def test_an_autoencoder_has_no_classes():

@@ -1,0 +1,61 @@
+"""timm's own model tests on our models, where their source is at hand.
+
+The installed package does not carry them, its source distribution does. Unpack that and name its folder of tests::
+
+    pip download --no-deps --no-binary :all: timm && tar xzf timm-*.tar.gz
+    CRATE_KERNELS_TIMM_TESTS=timm-1.0.31/tests python -m pytest tests/models/test_timm_common.py
+
+``test_timm.py`` checks the same promises without it.
+"""
+
+import importlib.util
+import os
+from pathlib import Path
+
+import pytest
+
+FOLDER = os.environ.get("CRATE_KERNELS_TIMM_TESTS")
+if not FOLDER:
+    pytest.skip("needs the tests in timm's source distribution", allow_module_level=True)
+
+import crate_kernels.models.timm_registry  # noqa: E402, F401
+
+
+def timm_tests():
+    specification = importlib.util.spec_from_file_location("timm_test_models", Path(FOLDER) / "test_models.py")
+    module = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    return module
+
+
+theirs = timm_tests()
+CLASSIFIERS = ["crate_tiny_patch16_224", "crate_alpha_base_patch16_224"]
+
+
+@pytest.mark.parametrize("name", CLASSIFIERS)
+@pytest.mark.parametrize(
+    ("test", "arguments"),
+    [
+        ("test_model_forward", (1,)),
+        ("test_model_backward", (2,)),
+        ("test_model_default_cfgs_non_std", (1, "meta")),
+        ("test_model_forward_features", (1,)),
+        ("test_model_forward_intermediates_features", (1,)),
+        ("test_model_forward_intermediates", (1,)),
+        ("test_prune_intermediate_layers_contract", ()),
+        ("test_model_forward_fx", (1,)),
+        ("test_model_backward_fx", (2,)),
+    ],
+)
+def test_classifiers(test, arguments, name):
+    getattr(theirs, test)(name, *arguments)
+
+
+@pytest.mark.parametrize("name", CLASSIFIERS)
+def test_weights_can_be_filled_after_meta(name):
+    theirs.test_model_init_weights_after_to_empty(name, dict(dim=32, depth=2, heads=2, dim_head=16, img_size=64))
+
+
+@pytest.mark.parametrize("test", ["test_model_forward_features", "test_model_forward_intermediates"])
+def test_autoencoder(test):
+    getattr(theirs, test)("crate_mae_tiny_patch16_224", 1)

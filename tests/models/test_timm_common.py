@@ -5,8 +5,9 @@ The installed package does not carry them, its source distribution does. Unpack 
     pip download --no-deps --no-binary :all: timm && tar xzf timm-*.tar.gz
     CRATE_KERNELS_TIMM_TESTS=timm-1.0.31/tests python -m pytest tests/models/test_timm_common.py
 
-``test_timm.py`` checks the same promises without it. Three of timm's checks do not apply: scripts by ``torch.jit.script``
-(torch deprecates them), pooling by ``catavgmax``, and dropout before the classifier. The models refuse the last two by name.
+``test_timm.py`` checks the same promises without it. Three of timm's checks do not apply: scripts by
+``torch.jit.script`` (torch deprecates them), pooling by ``catavgmax``, and dropout before the classifier. The models
+refuse the last two by name.
 """
 
 import importlib.util
@@ -20,7 +21,6 @@ if not FOLDER:
     pytest.skip("needs the tests in timm's source distribution", allow_module_level=True)
 
 import crate_kernels.models.timm_registry  # noqa: E402, F401
-
 
 MARKERS = ("base", "forward", "backward", "cfg", "cfg_nonstd", "torchscript", "features", "fxforward", "fxbackward")
 

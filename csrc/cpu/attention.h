@@ -49,18 +49,28 @@ inline void for_heads(const AttentionShape& shape, F f) {
     });
 }
 
-// One head's tokens in the three orders in which the tile reads them.
-struct Operand {
-    float* rows;    // A: token by token
+// kRows rows as the tile reads them.
+struct Strip {
+    const float* rows;
     int64_t stride;
-    float* keys;    // B of scores: panels of kColumns tokens, channel by channel
-    float* values;  // B of sums: panels of kColumns channels, token by token
 };
 
-inline Operand take_operand(Frame& frame, int64_t tokens, int64_t width, bool rows, bool keys, bool values) {
+// One head's tokens in the three orders in which the tile reads them.
+struct Operand {
+    Strip rows;      // A: token by token
+    Strip last;      // A: the rows from `whole` on, and zeros behind them
+    int64_t whole;
+    float* keys;     // B of scores: panels of kColumns tokens, channel by channel
+    float* values;   // B of sums: panels of kColumns channels, token by token
+
+    Strip strip(int64_t token) const {
+        if (token >= whole) return {last.rows + (token - whole) * last.stride, last.stride};
+        return {rows.rows + token * rows.stride, rows.stride};
+    }
+};
+
+inline Operand take_operand(Frame& frame, int64_t tokens, int64_t width, bool keys, bool values) {
     Operand o{};
-    o.stride = padded_stride(width);
-    if (rows) o.rows = frame.take(round_up(tokens, kRows) * o.stride);
     if (keys) o.keys = frame.take(round_up(tokens, kColumns) * width);
     if (values) o.values = frame.take(tokens * round_up(width, kColumns));
     return o;
@@ -86,14 +96,26 @@ inline void fill_values(const Source& s, int64_t tokens, int64_t width, const fl
     }
 }
 
-inline void fill_rows(const Source& s, int64_t tokens, int64_t width, float factor, float* rows, int64_t stride) {
-    for (int64_t i = 0; i < tokens; ++i) {
-        float* row = rows + i * stride;
-        prefetch(s, i + kAhead < tokens ? i + kAhead : i, 0, width);
-        fetch(s, i, 0, width, row);
-        for (int64_t c = 0; c < width; c += kLanes) store(row + c, load(row + c) * factor);
+// Sets the rows of an operand. The tile reads floats where they lie, but for the last rows, which it needs in full number;
+// other types are copied, and rows whose distance puts them into the same lines of the cache, and where the caller will
+// change rows.
+inline void fill_rows(Frame& frame, const Source& s, int64_t tokens, int64_t width, bool copied, Operand& o) {
+    copied = copied || !plain_floats(s) || s.stride * 4 % 4096 == 0;
+    o.whole = copied ? 0 : tokens / kRows * kRows;
+    if (!copied) o.rows = {float_row(s, 0, 0), s.stride};
+    // Strips of queries behind the visible tokens begin anywhere, so that the last one may end a strip later.
+    const int64_t stride = padded_stride(width), rows = round_up(tokens - o.whole, kRows) + (copied ? kRows : 0);
+    float* copy = frame.take(rows * stride);
+    o.last = {copy, stride};
+    for (int64_t i = 0; i < rows; ++i) {
+        float* row = copy + i * stride;
+        if (o.whole + i >= tokens) {
+            std::memset(row, 0, size_t(stride) * 4);
+            continue;
+        }
+        prefetch(s, o.whole + (o.whole + i + kAhead < tokens ? i + kAhead : i), 0, width);
+        fetch(s, o.whole + i, 0, width, row);
     }
-    for (int64_t i = tokens; i < round_up(tokens, kRows); ++i) std::memset(rows + i * stride, 0, size_t(stride) * 4);
 }
 
 inline Ints lane_numbers() {
@@ -102,9 +124,12 @@ inline Ints lane_numbers() {
     return n;
 }
 
-inline float dot(const float* a, const float* b, int64_t count) {  // whole vectors, zeros behind the elements
+// The product of two rows of floats.
+inline float dot(const float* a, const float* b, int64_t count) {
     Floats total{};
-    for (int64_t i = 0; i < count; i += kLanes) total += load(a + i) * load(b + i);
+    int64_t i = 0;
+    for (; i + kLanes <= count; i += kLanes) total += load(a + i) * load(b + i);
+    if (i < count) total += load_first(a + i, int(count - i)) * load_first(b + i, int(count - i));
     return sum(total);
 }
 
@@ -135,7 +160,8 @@ inline void add_values(const float* a, int64_t stride, const float* values, int6
 // E of the block (I, J) and its part of the normalizers. On the diagonal only columns up to each tile's own rows count;
 // the rest of a row is what the rows below hold, transposed.
 inline void score_block(const Operand& w, int64_t width, int64_t i_first, int64_t i_count, int64_t j_first, int64_t j_count,
-                        bool causal, const float* c, const float* u, float* e, int64_t stride, float* normalizer) {
+                        bool causal, float scale, const float* c, const float* u, float* e, int64_t stride,
+                        float* normalizer) {
     const bool diagonal = i_first == j_first;
     const bool both = !causal;  // whether J sees I, too
     const Ints lanes = lane_numbers();
@@ -143,21 +169,22 @@ inline void score_block(const Operand& w, int64_t width, int64_t i_first, int64_
     for (int64_t i = 0; i < i_count; i += kRows) {
         const int64_t rows = i_count - i < kRows ? i_count - i : kRows;
         const int64_t seen = diagonal ? (i + rows < j_count ? i + rows : j_count) : j_count;
+        const Strip a = w.strip(i_first + i);
         Floats row_sums[kRows];
         for (int r = 0; r < kRows; ++r) row_sums[r] = Floats{};
         for (int64_t j = 0; j < seen; j += kColumns) {
-            multiply_tile<false, false>(w.rows + (i_first + i) * w.stride, w.stride, w.keys + (j_first + j) * width, width,
-                                        tile);
+            multiply_tile<false, false>(a.rows, a.stride, w.keys + (j_first + j) * width, width, tile);
 #pragma GCC unroll 4
             for (int v = 0; v < kVectors; ++v) {
                 const int64_t column = j + v * kLanes;
+                if (column >= seen) break;
                 const Floats c_j = load(c + j_first + column), u_j = load(u + j_first + column);
                 const Ints number = lanes + int32_t(column);
                 const Ints counts = number < int32_t(seen);
                 const Ints counts_for_j = number < int32_t(diagonal ? i : j_count);
                 Floats column_sums{};
                 for (int r = 0; r < rows; ++r) {
-                    const Floats x = load(tile + r * kColumns + v * kLanes) - (c_j + c[i_first + i + r]);
+                    const Floats x = load(tile + r * kColumns + v * kLanes) * scale - (c_j + c[i_first + i + r]);
                     Floats value = select(counts, exp2(x), Floats{});
                     if (causal && diagonal) value = select(number <= int32_t(i + r), value, Floats{});
                     store(e + (i + r) * stride + column, value);
@@ -175,8 +202,8 @@ inline void score_block(const Operand& w, int64_t width, int64_t i_first, int64_
 }
 
 // Rows [first, last) with a row maximum: queries of any norm against keys [0, visible).
-inline void attend_rows(const Head& head, Frame& outer, const Operand& w, const float* values, int64_t value_tokens,
-                        int64_t first, int64_t last, int64_t visible, const float* log_u, const float* u,
+inline void attend_rows(const Head& head, const Operand& w, const float* values, int64_t value_tokens,
+                        int64_t first, int64_t last, int64_t visible, float scale, const float* log_u, const float* u,
                         const Heads& out, float* lse) {
     Frame frame;
     const int64_t width = head.shape.width, stride = padded_stride(round_up(visible, kColumns));
@@ -185,19 +212,19 @@ inline void attend_rows(const Head& head, Frame& outer, const Operand& w, const 
     float* sums = frame.take(kRows * padded);
     const Ints lanes = lane_numbers();
     alignas(64) float tile[kRows * kColumns];
-    (void)outer;
     for (int64_t i = first; i < last; i += kRows) {
         const int64_t rows = last - i < kRows ? last - i : kRows;
+        const Strip a = w.strip(i);
         const int64_t seen = head.shape.causal && i + rows < visible ? i + rows : visible;
         for (int64_t j = 0; j < seen; j += kColumns) {
-            multiply_tile<false, false>(w.rows + i * w.stride, w.stride, w.keys + j * width, width, tile);
+            multiply_tile<false, false>(a.rows, a.stride, w.keys + j * width, width, tile);
             for (int r = 0; r < kRows; ++r)
                 for (int v = 0; v < kColumns; v += kLanes) {
                     const Ints number = lanes + int32_t(j + v);
                     Ints hidden = number >= int32_t(seen);
                     if (head.shape.causal) hidden |= number > int32_t(i + r);
                     store(strip + r * stride + j + v,
-                          select(hidden, broadcast(-INFINITY), load(tile + r * kColumns + v)));
+                          select(hidden, broadcast(-INFINITY), load(tile + r * kColumns + v) * scale));
                 }
         }
         std::memset(sums, 0, size_t(kRows * padded) * 4);
@@ -234,32 +261,39 @@ inline void attend_rows(const Head& head, Frame& outer, const Operand& w, const 
 
 inline void attend(const Head& head, Frame& frame, const AttentionForward& call) {
     const int64_t tokens = head.shape.tokens, width = head.shape.width, visible = head.visible();
-    const Source w_source = head.rows(call.w);
-    const Source v_source = call.value.data == nullptr ? w_source : head.rows(call.value);
+    const Source w_source = head.rows(call.w), value_source = head.rows(call.value);
+    const Source& v_source = call.value.data == nullptr ? w_source : value_source;
     const float scale = float(head.shape.scale) * kLog2E;
     float* lse = call.lse + head.first_row();
-    Operand w = take_operand(frame, tokens, width, true, true, true);
+    Operand w = take_operand(frame, tokens, width, true, true);
     const int64_t padded = round_up(visible, kColumns) + kColumns;
     float* c = frame.take(round_up(tokens, kRows) + 2 * kColumns);
     float* u = frame.take(padded);
     float* log_u = frame.take(padded);
-    fill_rows(w_source, tokens, width, scale, w.rows, w.stride);
+    // Queries behind the visible tokens begin strips of their own, which may not cross from one place to the other.
+    fill_rows(frame, w_source, tokens, width, visible < tokens, w);
     fill_keys(w_source, visible, width, w.keys);
 
     Floats mosts = broadcast(-INFINITY), leasts = broadcast(INFINITY);
     bool finite = true;
     const Ints lanes = lane_numbers();
     for (int64_t i = 0; i < round_up(tokens, kRows) + kColumns; ++i) c[i] = 0;
-    for (int64_t i = 0; i < visible; i += kLanes) {  // |w_i|^2, for a vector of tokens at a time
-        const float* keys = w.keys + i / kColumns * kColumns * width + i % kColumns;
-        Floats squares{};
-        for (int64_t k = 0; k < width; ++k) squares += load(keys + k * kColumns) * load(keys + k * kColumns);
-        const Floats x = squares * (0.5f * scale);
-        const Ints present = lanes < int32_t(visible - i);
-        mosts = max(mosts, select(present, x, mosts));
-        leasts = select(present & (x < leasts), x, leasts);
-        finite = finite && std::isfinite(sum(x));
-        store(c + i, select(present, x, Floats{}));
+    for (int64_t panel = 0; panel < visible; panel += kColumns) {  // |w_i|^2, for a panel of tokens at a time
+        Floats squares[kVectors] = {};
+        for (int64_t k = 0; k < width; ++k)
+            for (int v = 0; v < kVectors; ++v) {
+                const Floats key = load(w.keys + panel * width + k * kColumns + v * kLanes);
+                squares[v] += key * key;
+            }
+        for (int v = 0; v < kVectors; ++v) {
+            const int64_t i = panel + v * kLanes;
+            const Floats x = squares[v] * (0.5f * scale);
+            const Ints present = lanes < int32_t(visible - i);
+            mosts = max(mosts, select(present, x, mosts));
+            leasts = select(present & (x < leasts), x, leasts);
+            finite = finite && std::isfinite(sum(x));
+            store(c + i, select(present, x, Floats{}));
+        }
     }
     float most = mosts[0], least = leasts[0];
     for (int l = 1; l < kLanes; ++l) {
@@ -273,7 +307,7 @@ inline void attend(const Head& head, Frame& frame, const AttentionForward& call)
     fill_values(v_source, visible, width, u, 1.0f, w.values);
 
     if (!bounded) {
-        attend_rows(head, frame, w, w.values, visible, 0, tokens, visible, log_u, u, call.out, lse);
+        attend_rows(head, w, w.values, visible, 0, tokens, visible, scale, log_u, u, call.out, lse);
         return;
     }
     const int64_t row = round_up(width, kColumns), stride = padded_stride(kTokens);
@@ -287,7 +321,7 @@ inline void attend(const Head& head, Frame& frame, const AttentionForward& call)
         const int64_t i_count = visible - I < kTokens ? visible - I : kTokens;
         for (int64_t J = 0; J <= I; J += kTokens) {
             const int64_t j_count = visible - J < kTokens ? visible - J : kTokens;
-            score_block(w, width, I, i_count, J, j_count, causal, c, u, e, stride, normalizer);
+            score_block(w, width, I, i_count, J, j_count, causal, scale, c, u, e, stride, normalizer);
             for (int64_t i = 0; i < i_count; i += kRows) {
                 const int64_t rows = i_count - i < kRows ? i_count - i : kRows;
                 float* row_sums = sums + (I + i) * row;
@@ -302,14 +336,20 @@ inline void attend(const Head& head, Frame& frame, const AttentionForward& call)
                     add_values<true>(e + j, stride, w.values, visible, I, i_count, width, sums + (J + j) * row, kRows);
         }
     }
+    for (int64_t i = 0; i < visible; i += kLanes) {
+        const Floats n = load(normalizer + i);
+        const Floats value = (log2(n) + load(c + i) + most) * (1 / kLog2E);
+        if (visible - i < kLanes) store_first(lse + i, value, int(visible - i));
+        else store(lse + i, value);
+        store(normalizer + i, 1.0f / n);
+    }
     for (int64_t i = 0; i < visible; ++i) {
         float* values = sums + i * row;
-        for (int64_t k = 0; k < width; k += kLanes) store(values + k, load(values + k) / normalizer[i]);
+        for (int64_t k = 0; k < width; k += kLanes) store(values + k, load(values + k) * normalizer[i]);
         head.write_row(call.out, i, values);
-        lse[i] = (std::log2(normalizer[i]) + c[i] + most) / kLog2E;
     }
     if (visible < tokens) {
-        attend_rows(head, frame, w, w.values, visible, visible, tokens, visible, log_u, u, call.out, lse);
+        attend_rows(head, w, w.values, visible, visible, tokens, visible, scale, log_u, u, call.out, lse);
     }
 }
 
@@ -321,39 +361,44 @@ inline void attend_backward(const Head& head, Frame& frame, const AttentionBackw
     const bool causal = head.shape.causal, shared = call.value.data == nullptr;
     const float scale = float(head.shape.scale);
     const Source w_source = head.rows(call.w), g_source = head.rows(call.grad), o_source = head.rows(call.out);
-    const Source v_source = shared ? w_source : head.rows(call.value);
-    Operand w = take_operand(frame, tokens, width, true, true, true);    // rows times scale log2(e), values times scale
-    Operand g = take_operand(frame, tokens, width, true, true, true);
-    Operand v = take_operand(frame, tokens, width, true, !shared, false);
-    if (shared) v.keys = w.keys;
+    const Source value_source = head.rows(call.value);
+    const Source& v_source = shared ? w_source : value_source;
+    Operand w = take_operand(frame, tokens, width, true, true);  // values times scale
+    Operand g = take_operand(frame, tokens, width, true, true);
+    Operand v = shared ? w : take_operand(frame, tokens, width, true, false);
     const int64_t padded_tokens = round_up(tokens, kRows) + kColumns, row = round_up(width, kColumns);
     float* delta = frame.take(padded_tokens);
     float* lse = frame.take(padded_tokens);
     float* o = frame.take(row);
     for (int64_t i = 0; i < padded_tokens; ++i) delta[i] = lse[i] = 0;
-    fill_rows(w_source, tokens, width, scale * kLog2E, w.rows, w.stride);
-    fill_rows(g_source, tokens, width, 1.0f, g.rows, g.stride);
-    fill_rows(v_source, tokens, width, 1.0f, v.rows, v.stride);
+    const bool hides = visible < tokens;
+    fill_rows(frame, w_source, tokens, width, hides, w);
+    fill_rows(frame, g_source, tokens, width, hides, g);
+    if (shared) v = w;
+    else fill_rows(frame, v_source, tokens, width, hides, v);
     for (int64_t i = 0; i < tokens; ++i) {
+        const float* g_row = g.strip(i).rows;
+        const float* o_row = o;
         prefetch(o_source, i + kAhead < tokens ? i + kAhead : i, 0, width);
-        fetch(o_source, i, 0, width, o);
-        delta[i] = dot(g.rows + i * g.stride, o, width);
+        if (plain_floats(o_source)) o_row = float_row(o_source, i, 0);
+        else fetch(o_source, i, 0, width, o);
+        delta[i] = dot(g_row, o_row, width);
         lse[i] = call.lse[head.first_row() + i] * kLog2E;
         if (i < visible) continue;
         // A hidden token without a gradient contributes nothing, whatever it holds.
         bool zero = true;
-        for (int64_t k = 0; k < width; ++k) zero = zero && g.rows[i * g.stride + k] == 0;
+        for (int64_t k = 0; k < width; ++k) zero = zero && g_row[k] == 0;
         if (!zero) continue;
         delta[i] = lse[i] = 0;
-        std::memset(w.rows + i * w.stride, 0, size_t(width) * 4);
-        std::memset(v.rows + i * v.stride, 0, size_t(width) * 4);
+        std::memset(const_cast<float*>(w.strip(i).rows), 0, size_t(width) * 4);  // a copy, since there are hidden tokens
+        std::memset(const_cast<float*>(v.strip(i).rows), 0, size_t(width) * 4);
     }
-    const Source w_rows(w.rows, w.stride), v_rows(v.rows, v.stride), g_rows(g.rows, g.stride);
     fill_keys(w_source, visible, width, w.keys);
-    if (!shared) fill_keys(v_rows, visible, width, v.keys);
-    fill_keys(g_rows, visible, width, g.keys);
-    fill_values(w_rows, tokens, width, nullptr, 1.0f / kLog2E, w.values);
-    fill_values(g_rows, tokens, width, nullptr, 1.0f, g.values);
+    if (!shared) fill_keys(v_source, visible, width, v.keys);
+    else v.keys = w.keys;
+    fill_keys(g_source, visible, width, g.keys);
+    fill_values(hides ? Source(w.last.rows, w.last.stride) : w_source, tokens, width, nullptr, scale, w.values);
+    fill_values(g_source, tokens, width, nullptr, 1.0f, g.values);
 
     const int64_t stride = padded_stride(kTokens);
     float* ds = frame.take(kTokens * stride);       // dS_ij + dS_ji
@@ -377,19 +422,20 @@ inline void attend_backward(const Head& head, Frame& frame, const AttentionBackw
             for (int64_t i = 0; i < i_count; i += kRows) {
                 const int64_t rows = i_count - i < kRows ? i_count - i : kRows;
                 const int64_t seen = diagonal ? i + rows : j_count;
-                const float* w_row = w.rows + (I + i) * w.stride;
+                const Strip w_rows = w.strip(I + i), g_rows = g.strip(I + i), v_rows = v.strip(I + i);
                 for (int64_t j = 0; j < seen; j += kColumns) {
-                    multiply_tile<false, false>(w_row, w.stride, w.keys + (J + j) * width, width, scores);
-                    multiply_tile<false, false>(g.rows + (I + i) * g.stride, g.stride, v.keys + (J + j) * width, width, down);
+                    multiply_tile<false, false>(w_rows.rows, w_rows.stride, w.keys + (J + j) * width, width, scores);
+                    multiply_tile<false, false>(g_rows.rows, g_rows.stride, v.keys + (J + j) * width, width, down);
                     if (both || diagonal)
-                        multiply_tile<false, false>(v.rows + (I + i) * v.stride, v.stride, g.keys + (J + j) * width, width, up);
+                        multiply_tile<false, false>(v_rows.rows, v_rows.stride, g.keys + (J + j) * width, width, up);
                     for (int vector = 0; vector < kVectors; ++vector) {
                         const int64_t column = j + vector * kLanes;
+                        if (column >= seen) break;
                         const Floats lse_j = load(lse + J + column), delta_j = load(delta + J + column);
                         const Ints number = lanes + int32_t(column), counts = number < int32_t(seen);
                         for (int r = 0; r < rows; ++r) {
                             const int at = r * kColumns + vector * kLanes;
-                            const Floats s = load(scores + at);
+                            const Floats s = load(scores + at) * (scale * kLog2E);
                             Ints forward = counts, backward = counts;  // i sees j, j sees i
                             if (causal && diagonal) {
                                 forward &= number <= int32_t(i + r);

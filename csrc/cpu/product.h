@@ -289,6 +289,10 @@ inline void pack_panel_of_columns(const Source& s, int64_t first, int64_t depth,
         const int64_t element = k * (kPairs ? 2 : 1);
         const int64_t present = depth - element < kElements ? depth - element : kElements;
         for (int group = 0; group < kColumns; group += kLanes) {
+            if (group >= count) {
+                for (int64_t i = 0; i < kLanes && k + i < units; ++i) store(out + (k + i) * kColumns + group, Floats{});
+                continue;
+            }
             Floats v[kLanes];
             alignas(64) float row[kElements];
             for (int j = 0; j < kLanes; ++j) {

@@ -9,6 +9,7 @@
 #include <immintrin.h>
 #endif
 
+#include <cmath>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
@@ -128,6 +129,21 @@ inline Floats exp2(Floats x) {
     poly = poly * f + broadcast(1.0f);
     const Floats power = as_floats((as_ints(shifted) + 127) << 23);
     return select(underflow, Floats{}, poly * power);
+}
+
+// log2(x) of a positive normal number, to three units in the last place or 2e-7; NaN and infinity stay what they are.
+inline Floats log2(Floats x) {
+    const Ints offset = as_ints(x) - 0x3f3504f3;  // so that the mantissa lies in [sqrt(1/2), sqrt(2))
+    const Ints exponent = offset >> 23;
+    const Floats mantissa = as_floats(as_ints(x) - (exponent << 23));
+    // log(m) = 2 artanh(s), s = (m - 1) / (m + 1), |s| < 0.1716
+    const Floats s = (mantissa - 1.0f) / (mantissa + 1.0f), square = s * s;
+    Floats series = square * 0.32059889f + 0.41219858f;  // 2 log2(e) / 9, / 7, ...
+    series = series * square + 0.57707802f;
+    series = series * square + 0.96179669f;
+    series = series * square + 2.88539008f;
+    const Floats value = __builtin_convertvector(exponent, Floats) + s * series;
+    return select(x < INFINITY, value, x);
 }
 
 }  // namespace crate::CRATE_ISA

@@ -105,12 +105,13 @@ def _in_processes(tasks: Sequence[Callable[[], None]], workers: int) -> Iterator
 
 
 def _end_with_parent() -> None:
-    """End this process soon after the one that started it, which may be killed."""
-    parent = os.getppid()
+    """End this process with the one that wants its work, which may be killed.
+
+    The server that forked this process is no help: it lives as long as any process that it forked.
+    """
 
     def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(1)
+        multiprocessing.parent_process().join()
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()

@@ -196,8 +196,19 @@ def test_a_killed_preparation_goes_on(tmp_path, monkeypatch):
         prepared(tmp_path / "part", [path], settings(3000))
 
 
+def descendants(pid):
+    """The processes that a process started, and those that they started."""
+    found, parents = [], [pid]
+    while parents:
+        for task in Path(f"/proc/{parents.pop()}/task").glob("*/children"):
+            children = [int(child) for child in task.read_text().split()]
+            found, parents = found + children, parents + children
+    return found
+
+
 @pytest.mark.slow
-def test_killed_with_its_processes_at_any_moment(tmp_path):
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="lists the processes as Linux does")
+def test_the_processes_of_a_killed_preparation_end_with_it_and_it_resumes(tmp_path):
     path = write_lines(tmp_path / "x.jsonl", DOCUMENTS * 400)
     chosen = [str(path), "--part-size", "0.2", "--validation", "0.1"]
     command = [sys.executable, "-m", "crate_kernels", "prepare-text", *chosen, "--output"]
@@ -212,9 +223,15 @@ def test_killed_with_its_processes_at_any_moment(tmp_path):
             time.sleep(0.01)
         if process.poll() is not None:
             break
+        workers = descendants(process.pid)
+        assert len(workers) >= 2
         process.send_signal(signal.SIGKILL)
         process.wait()
         kills += 1
+        deadline = time.monotonic() + 60
+        while any(Path(f"/proc/{pid}").exists() for pid in workers) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert not [pid for pid in workers if Path(f"/proc/{pid}").exists()]
     assert kills
     subprocess.run([*command, tmp_path / "part"], check=True, env=environment, capture_output=True)
     assert TextShards(tmp_path / "part").manifest == TextShards(tmp_path / "whole").manifest

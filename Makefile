@@ -9,6 +9,7 @@ install:
 lint:
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
+	$(PYTHON) -m mypy
 
 # Twice, because Triton decides when kernels are defined whether they are compiled or interpreted.
 test: lint

@@ -80,6 +80,7 @@ def leave(code: int | None) -> NoReturn:
 
 def command() -> NoReturn:
     """:func:`main` as the whole of a process."""
+    code: int | None
     try:
         code = main()
     except SystemExit as end:

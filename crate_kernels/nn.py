@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Self
+from typing import Any, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from . import ops
 from .ops import checks
+
+Model = TypeVar("Model", bound=nn.Module)
 
 
 class MSSA(nn.Module):
@@ -60,6 +62,7 @@ class MSSA(nn.Module):
         self.dropout = dropout
         self.rotary = rotary
         self.projection = nn.Linear(dim, heads * dim_head, bias=False)
+        self.output: Any  # TransposedProjection, Linear or Identity
         if tied_output:
             self.output = TransposedProjection(self.projection)
         elif heads == 1 and dim_head == dim:
@@ -199,12 +202,13 @@ def rotate(w: Tensor, positions: Tensor | None = None, base: float = 10000.0) ->
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(w.dtype)
 
 
-class KeepsFolded:
-    """Mixed into a module with a dictionary ``weight (d, d)``: keeps ``W − WᵀW`` between calls, once asked to.
+class KeepsFolded(nn.Module):
+    """Base of a module with a dictionary ``weight (d, d)``: keeps ``W − WᵀW`` between calls, once asked to.
 
     The matrix is computed again whenever the weight is another tensor, has moved, or has been written to since.
     """
 
+    weight: nn.Parameter
     keep_folded = False
     _folded: tuple[tuple, Tensor, Tensor] | None = None
 
@@ -233,7 +237,7 @@ class KeepsFolded:
         return self._folded[1]
 
 
-class ISTA(KeepsFolded, nn.Module):
+class ISTA(KeepsFolded):
     """One ISTA step against a complete dictionary: ``relu(x + step_size·(x W − x Wᵀ W) − step_size·lambd)``.
 
     In evaluation, after :func:`prepare_for_inference`, the folded matrix ``W − WᵀW`` is computed once and kept.
@@ -319,7 +323,7 @@ class CrateBlock(nn.Module):
         self.mssa_norm = nn.LayerNorm(dim, eps=eps)
         self.mssa = MSSA(dim, heads, dim_head, **mssa_options)
         self.ista_norm = nn.LayerNorm(dim, eps=eps)
-        self.ista = ISTA(dim, step_size=step_size, lambd=lambd, learnable=learnable)
+        self.ista: Any = ISTA(dim, step_size=step_size, lambd=lambd, learnable=learnable)
 
     def extra_repr(self) -> str:
         steps = f"mssa_step_size={self.mssa_step_size}, shrink={self.shrink}"
@@ -556,7 +560,7 @@ def _as_map(tokens: Tensor, like: Tensor) -> Tensor:
     return tokens.transpose(1, 2).unflatten(2, like.shape[2:])
 
 
-def prepare_for_inference(model: nn.Module) -> nn.Module:
+def prepare_for_inference(model: Model) -> Model:
     """Put ``model`` in evaluation mode and let its ISTA modules keep their folded matrix between calls.
 
     ``model`` is one of this package, or any on which :func:`crate_kernels.fuse` found ISTA modules.

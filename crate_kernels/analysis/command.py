@@ -87,10 +87,11 @@ def measure(model: CrateModel, inputs: torch.Tensor, eps: float, lam: float) -> 
     """All samples, a few at a time so that memory does not grow with their number."""
     # A masked autoencoder is measured on whole images: with hidden patches its tokens would be much alike.
     keywords = {"mask_ratio": 0.0} if isinstance(model, CrateMAE) else {}
-    total = None
+    total: HalfSteps | None = None
     for part in inputs.split(32):
         measurement = half_steps(model, part, eps=eps, lam=lam, **keywords)
         total = measurement if total is None else total + measurement
+    assert total is not None
     return total
 
 

@@ -6,6 +6,9 @@ default period against the training steps between two of its measurements.
 
 from __future__ import annotations
 
+from functools import partial
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, normalize
@@ -39,7 +42,7 @@ def determinants(repeats: int = 5) -> None:
         w = torch.randn(shape, generator=torch.Generator().manual_seed(0))
         torch.testing.assert_close(subspace_coding_rate(w), literal_rate(w), rtol=1e-5, atol=1e-3)
         times = medians(
-            {"literal": lambda w=w: literal_rate(w), "smaller": lambda w=w: subspace_coding_rate(w)},
+            {"literal": partial(literal_rate, w), "smaller": partial(subspace_coding_rate, w)},
             torch.device("cpu"),
             repeats,
         )
@@ -50,14 +53,15 @@ def determinants(repeats: int = 5) -> None:
 def probe(repeats: int = 9) -> None:
     """Print the share of training time that the probe takes, in models as ``crate-kernels train`` builds them."""
     print("\n| model and batch | training step, ms | one measurement, ms | share of training time |\n|---|---|---|---|")
-    for name, batch, sizes in (
+    models: list[tuple[str, int, dict[str, Any]]] = [
         (
             "digits, 17 tokens",
             128,
             dict(image_size=28, patch_size=7, channels=1, dim=96, depth=4, heads=4, dim_head=24),
         ),
         ("197 tokens", 16, dict(image_size=224, patch_size=16, dim=192, depth=6, heads=3)),
-    ):
+    ]
+    for name, batch, sizes in models:
         model = CRATE(num_classes=10, **sizes)
         images = torch.randn(batch, model.patch_embedding.channels, sizes["image_size"], sizes["image_size"])
         labels = torch.randint(10, (batch,))
@@ -69,9 +73,7 @@ def probe(repeats: int = 9) -> None:
             optimizer.zero_grad()
 
         measuring = LayerwiseProbe()
-        times = medians(
-            {"step": step, "probe": lambda m=model, x=images, p=measuring: p.step(0, m, x)}, images.device, repeats
-        )
+        times = medians({"step": step, "probe": partial(measuring.step, 0, model, images)}, images.device, repeats)
         share = times["probe"] / (measuring.every * times["step"])
         print(
             f"| {name}, batch {batch} | {1e3 * times['step']:.1f} | {1e3 * times['probe']:.1f} | {100 * share:.2f} % |"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -105,7 +106,7 @@ def half_steps(model: nn.Module, *inputs, eps: float = 0.1, lam: float = 0.1, **
     """
     measured, coherences = [], []
 
-    def measure(layer: nn.Module, arguments: tuple, keywords: dict, output: Tensor):
+    def measure(layer: Any, arguments: tuple, keywords: dict, output: Tensor):
         before = arguments[0]
         if isinstance(layer, CrateDecoderBlock):
             between = layer.dictionary(layer.dictionary_norm(before))
@@ -119,12 +120,13 @@ def half_steps(model: nn.Module, *inputs, eps: float = 0.1, lam: float = 0.1, **
     with evaluating(model), observing(model, kinds, measure) as layers:
         model(*inputs, **keywords)
     values = {name: torch.stack([layer[name] for layer in measured]) for name in QUANTITIES}
-    rows, width = layers[0].mssa.projection.weight.shape
-    chance = rows / layers[0].mssa.heads / width
+    mssa: Any = layers[0].mssa
+    rows, width = mssa.projection.weight.shape
+    chance = rows / mssa.heads / width
     return HalfSteps(_names(layers), values, torch.stack(coherences), chance, eps, lam)
 
 
-def _measure(layer: nn.Module, z: Tensor, eps: float, lam: float) -> dict[str, Tensor]:
+def _measure(layer: CrateBlock | CrateDecoderBlock, z: Tensor, eps: float, lam: float) -> dict[str, Tensor]:
     w = layer.mssa.project(layer.mssa_norm(z)).transpose(1, 2)
     compressed, nonzero = subspace_coding_rate(w, eps), sparsity(z)
     rate = coding_rate(normalize(z.float(), dim=-1), eps)

@@ -62,6 +62,6 @@ def model_input(image, model: VisionModel, metadata: dict, size: int | None = No
         for side, patch in zip((height, width), model.patch_embedding.patch_size, strict=True)
     )
     pixels = np.asarray(image.resize((width, height), Image.Resampling.BICUBIC))
-    pixels = torch.from_numpy(pixels.copy()).view(height, width, -1).permute(2, 0, 1)
+    tensor = torch.from_numpy(pixels.copy()).view(height, width, -1).permute(2, 0, 1)
     mean, std = normalisation(model, metadata)
-    return ((pixels.float() / 255 - mean) / std).unsqueeze(0)
+    return ((tensor.float() / 255 - mean) / std).unsqueeze(0)

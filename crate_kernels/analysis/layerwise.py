@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -55,7 +56,7 @@ def layerwise(model: nn.Module, *inputs, **keywords) -> Layerwise:
     """
     rates, nonzeros = [], []
 
-    def measure(block: CrateBlock, arguments: tuple, keywords: dict, output: Tensor):
+    def measure(block: Any, arguments: tuple, keywords: dict, output: Tensor):
         w = block.mssa.project(block.mssa_norm(arguments[0])).transpose(1, 2)
         rates.append(subspace_coding_rate(w).float().cpu())
         nonzeros.append(sparsity(output).cpu())

@@ -62,15 +62,15 @@ def write(folder: Path, settings: Settings) -> int:
         raise FileNotFoundError(f"no folder {folder}: give the folder of a training run")
     model, metadata = open_model(folder, settings.model)
     try:
-        inputs = real_inputs(
+        inputs, what = real_inputs(
             model, metadata, settings.samples, data=settings.data, root=settings.root, text=settings.text
         )
     except (ValueError, OSError, ImportError) as error:
         if settings.data or settings.text:
             raise
-        inputs = None, str(error)  # the run may have been made elsewhere; the rest of the report needs no data
+        inputs, what = None, str(error)  # the run may have been made elsewhere; the rest of the report needs no data
     path = Path(settings.output) if settings.output else folder / "report.html"
-    document = build(folder, model, metadata, *inputs)
+    document = build(folder, model, metadata, inputs, what)
     write_atomically(path, document.encode())
     print(f"{path}: {len(document) / 1e6:.1f} MB, {time.monotonic() - began:.1f} s")
     return 0

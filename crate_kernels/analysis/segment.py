@@ -94,7 +94,8 @@ class Segmentation:
 
     @property
     def grid(self) -> tuple[int, int]:
-        return tuple(self.attention.shape[1:])
+        _, rows, columns = self.attention.shape
+        return rows, columns
 
 
 @torch.no_grad()
@@ -114,7 +115,7 @@ def segment(
     for picture in pictures:
         image = model_input(picture, model, metadata, size)
         attention = class_attention(model, image, layer)[0]
-        grid = tuple(attention.shape[1:])
+        grid = (attention.shape[1], attention.shape[2])
         # Patches that an ISTA step made non-negative share a large mean; without it half of all cosines are negative.
         masks = object_masks(keys(model, image, layer)[0], grid, count, threshold, centre=True)
         features.append(model.norm(model.run_blocks(model.embed(image)))[0, 1:])

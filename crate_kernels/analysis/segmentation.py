@@ -105,7 +105,7 @@ def object_masks(
     affinity = (unit @ unit.T >= threshold).double().clamp_min(1e-5)
     affinity.fill_diagonal_(1)
     left = torch.ones(rows * columns, dtype=torch.bool, device=features.device)
-    masks = []
+    masks: list[Tensor] = []
     while len(masks) < count and left.sum() > 1:
         remaining = affinity[left][:, left]
         if remaining.min() == 1:

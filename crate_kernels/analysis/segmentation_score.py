@@ -19,12 +19,14 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from ..data.images import package_folder
 from ..models import CRATE
 from ..models.checkpoint import write_atomically
 from ..version import __version__
@@ -124,8 +126,9 @@ def read_photos(names: tuple[str, ...]) -> list[np.ndarray]:
         raise ModuleNotFoundError("the photos come with scikit-image: pip install scikit-image", name="skimage")
     photos = []
     for name in names:
-        image = Image.open(Path(package.submodule_search_locations[0], "data", name)).convert("RGB")
-        image.thumbnail(tuple(256 * side // min(image.size) + 1 for side in image.size))
+        image = Image.open(Path(package_folder(package), "data", name)).convert("RGB")
+        width, height = (256 * side // min(image.size) + 1 for side in image.size)
+        image.thumbnail((width, height))
         photos.append(np.asarray(image))
     return photos
 
@@ -149,7 +152,7 @@ def build_vit(size: int, patch: int, classes: int, dim: int, depth: int, heads: 
 
 
 @torch.no_grad()
-def attention_and_keys(model: nn.Module, images: Tensor, layer: int) -> tuple[Tensor, Tensor]:
+def attention_and_keys(model: Any, images: Tensor, layer: int) -> tuple[Tensor, Tensor]:
     """A layer's class attention ``(B, H, rows, columns)`` and keys ``(B, N, width)``, of CRATE or of timm's ViT."""
     if isinstance(model, CRATE):
         return class_attention(model, images, layer), keys(model, images, layer)
@@ -189,13 +192,13 @@ def train(model: nn.Module, data: Composites, steps: int, batch_size: int, rate:
 # -- scores --------------------------------------------------------------------------------------------------------
 
 
-def candidates(model: nn.Module, images: Tensor, method: str) -> Iterator[tuple[dict, Callable[[], Tensor]]]:
+def candidates(model: Any, images: Tensor, method: str) -> Iterator[tuple[dict, Callable[[], Tensor]]]:
     """Every setting of a method, and a function that makes its masks ``(B, H, W)`` in pixels."""
-    size = tuple(images.shape[-2:])
+    size = (images.shape[-2], images.shape[-1])
     for layer in range(len(model.blocks)):
         attention, features = attention_and_keys(model, images, layer)
         if method == "normalised cut":
-            grid = tuple(attention.shape[2:])
+            grid = (attention.shape[2], attention.shape[3])
             for cosine in COSINES:
                 for centred in (False, True):
                     yield (
@@ -312,7 +315,7 @@ def main(arguments: list[str] | None = None) -> int:
     validation = Composites(validation_stamps, photos, args.size).batch(args.images // 2, np.random.default_rng(1))
     test = Composites(held_out, read_photos(TEST_PHOTOS), args.size).batch(args.images, np.random.default_rng(2))
     sizes = (args.size, args.patch, len(training_stamps), args.dim, args.depth, args.heads)
-    record = {
+    record: dict[str, Any] = {
         "options": {name: str(value) for name, value in vars(args).items()},
         "cut_outs": {"training": len(training_stamps), "validation": len(validation_stamps), "test": len(held_out)},
         "versions": {"crate_kernels": __version__, "torch": torch.__version__, "python": platform.python_version()},
@@ -321,12 +324,13 @@ def main(arguments: list[str] | None = None) -> int:
     }
     args.output.mkdir(parents=True, exist_ok=True)
     for seed in args.seeds:
-        models, scores = {}, {}
+        models: dict[str, Any] = {}
+        scores = {}
         for name, build in (("CRATE", build_crate), ("ViT", build_vit)):
             for state in ("untrained", "trained"):
                 torch.manual_seed(seed)
                 model = models[f"{name}, {state}"] = build(*sizes).eval()
-                run = {"seed": seed}
+                run: dict[str, Any] = {"seed": seed}
                 if state == "trained":
                     print(f"{name}, seed {seed}", flush=True)
                     start = time.monotonic()

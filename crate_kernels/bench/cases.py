@@ -167,13 +167,14 @@ def _decode_literally(w: Tensor, cache: Tensor) -> Tensor:
 
 def _decode_twice(w: Tensor, cache: Tensor) -> Tensor:
     """What a model with a key and a value cache does: two tensors of the same size are read."""
-    if _decode_twice.value is None or _decode_twice.value[0] is not cache:
-        _decode_twice.value = cache, cache.clone()
-    q, k, v = (t.transpose(1, 2) for t in (w, cache, _decode_twice.value[1]))
+    if not _values or _values[0] is not cache:
+        _values[:] = cache, cache.clone()
+    q, k, v = (t.transpose(1, 2) for t in (w, cache, _values[1]))
     return torch.nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2)
 
 
-_decode_twice.value = None
+_values: list[Tensor] = []
+"""The last cache of :func:`_decode_twice`, and its copy."""
 
 CONTENDERS = (*backends.BACKENDS, COMPILED, *SDPA, "sdpa key-value")
 """All names that a contender of an operator may have."""

@@ -225,7 +225,7 @@ def _models(settings: Settings, device: torch.device, dtype: torch.dtype) -> Ite
     on_gpu = device.type == "cuda"
     sizes = ["tiny"] if settings.quick else listed(settings.sizes, "sizes") or ["base", "small", "tiny"]
     default = "1,2" if settings.quick else "1,64,256,1024" if on_gpu else "1,8"
-    batches = [int(b) for b in listed(settings.batches or default, "batches")]
+    batches = [int(b) for b in listed(settings.batches or default, "batches") or ()]
     seconds = settings.seconds or (0.1 if settings.quick else 2.0 if on_gpu else 20.0)
     least = settings.rounds or (3 if settings.quick else 7)
     for size in sizes:

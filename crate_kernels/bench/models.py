@@ -6,8 +6,10 @@ import contextlib
 import copy
 import gc
 import importlib.util
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 import torch._functorch.config
@@ -50,7 +52,7 @@ class Contender:
     the CPU are MKL's, as in the reference. ``low`` is the dtype in which it computes where that is not the run's: by
     autocast, or by its own runtime if ``autocast`` is False."""
 
-    model: nn.Module
+    model: Any  # an nn.Module, or a runtime's callable
     backend: str | None
     is_crate: bool = True
     onednn: bool = True
@@ -61,22 +63,24 @@ class Contender:
     @contextlib.contextmanager
     def running(self, backward: bool = False) -> Iterator[None]:
         """Its backend, library and autocast, inside the ``with`` block; no autocast for a backward."""
-        before = torch.backends.mkldnn.enabled
-        torch.backends.mkldnn.enabled = before and self.onednn
+        mkldnn: Any = torch.backends.mkldnn
+        before = mkldnn.enabled
+        mkldnn.enabled = before and self.onednn
         low = self.low if self.autocast and not backward else None
         try:
             with use_backend(self.backend), torch.autocast("cpu", low) if low else contextlib.nullcontext():
                 yield
         finally:
-            torch.backends.mkldnn.enabled = before
+            mkldnn.enabled = before
 
 
 def build(size: str, quick: bool = False) -> CRATE:
     """CRATE of this size with seeded weights, for 224 x 224 images and 1000 classes (tiny ones if ``quick``)."""
     torch.manual_seed(0)
     if quick:
-        return CRATE(image_size=32, patch_size=16, num_classes=10, dim_head=16, **TINY)
-    sizes = SIZES[size]
+        tiny: dict[str, Any] = TINY
+        return CRATE(image_size=32, patch_size=16, num_classes=10, dim_head=16, **tiny)
+    sizes: dict[str, Any] = SIZES[size]
     return CRATE(image_size=224, patch_size=16, num_classes=1000, dim_head=sizes["dim"] // sizes["heads"], **sizes)
 
 
@@ -94,7 +98,7 @@ def vit(model: CRATE) -> nn.Module | None:
 
 
 def contenders(
-    master: CRATE, task: str, device: torch.device, dtype: torch.dtype, only: Sequence[str] | None = None
+    master: CRATE, task: str, device: torch.device, dtype: torch.dtype, only: Collection[str] | None = None
 ) -> dict[str, Contender]:
     """Who competes: name -> model with weights of its own, so that no step of one is felt by another.
 
@@ -121,7 +125,7 @@ def contenders(
         found[OURS_BF16] = lambda: Contender(fresh(master), None, low=low)
         if not training:
             found[PREPARED_BF16] = lambda: Contender(prepare_for_inference(fresh(master)), None, low=low)
-            frozen = {"freezing": True}
+            frozen: dict[str, Any] = {"freezing": True}
             found[FROZEN] = lambda: Contender(torch.compile(fresh(master), dynamic=False, options=frozen), "reference")
             if deployment.missing("onnxscript") is None:
                 if deployment.missing("onnxruntime") is None:
@@ -133,7 +137,7 @@ def contenders(
                     )
     if device.type == "cuda":
         for backend in ("eager", "triton", "cuda"):
-            found[backend] = lambda backend=backend: Contender(fresh(master), backend)
+            found[backend] = partial(lambda name: Contender(fresh(master), name), backend)
     other = vit(master)
     if other is not None:
         found[VIT] = lambda: Contender(fresh(other), None, is_crate=False)
@@ -204,10 +208,13 @@ def judged(
     exact_model = Contender(copy.deepcopy(master.model).double(), "reference")
     exact = outputs(exact_model, task, part[0].double(), part[1], torch.float64)
     del exact_model
-    errors = {None: outputs(master, task, *part, dtype)}  # the reference's own, by the dtype it computes in
+    errors: dict[torch.dtype | None, list[Tensor]] = {
+        None: outputs(master, task, *part, dtype)
+    }  # the reference's own, by the dtype it computes in
     if any(contender.low for contender in found.values()):
         errors[torch.bfloat16] = outputs(Contender(master.model, "reference", low=torch.bfloat16), task, *part, dtype)
-    passed, records = {}, {}
+    passed: dict[str, Contender] = {}
+    records: dict[str, dict[str, Any]] = {}
     for name, contender in found.items():
         try:
             got = outputs(contender, task, images, targets, dtype)
@@ -287,7 +294,7 @@ def _timed(passed, records, base, task, batch, images, targets, device, dtype, s
             yield base | {"task": task, "batch": batch, "contender": name, "skipped": "out of memory"}
             continue
         runs[name] = run
-    modes = {False: runs}
+    modes: dict[bool, Any] = {False: runs}
     if device.type == "cuda" and task == "forward" and batch == 1:
         # At batch 1 launching takes longer than computing; both ways of running are what users have.
         captured = {name: timing.as_graph(run) for name, run in runs.items()}

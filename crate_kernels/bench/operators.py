@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -64,7 +65,8 @@ def gated(
     grad = _output_gradient(case, leaves)
     exact = _run(literal_call, [t.detach().double() for t in part], case.judged([grad])[0].double(), case)
     literal = _run(literal_call, part, case.judged([grad])[0], case)
-    passed, records = {}, {}
+    passed: dict[str, Any] = {}
+    records: dict[str, dict[str, Any]] = {}
     kinks = case.operator in ("ista_step", "ista_block", "overcomplete_ista")
     for name, call in calls.items():
         try:
@@ -124,7 +126,8 @@ def prepared(call: Callable[..., Tensor], leaves: list[Tensor], direction: str) 
 
 def _timed(case, base, direction, runs, records, device, dtype, ceilings, seconds, rounds) -> Iterator[dict]:
     memory = {name: timing.peak_memory(run, device) for name, run in runs.items()}
-    graphs, cold = dict.fromkeys(runs, False), False
+    cold = False
+    graphs: dict[str, Any] = dict.fromkeys(runs, False)
     if device.type == "cuda":
         quick = timing.measure(runs, device, seconds=0, rounds=(3, 3))
         # One rule for all contenders of a case, or launches would count for some and not for others.

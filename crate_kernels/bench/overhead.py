@@ -42,7 +42,7 @@ class Reference(nn.Module):
         return torch.relu(x + step_size * (linear(x, weight.T) - reconstruction) - step_size * lambd)
 
 
-def implementations() -> dict[str, tuple[nn.Module, str | None, bool]]:
+def implementations() -> dict[str, tuple[Callable, str | None, bool]]:
     """Name -> module, backend (None: the automatic choice), and whether it has gradients."""
     torch.manual_seed(0)
     block = CrateBlock(WIDTH, HEADS, WIDTH // HEADS)
@@ -86,7 +86,7 @@ def measure(seconds: float = 2.0, compiled: bool = True) -> Iterator[dict]:
         torch.set_num_threads(threads)
 
 
-def _call(module: nn.Module, backend: str | None, z: Tensor, task: str) -> Callable[[], Tensor]:
+def _call(module: Callable, backend: str | None, z: Tensor, task: str) -> Callable[[], Tensor]:
     leaf = z.clone().requires_grad_(task != "forward")
     ones = torch.ones_like(z)
 

@@ -22,7 +22,11 @@ PARTS = ("operators", "models")
 
 def environment(device: torch.device, commit: str | None = None) -> dict:
     """Device, driver, versions and commit, as every result file states them."""
-    versions = {"crate_kernels": __version__, "python": platform.python_version(), "torch": torch.__version__}
+    versions: dict[str, str | None] = {
+        "crate_kernels": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }
     for package in ("triton", "timm"):
         try:
             versions[package] = importlib.metadata.version(package)

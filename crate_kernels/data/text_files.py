@@ -13,7 +13,7 @@ import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, cast
 
 TEXT, LINES, ARROW, PARQUET = "text", "lines", "arrow", "parquet"
 KINDS = {
@@ -167,6 +167,7 @@ def documents(part: Range, form: Format) -> Iterator[tuple[str, bool]]:
     if part.kind == TEXT and form.separator is None:
         yield from _excerpts(part)
     elif part.kind == TEXT:
+        assert form.separator is not None
         for record, offset in records(part, form.separator.encode()):
             if record.strip():
                 yield _text(record, part.path, offset), False
@@ -185,7 +186,7 @@ def documents(part: Range, form: Format) -> Iterator[tuple[str, bool]]:
 
 def _open(path: str) -> IO[bytes]:
     if path.endswith(".gz"):
-        return gzip.open(path, "rb")
+        return cast(IO[bytes], gzip.open(path, "rb"))
     if path.endswith(COMPRESSED):
         return _pyarrow().input_stream(path, compression="detect")
     return open(path, "rb")
@@ -313,6 +314,7 @@ def _rows(part: Range, field: str) -> Iterator[str | None]:
         if field not in names:
             raise ValueError(f"{part.path} has no column {field!r}; its columns are {', '.join(names)}")
 
+    assert part.end is not None
     if part.kind == ARROW:
         for i, batch in enumerate(_arrow_batches(part.path)):
             if i >= part.end:

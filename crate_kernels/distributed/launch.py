@@ -85,7 +85,7 @@ def _name_of_start(store: dist.Store, number: int, ranks: int) -> str:
     mark = uuid.uuid4().hex
     if number == 0:
         store.set("offer", mark)
-        store.set(f"{mark}/taken", b" ".join(store.get(f"{mark}/{other}") for other in range(1, ranks)))
+        store.set(f"{mark}/taken", " ".join(store.get(f"{mark}/{other}").decode() for other in range(1, ranks)))
         return mark
     deadline = time.monotonic() + dist.default_pg_timeout.total_seconds()
     while time.monotonic() < deadline:
@@ -166,17 +166,16 @@ def together() -> Iterator[None]:
     Raises:
         SystemExit: on the other ranks, with code 2, since rank 0 speaks for them.
     """
+    error: Exception | None = None
     try:
         yield
     except Exception as raised:
         if size() == 1:
             raise
         error = raised
-    else:
-        error = None
     if size() == 1:
         return
-    errors = [None] * size()
+    errors: list[Any] = [None] * size()
     dist.all_gather_object(errors, None if error is None else (type(error).__name__, str(error)))
     if not any(errors):
         return
@@ -208,9 +207,9 @@ def gather(rows: Tensor) -> Tensor:
     """The rows ``(n, ...)`` of all ranks in their order; n may differ. Without gradient."""
     if size() == 1:
         return rows
-    counts = [torch.zeros(1, dtype=torch.int64, device=rows.device) for _ in range(size())]
-    dist.all_gather(counts, torch.tensor([len(rows)], device=rows.device))
-    counts = [int(count) for count in counts]
+    gathered = [torch.zeros(1, dtype=torch.int64, device=rows.device) for _ in range(size())]
+    dist.all_gather(gathered, torch.tensor([len(rows)], device=rows.device))
+    counts = [int(count) for count in gathered]
     padded = rows.new_zeros((max(counts), *rows.shape[1:]))
     padded[: len(rows)] = rows
     parts = [torch.empty_like(padded) for _ in counts]

@@ -64,10 +64,10 @@ class _Ring:
     def __init__(self, w: Tensor, group: dist.ProcessGroup | None):
         self.group = group
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
-        shapes = [torch.empty(4, dtype=torch.int64, device=w.device) for _ in range(self.size)]
-        dist.all_gather(shapes, torch.tensor(w.shape, device=w.device), group=group)
-        shapes = [tuple(shape.tolist()) for shape in shapes]
-        self.tokens = [shape[1] for shape in shapes]
+        gathered = [torch.empty(4, dtype=torch.int64, device=w.device) for _ in range(self.size)]
+        dist.all_gather(gathered, torch.tensor(w.shape, device=w.device), group=group)
+        shapes = [tuple(shape.tolist()) for shape in gathered]
+        self.tokens: list[int] = [shape[1] for shape in shapes]
         if any((s[0], *s[2:]) != (w.shape[0], *w.shape[2:]) for s in shapes) or min(self.tokens) < 1:
             raise ValueError(f"w: expected the same B, H, p and at least one token on every rank, got shapes {shapes}")
 

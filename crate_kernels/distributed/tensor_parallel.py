@@ -15,7 +15,7 @@ FSDP2 on the other dimension of the mesh and torch.distributed.checkpoint know t
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
@@ -82,7 +82,9 @@ def clip_grad_norm_(parameters: Iterable[Tensor], max_norm: float, norm_type: fl
         if parameter.grad is not None:
             mesh = parameter.device_mesh if isinstance(parameter, DTensor) else None
             groups.setdefault(mesh, []).append(parameter)
-    norms = [nn.utils.get_total_norm([p.grad for p in group], norm_type) for group in groups.values()]
+    norms = [
+        nn.utils.get_total_norm([p.grad for p in group if p.grad is not None], norm_type) for group in groups.values()
+    ]
     norms = [norm.full_tensor() if isinstance(norm, DTensor) else norm for norm in norms]
     total = torch.linalg.vector_norm(torch.stack(norms), norm_type)
     for group in groups.values():
@@ -98,11 +100,11 @@ class CrateStyle(ParallelStyle):
         if (reason := self.why_not(module, ranks)) is not None:
             raise ValueError(f"{name or type(module).__name__}: {reason}")
 
-    def why_not(self, module: nn.Module, ranks: int) -> str | None:
+    def why_not(self, module: Any, ranks: int) -> str | None:
         """The reason, in one sentence, why ``module`` cannot be split over ``ranks``; None if it can."""
         raise NotImplementedError
 
-    def split(self, module: nn.Module, mesh: DeviceMesh) -> None:
+    def split(self, module: Any, mesh: DeviceMesh) -> None:
         """Shard the parameters and let the module compute with the shards."""
         raise NotImplementedError
 
@@ -136,7 +138,7 @@ class MSSAParallel(CrateStyle):
 
     def split(self, module: MSSA, mesh: DeviceMesh) -> None:
         if isinstance(module.output, TransposedProjection):
-            output = PrepareModuleInputOutput(
+            output: ParallelStyle = PrepareModuleInputOutput(
                 input_layouts=Shard(-1),
                 desired_input_layouts=Shard(-1),
                 output_layouts=Partial(),
@@ -144,15 +146,16 @@ class MSSAParallel(CrateStyle):
             )
         else:
             output = RowwiseParallel()
-        plan = {"projection": ColwiseParallel(), "output": output}
+        plan: dict[str, ParallelStyle] = {"projection": ColwiseParallel(), "output": output}
         if isinstance(module.output, nn.Identity):
             del plan["output"]
         parallelize_module(module, mesh, plan, src_data_rank=self.src_data_rank)
         module.heads //= mesh.size()
         module.__class__ = _SplitMSSA
         if module.qk_norm is not None:
-            module.qk_norm.mesh = mesh
-            module.qk_norm.__class__ = _SharedRMSNorm
+            gain: Any = module.qk_norm
+            gain.mesh = mesh
+            gain.__class__ = _SharedRMSNorm
 
 
 class ISTAParallel(CrateStyle):
@@ -198,7 +201,7 @@ class DictionaryParallel(CrateStyle):
 class SharedDropout(ParallelStyle):
     """:class:`torch.nn.Dropout` of whole tokens: the first rank draws what is dropped, and tells the others."""
 
-    def _apply(self, module: nn.Dropout, mesh: DeviceMesh) -> nn.Module:
+    def _apply(self, module: Any, mesh: DeviceMesh) -> nn.Module:
         module.mesh = mesh
         module.__class__ = _SharedDropout
         return module
@@ -222,6 +225,7 @@ class _SplitMSSA(MSSA):
 
 
 class _SplitISTA(ISTA):
+    weight: Any  # a DTensor
     fusible: ClassVar[bool] = False
 
     def forward(self, x: Tensor) -> Tensor:
@@ -233,6 +237,9 @@ class _SplitISTA(ISTA):
 
 
 class _SplitOvercompleteISTA(OvercompleteISTA):
+    D: Any  # DTensors
+    D1: Any
+
     def forward(self, x: Tensor) -> Tensor:
         mesh, D = self.D.device_mesh, self.D.to_local()
         D1 = D if self.D1 is None else self.D1.to_local()
@@ -251,12 +258,16 @@ class _SplitOvercompleteISTA(OvercompleteISTA):
 
 
 class _SharedRMSNorm(nn.RMSNorm):
+    mesh: DeviceMesh
+
     def forward(self, w: Tensor) -> Tensor:
         # One gain for the heads of all ranks.
         return nn.functional.rms_norm(w, self.normalized_shape, _shared(self.weight, self.mesh), self.eps)
 
 
 class _SharedDropout(nn.Dropout):
+    mesh: DeviceMesh
+
     def forward(self, tokens: Tensor) -> Tensor:
         if not (self.training and self.p):
             return tokens

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import nn
 
@@ -49,7 +50,8 @@ def fuse(model: nn.Module) -> FuseReport:
     Returns:
         A printable :class:`FuseReport` of what was fused, and of what was left alone and why.
     """
-    report, known = FuseReport(), {}  # known: what probes found out, for layers that repeat
+    report = FuseReport()
+    known: dict = {}  # what probes found out, for layers that repeat
     reasons: dict[str, str] = {}
     # Children first: a layer is recognised by the parts that were recognised in it.
     for path, module in reversed(list(model.named_modules())):
@@ -71,11 +73,12 @@ def fuse(model: nn.Module) -> FuseReport:
 
 def unfuse(model: nn.Module) -> None:
     """Undo :func:`fuse`, in place and exactly: every module has its own class again."""
+    module: Any
     for module in model.modules():
         if isinstance(module, OperatorRoute):
             for name in ("_fused", "keep_folded", "_folded"):
                 module.__dict__.pop(name, None)
-            module.__class__ = type(module)._original
+            module.__class__ = type(module)._original  # type: ignore[assignment]
 
 
 def _grouped(entries: dict[str, str]) -> list[str]:

@@ -94,7 +94,7 @@ def random_copy(module: nn.Module) -> nn.Module:
     """The same module with random float64 parameters, no dropout, no hooks, and constants that are nobody's default."""
     generator, memo = torch.Generator().manual_seed(1), {}
 
-    def parameter(p: Tensor | None) -> Tensor | None:
+    def parameter(p: Tensor | None) -> nn.Parameter | None:
         if p is not None and id(p) not in memo:
             values = torch.randn(p.shape, dtype=torch.float64, generator=generator)
             memo[id(p)] = nn.Parameter(values / p.shape[-1] ** 0.5 if p.dim() > 1 else 1 + values / 2)
@@ -171,7 +171,7 @@ def signature(module: nn.Module) -> tuple:
 OF_EVERY_MODULE = frozenset(nn.Module().__dict__)
 
 
-def token_width(module: nn.Module) -> int:
+def token_width(module: Any) -> int:
     """Width of the tokens that an attention or ISTA module takes."""
     projection, dictionary = attribute(module, PROJECTION, nn.Module), getattr(module, "D", None)
     if projection is not None:

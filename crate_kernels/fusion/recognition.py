@@ -71,9 +71,9 @@ def _ista_plans(module: nn.Module, _) -> list | str:
     if not matrices:
         return []
     if matrices[0] is dictionary:
-        forms = ("D",)
+        forms: tuple[str, ...] = ("D",)
     else:
-        forms = ("complete", "rows") if weight.shape[0] == weight.shape[1] else ("rows",)
+        forms = ("complete", "rows") if matrices[0].shape[0] == matrices[0].shape[1] else ("rows",)
     if step_size is None or lambd is None:
         return plans_by_measurement(module, forms, step_size, lambd)
     if not all(isinstance(getattr(module, name), float | int) for name in (step_size, lambd)):
@@ -97,7 +97,7 @@ def _stack_plans(module: nn.Module, _) -> Iterator:
         isinstance(layers, nn.ModuleList)
         and len(layers)
         and all(isinstance(pair, nn.ModuleList) and len(pair) == 2 for pair in layers)
-        and any(isinstance(m, PreNormRoute) for pair in layers for m in pair)
+        and any(isinstance(m, PreNormRoute) for pair in layers for m in pair.children())
     ):
         for wiring in WIRINGS:
             yield StackRoute.Plan(name, wiring)
@@ -131,9 +131,10 @@ def epsilons(norm: nn.Module, known: dict) -> list[float | None]:
                 continue
             with probing():
                 try:
-                    copy, x = random_copy(norm), 1e-2 * random_tensor(2, 3, weight.shape[0])
-                    arguments = copy.weight, getattr(copy, "bias", None), copy.eps if eps is None else eps
-                    if agree(copy(x), nn.functional.layer_norm(x, x.shape[-1:], *arguments)):
+                    copy: Any = random_copy(norm)
+                    x = 1e-2 * random_tensor(2, 3, weight.shape[0])
+                    bias, used = getattr(copy, "bias", None), copy.eps if eps is None else eps
+                    if agree(copy(x), nn.functional.layer_norm(x, x.shape[-1:], copy.weight, bias, used)):
                         known[key] = [eps]
                         break
                 except Exception:

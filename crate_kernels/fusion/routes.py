@@ -21,7 +21,7 @@ from ..nn import KeepsFolded
 from .names import CHECKPOINTING, DROPOUT, HOOKS
 
 
-class OperatorRoute:
+class OperatorRoute(nn.Module):
     """Base of the fused routes: mixed in before a module's own class, whose ``forward`` is the unfused route."""
 
     _original: type[nn.Module]
@@ -48,7 +48,8 @@ class OperatorRoute:
 
     def __reduce_ex__(self, protocol):
         # The class is made at run time; a pickle names the two classes it is made of.
-        _, (_, *arguments), *rest = super().__reduce_ex__(protocol)
+        made: Any = super().__reduce_ex__(protocol)
+        _, (_, *arguments), *rest = made
         return _new, (self._recipe, self._original, *arguments), *rest
 
 
@@ -90,7 +91,7 @@ class AttentionRoute(OperatorRoute):
             o = getattr(self, name)(o)
         return o
 
-    def _block(self, norm: nn.Module, eps: float | None, z: Tensor, sign: float) -> Tensor | None:
+    def _block(self, norm: Any, eps: float | None, z: Tensor, sign: float) -> Tensor | None:
         """``z + sign·self(norm(z))`` as one operator; None where only the modules themselves may do it."""
         plan = self._fused
         projection = getattr(self, plan.projection)
@@ -123,6 +124,8 @@ class AttentionRoute(OperatorRoute):
 class ISTARoute(KeepsFolded, OperatorRoute):
     """One ISTA step, or two against an overcomplete dictionary."""
 
+    D: nn.Parameter
+
     @dataclass(frozen=True)
     class Plan:
         form: str
@@ -137,7 +140,7 @@ class ISTARoute(KeepsFolded, OperatorRoute):
         operator = "ista_step" if plan.form == "complete" else "overcomplete_ista"
         return operator + (f", with {', '.join(numbers)} as in its code" if numbers else "")
 
-    def _step(self) -> dict[str, float]:
+    def _step(self) -> dict[str, Any]:
         plan = self._fused
         return {
             name: getattr(self, value) if isinstance(value, str) else value
@@ -156,7 +159,7 @@ class ISTARoute(KeepsFolded, OperatorRoute):
             return ops.overcomplete_ista(x, self.weight.T, **self._step())
         return ops.overcomplete_ista(x, self.D, getattr(self, "D1", None), **self._step())
 
-    def _block(self, norm: nn.Module, eps: float | None, z: Tensor) -> Tensor | None:
+    def _block(self, norm: Any, eps: float | None, z: Tensor) -> Tensor | None:
         """``self(norm(z))`` as one operator; None where only the modules themselves may do it."""
         if self._fused.form != "complete" or not (self._ready(z) and plain(norm) and plain(self)):
             return None
@@ -166,6 +169,9 @@ class ISTARoute(KeepsFolded, OperatorRoute):
 
 class PreNormRoute(OperatorRoute):
     """``fn(norm(x))``: one operator where ``fn`` is an ISTA step; around attention, it waits for its layer's sum."""
+
+    fn: Any
+    norm: Any
 
     @dataclass(frozen=True)
     class Plan:
@@ -259,10 +265,14 @@ def _residual(module: nn.Module, x: Tensor, sign: float) -> Tensor:
     return x + module(x) if sign == 1 else x - module(x)
 
 
-@functools.cache
-def class_with_route(recipe: type[OperatorRoute], original: type[nn.Module]) -> type[nn.Module]:
+def _class_with_route(recipe: Any, original: Any) -> Any:
+    """The class ``original`` with the methods of ``recipe``, an :class:`OperatorRoute`, in front of its own."""
     members = {"__module__": original.__module__, "_original": original, "_recipe": recipe}
     return types.new_class(f"Fused{original.__name__}", (recipe, original), exec_body=lambda ns: ns.update(members))
+
+
+# As ``Any``: classes have a hash, but not for a type checker.
+class_with_route: Any = functools.cache(_class_with_route)
 
 
 def _new(recipe: type[OperatorRoute], original: type[nn.Module], *arguments):
@@ -296,6 +306,6 @@ def _leaves(module: nn.Module) -> list[nn.Module]:
     return [leaf for m in module for leaf in _leaves(m)] if type(module) is nn.Sequential else [module]
 
 
-def _affine(norm: nn.Module) -> tuple[Tensor, Tensor]:
+def _affine(norm: Any) -> tuple[Tensor, Tensor]:
     weight, bias = norm.weight, getattr(norm, "bias", None)
     return weight, torch.zeros_like(weight) if bias is None else bias

@@ -74,7 +74,7 @@ class CrateAlpha(CRATE):
             self.norm.eps = BLOCK_EPS
             self.reset_classifier(self.num_classes)
 
-    def embedding(self, patch_size: tuple[int, int], channels: int, dim: int) -> nn.Module:
+    def embedding(self, patch_size: tuple[int, int], channels: int, dim: int) -> ConvPatchEmbedding:
         return ConvPatchEmbedding(patch_size, channels, dim, bias=not self._clipa)
 
     def block(self, dim: int, heads: int, dim_head: int, **options) -> nn.Module:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from typing import Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from torch import Tensor, nn
 
@@ -22,8 +22,12 @@ def _plain(value):
 class CrateModel(nn.Module):
     """Base of the models. A subclass sets ``layout`` and passes its constructor arguments as ``config``."""
 
-    layout: ClassVar[checkpoint.KeyMap | None] = None
+    layout: checkpoint.KeyMap | None = None
     """The public checkpoint layout of this family."""
+
+    if TYPE_CHECKING:
+        # To a type checker every submodule of a torch module is ``Tensor | Module``.
+        def __getattr__(self, name: str) -> Any: ...
 
     def __init__(self, config: Mapping[str, Any]):
         super().__init__()

@@ -3,6 +3,8 @@ Sparse Rate Reduction: Compression Is All There Is?", arXiv 2311.13110)."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -108,7 +110,7 @@ class CrateBert(CrateModel):
         self.type_embedding = nn.Embedding(token_types, dim)
         self.embedding_norm = nn.LayerNorm(dim, eps=1e-12)
         self.dropout = nn.Dropout(emb_dropout)
-        self.blocks = nn.ModuleList(
+        self.blocks: Any = nn.ModuleList(
             CrateBlock(dim, heads, dim // heads, dropout=dropout, output_bias=False) for _ in range(depth)
         )
         if num_classes:
@@ -125,11 +127,12 @@ class CrateBert(CrateModel):
         """Embeddings and linear maps N(0, 0.02), ISTA weights kaiming-uniform, biases zero, norms one and zero."""
         for block in self.blocks:
             always_project(block, bias=False)
+        module: Any
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Embedding):
                 nn.init.normal_(module.weight, std=0.02)
-                if getattr(module, "bias", None) is not None:
-                    nn.init.zeros_(module.bias)
+                if (bias := getattr(module, "bias", None)) is not None:
+                    nn.init.zeros_(bias)
             elif module is not self and hasattr(module, "reset_parameters"):
                 module.reset_parameters()
         if self.num_classes == 0:

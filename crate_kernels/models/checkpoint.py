@@ -19,7 +19,7 @@ import zipfile
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import safetensors
 import safetensors.torch
@@ -175,7 +175,9 @@ def _unpickle(path: Path):
     names = _pickled_names(path) - {_full_name(item) for item in torch.serialization.get_safe_globals()}
     mappings = {"collections.defaultdict"}
     while True:
-        stand_ins = [(_stand_in(name, SkippedMapping if name in mappings else Skipped), name) for name in sorted(names)]
+        stand_ins: list[Any] = [
+            (_stand_in(name, SkippedMapping if name in mappings else Skipped), name) for name in sorted(names)
+        ]
         try:
             with torch.serialization.safe_globals(stand_ins):
                 return torch.load(path, map_location="cpu", weights_only=True)
@@ -212,9 +214,9 @@ def _pickled_names(path: Path) -> set[str]:
 
 
 def _globals(source) -> set[str]:
-    found = (argument.split(" ") for code, argument, _ in pickletools.genops(source) if code.name == "GLOBAL")
+    written = (str(argument).split(" ") for code, argument, _ in pickletools.genops(source) if code.name == "GLOBAL")
     # Files keep the names of Python 2, which torch translates as the standard library does.
-    found = (_compat_pickle.NAME_MAPPING.get((module, name), (module, name)) for module, name in found)
+    found = (_compat_pickle.NAME_MAPPING.get((module, name), (module, name)) for module, name in written)
     return {f"{_compat_pickle.IMPORT_MAPPING.get(module, module)}.{name}" for module, name in found}
 
 
@@ -372,5 +374,5 @@ def _some(entries: list[str], most: int = 12) -> str:
 
 def to_public(model: nn.Module, layout: KeyMap) -> dict[str, Tensor]:
     """The model's weights under the public layout's names: the same tensors, or views of them."""
-    public = {layout.public(key): value for key, value in model.state_dict().items()}
+    public = {str(layout.public(key)): value for key, value in model.state_dict().items()}
     return layout.tie({key: layout.oriented(key, value) for key, value in public.items()})

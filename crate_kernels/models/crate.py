@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
 from ..nn import CrateBlock
 from ..ops import checks
 from .checkpoint import KeyMap
-from .vision import PatchEmbedding, VisionModel, pair
+from .vision import PatchEmbedding, Patches, VisionModel, pair
 
 
 class CRATE(VisionModel):
@@ -24,7 +26,7 @@ class CRATE(VisionModel):
         ista: step size of the ISTA steps.
     """
 
-    layout = KeyMap(
+    layout: KeyMap | None = KeyMap(
         {
             "pos_embedding": "position_embedding",
             "cls_token": "cls_token",
@@ -42,8 +44,8 @@ class CRATE(VisionModel):
     )
 
     # What a variant of the architecture replaces.
-    embedding = PatchEmbedding
-    block = CrateBlock
+    embedding: Callable[..., Patches] = PatchEmbedding
+    block: Callable[..., nn.Module] = CrateBlock
 
     def __init__(
         self,

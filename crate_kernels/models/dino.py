@@ -29,7 +29,9 @@ class ProjectionHead(nn.Module):
         self.layers = nn.Sequential(
             nn.Linear(dim, hidden), nn.GELU(), nn.Linear(hidden, hidden), nn.GELU(), nn.Linear(hidden, bottleneck)
         )
-        for layer in self.layers[::2]:
+        for layer in self.layers:
+            if not isinstance(layer, nn.Linear):
+                continue
             nn.init.trunc_normal_(layer.weight, std=0.02)
             nn.init.zeros_(layer.bias)
         self.prototypes = nn.Parameter(torch.randn(prototypes, bottleneck)) if prototypes else None

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+import functools
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -76,8 +78,8 @@ class CrateGPT(CrateModel):
             raise TypeError("give either a CrateGPTConfig or its fields, not both")
         config = config or CrateGPTConfig(**options)
         super().__init__(dataclasses.asdict(config))
-        sizes = ("block_size", "vocab_size", "n_layer", "n_head", "n_embd")
-        checks.positive_ints(**{name: getattr(config, name) for name in sizes})
+        names = ("block_size", "vocab_size", "n_layer", "n_head", "n_embd")
+        checks.positive_ints(**{name: getattr(config, name) for name in names})
         checks.dropout("dropout", config.dropout)
         if config.n_embd % config.n_head:
             raise ValueError(f"n_head: {config.n_head} does not divide n_embd = {config.n_embd}")
@@ -89,10 +91,11 @@ class CrateGPT(CrateModel):
         if config.overcomplete:
             # The public weight is (4d, d), a matrix per direction of coding; ours is D (d, 4d).
             self.layout = _layout("D", transposed=[r"transformer\.h\.\d+\.ista\.weight"])
-            make, sizes["tied"], sizes["residual"] = OvercompleteCrateBlock, True, False
+            make: Callable[..., CrateBlock] = functools.partial(OvercompleteCrateBlock, tied=True, residual=False)
         else:
             make = CrateBlock
-        self.blocks = nn.ModuleList(make(**sizes, dropout=config.dropout, causal=True) for _ in range(config.n_layer))
+        layers = (make(**sizes, dropout=config.dropout, causal=True) for _ in range(config.n_layer))
+        self.blocks: Any = nn.ModuleList(layers)
         self.norm = nn.LayerNorm(config.n_embd) if config.overcomplete else nn.Identity()
         self.reset_parameters()
 
@@ -100,11 +103,12 @@ class CrateGPT(CrateModel):
         """N(0, 0.02), output projections N(0, 0.02 / sqrt(2·layers)), ISTA weights kaiming-uniform, biases zero."""
         for block in self.blocks:
             always_project(block)
+        module: Any
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Embedding):
                 nn.init.normal_(module.weight, std=0.02)
-                if getattr(module, "bias", None) is not None:
-                    nn.init.zeros_(module.bias)
+                if (bias := getattr(module, "bias", None)) is not None:
+                    nn.init.zeros_(bias)
             elif module is not self and hasattr(module, "reset_parameters"):
                 module.reset_parameters()
         for block in self.blocks:
@@ -235,7 +239,8 @@ def always_project(block: CrateBlock, bias: bool = True) -> None:
     """Give ``block`` the output projection that the vision models leave out where one head spans the whole width."""
     if isinstance(block.mssa.output, nn.Identity):
         weight = block.mssa.projection.weight
-        block.mssa.output = nn.Linear(*weight.shape, bias=bias, device=weight.device, dtype=weight.dtype)
+        inner, dim = weight.shape
+        block.mssa.output = nn.Linear(inner, dim, bias=bias, device=weight.device, dtype=weight.dtype)
 
 
 SIZES = {

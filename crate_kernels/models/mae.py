@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -105,9 +107,9 @@ class CrateMAE(VisionModel):
         self.position_table = nn.Parameter(table, requires_grad=False)
         self.unused_position_table = nn.Parameter(table.clone(), requires_grad=False)
         self.blocks = nn.ModuleList(CrateBlock(embed_dim, num_heads, None, lambd=lambd) for _ in range(depth))
-        self.norm = nn.LayerNorm(embed_dim, eps=1e-6)
+        self.norm: nn.LayerNorm = nn.LayerNorm(embed_dim, eps=1e-6)
         self.unused_decoder_embedding = nn.Linear(embed_dim, embed_dim)
-        self.decoder_blocks = nn.ModuleList(
+        self.decoder_blocks: Any = nn.ModuleList(
             CrateDecoderBlock(embed_dim, decoder_num_heads, None) for _ in range(decoder_depth)
         )
         self.decoder_norm = nn.LayerNorm(embed_dim, eps=1e-6)

@@ -14,8 +14,10 @@ import contextlib
 import re
 import runpy
 import sys
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 try:
     from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
@@ -31,7 +33,7 @@ from .crate import pool_name
 from .registry import FACTORIES
 from .vision import Patches, VisionModel
 
-MODELS = {name: factory for name, factory in FACTORIES.items() if "_patch" in name}
+MODELS: dict[str, Callable[..., Any]] = {name: factory for name, factory in FACTORIES.items() if "_patch" in name}
 """The names registered: those of the models that take images."""
 
 CLASSES = {"_mae_": 0, "_clipa_": 1024, "_patch8_": 21842}
@@ -45,7 +47,7 @@ def _is_autoencoder(name: str) -> bool:
 
 
 def _default_cfg(name: str) -> dict:
-    size = int(_IMAGE_SIZE.search(name).group(1))
+    size = int(_IMAGE_SIZE.findall(name)[0])
     embedding = "patch_embedding.projection"
     return dict(
         input_size=(3, size, size),
@@ -99,8 +101,9 @@ def _build(name: str, options: dict) -> VisionModel:
 
 def _native_keys(state: dict[str, Tensor], model: VisionModel) -> dict[str, Tensor]:
     """Weights in the public layout or ours, under our names: timm looks for the classifier by name."""
-    wanted = model.state_dict()
-    return {key if key in wanted else model.layout.native(key) or key: value for key, value in state.items()}
+    wanted, layout = model.state_dict(), model.layout
+    assert layout is not None
+    return {key if key in wanted else layout.native(key) or key: value for key, value in state.items()}
 
 
 def _register(name: str) -> None:

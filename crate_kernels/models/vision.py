@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from numbers import Integral
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -91,6 +92,10 @@ class VisionModel(CrateModel):
     """The parameters ``(1, 1 + rows·columns, dim)`` that belong to the grid of patches; the first is added."""
     num_features: int
     grid_size: tuple[int, int]
+    patch_embedding: Any  # a Patches
+    blocks: Any  # an nn.ModuleList of layers
+    head: nn.Module
+    norm: Any  # a LayerNorm, or Identity after prune_intermediate_layers
 
     @property
     def embed_dim(self) -> int:

@@ -15,6 +15,7 @@ import os
 import threading
 from collections.abc import Iterator, Mapping
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -112,9 +113,7 @@ def resolve(
     return "eager"
 
 
-def automatic_order(
-    found: Mapping[str, ModuleType | str], tensor: Tensor, size: int, rows: int, causal: bool
-) -> tuple[str, ...]:
+def automatic_order(found: Mapping[str, Any], tensor: Tensor, size: int, rows: int, causal: bool) -> tuple[str, ...]:
     """The backends to try for a call, fastest first: as measured on this kind of device, else ``AUTOMATIC``."""
     order = AUTOMATIC.get(tensor.device.type, ())
     if measured.ORDER and tensor.device.type == "cuda":
@@ -153,7 +152,7 @@ def autocast_dtype(tensor: Tensor) -> torch.dtype:
     return tensor.dtype
 
 
-def cast(dtype: torch.dtype, *tensors: Tensor | None) -> list[Tensor | None]:
+def cast(dtype: torch.dtype, *tensors: Tensor | None) -> list[Any]:
     """``tensors`` in ``dtype``; differentiable, and free where nothing changes."""
     return [None if t is None else t.to(dtype) for t in tensors]
 

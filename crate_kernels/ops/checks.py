@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import numbers
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -60,9 +61,13 @@ def positive_int(name: str, value):
     integer(name, value, minimum=1)
 
 
-def number(name: str, value, *, minimum: float | None = None) -> float:
+REAL: Any = numbers.Real
+"""As ``Any``: numbers.Real has no order for a type checker."""
+
+
+def number(name: str, value: Any, *, minimum: float | None = None) -> float:
     """``value`` as a float; finite, not a tensor, not below ``minimum``."""
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+    if isinstance(value, bool) or not isinstance(value, REAL):
         raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
     if not -math.inf < value < math.inf:  # math.isfinite cannot be traced
         raise ValueError(f"{name}: expected a finite number, got {value}")

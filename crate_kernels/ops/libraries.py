@@ -40,7 +40,7 @@ def report() -> dict[str, str]:
         if entry["missing"]:
             texts[name] = f"not built: {entry['missing']}"
             continue
-        names = ", ".join(entry.get("instruction_sets") or entry.get("architectures"))
+        names = ", ".join(entry.get("instruction_sets") or entry["architectures"])
         left_out = [f"without {part}: {reason}" for part, reason in entry["left_out"].items()]
         texts[name] = "; ".join([f"built with {entry['compiler']} for {names}", *left_out])
     return texts

@@ -97,7 +97,7 @@ class Operator:
         optional: bool = False,
     ):
         self.name = package.rpartition(".")[2]
-        self.implementations = backends.implementations(package)
+        self.implementations: dict[str, Any] = backends.implementations(package)
         fields = [field.split() for field in arguments.split(",")]
         self._tensor_names = [name for kind, name in fields if kind.startswith("Tensor")]
         self._scalar_names = [name for kind, name in fields if not kind.startswith("Tensor")]
@@ -112,7 +112,7 @@ class Operator:
         self._optional = optional
         self._plans: dict[tuple, Plan] = {}
         self._register(fields, outputs, saves, passes, fake)
-        self._function = type("Crate" + self.name.title().replace("_", ""), (_Direct,), {})
+        self._function: Any = type("Crate" + self.name.title().replace("_", ""), (_Direct,), {})
 
     # -- calls -------------------------------------------------------------------------------------------------------
 
@@ -124,6 +124,8 @@ class Operator:
         """
         if traced():
             return self._dispatched(check, backend, tensors, options)
+        key: tuple | None
+        plan: Plan | None
         try:
             autocast = _autocast(tensors[0].device.type) if torch._C._is_any_autocast_enabled() else None
             key = (
@@ -212,7 +214,7 @@ class Operator:
     ) -> Sequence[Tensor | None]:
         if dtype is None:
             return tensors
-        cast = list(tensors)
+        cast: list[Any] = list(tensors)
         if narrow:
             cast[0] = cast[0].to(dtype)
         for i in self._casts:
@@ -241,7 +243,7 @@ class Operator:
         """Gradients that can be differentiated again, from the reference equations."""
         with torch.enable_grad():
             # A new name for each tensor: else a gradient would also run through other arguments that depend on it.
-            named = [t if t is None else t.view_as(t) for t in tensors]
+            named: list[Any] = [t if t is None else t.view_as(t) for t in tensors]
             if autocast is None:
                 out = self.reference(*named, *scalars)
             else:
@@ -265,19 +267,19 @@ class Operator:
         schema = f"({', '.join([*kinds, 'str backend'])}) -> {results}"
         given = ["Tensor grad", *kinds[:tensors], *(f"Tensor saved_{name}" for name in saves), *numbers, "str backend"]
 
-        def forward(*arguments):
-            *arguments, backend = arguments
+        def forward(*given):
+            *arguments, backend = given
             if self._lengths is not None:
                 checks.length_values(arguments[self._lengths], arguments[0].shape[1])
             if self._optional:
-                arguments = (*arguments, True)
+                arguments.append(True)
             return backends.run(self.implementations[backend].forward, *arguments)
 
         def fake_forward(*arguments):
             return fake(*arguments[:-1])
 
-        def backward(*arguments):
-            *arguments, backend = arguments
+        def backward(*given):
+            *arguments, backend = given
             found = backends.run(self.implementations[backend].backward, *arguments)
             # A schema cannot return an absent tensor; an empty one stands for it.
             return tuple(arguments[0].new_empty(0) if g is None else g for g in found)

@@ -50,6 +50,7 @@ def multiply(a: Tensor, b: Tensor, start: Tensor | None = None, alpha: float = 1
         for i in range(pieces):
             part = slice(terms * i // pieces, terms * (i + 1) // pieces)
             start = multiply(a[:, part], b[part], start, alpha)
+        assert start is not None
         return start
     if alpha != 1:  # where it is cheapest: the smallest of the three matrices
         if start is None and a.shape[0] * b.shape[1] <= min(a.numel(), b.numel()):
@@ -64,8 +65,8 @@ def multiply(a: Tensor, b: Tensor, start: Tensor | None = None, alpha: float = 1
 
 
 def _takes_onednn(a: Tensor, b: Tensor) -> bool:
-    return (
-        FASTER_WITH_ONEDNN
+    return bool(
+        bool(FASTER_WITH_ONEDNN)
         and a.device.type == "cpu"
         and a.dtype == torch.float32
         and a.shape[0] * a.shape[1] * b.shape[1] >= WORTH

@@ -69,9 +69,9 @@ def save_run(folder: Path, state: dict[str, Any]) -> Path:
                 if launch.is_main():
                     save(path, rest)
     except (OSError, RuntimeError) as error:
-        cause, kept = sharded_files.disk_error(error), find(folder)
+        cause, found = sharded_files.disk_error(error), find(folder)
         reason = " ".join(str(error).split()) if cause is None else cause.strerror
-        kept = f"; {kept} is whole, the state before it" if kept else ""
+        kept = f"; {found} is whole, the state before it" if found else ""
         raise OSError(f"the state of step {state['step']} could not be written to {folder}: {reason}{kept}") from error
     for other in before:
         _remove(other)

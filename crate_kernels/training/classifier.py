@@ -62,7 +62,7 @@ class Trainer(Engine):
             self.mixup = Mixup(
                 settings.mixup, settings.cutmix, label_smoothing=settings.label_smoothing, num_classes=len(data.classes)
             )
-            self.criterion = SoftTargetCrossEntropy()
+            self.criterion: torch.nn.Module = SoftTargetCrossEntropy()
         else:
             self.criterion = LabelSmoothingCrossEntropy(settings.label_smoothing)
         self.normalize = Normalization(data, device)
@@ -145,7 +145,7 @@ class Trainer(Engine):
     def like(self, keys: tuple) -> Tensor | None:
         match keys:
             case ("ema", name):
-                return self.ema.module.state_dict().get(name)
+                return None if self.ema is None else self.ema.module.state_dict().get(name)
         return super().like(keys)
 
     # -- training --------------------------------------------------------------------------------------------------
@@ -269,7 +269,7 @@ class Trainer(Engine):
         path = self.save_model(model, "model.safetensors")
         if model is None:
             return
-        summary = {
+        summary: dict[str, Any] = {
             "test_accuracy": self.test["accuracy"],
             "test_loss": self.test["loss"],
             "best": self.best,
@@ -309,10 +309,11 @@ class Trainer(Engine):
                 report.line(f"warning: {summary['warnings'][-1]}")
                 continue
             summary.setdefault("speed", {})[precision] = speed
-            for what, rate in speed.items():
+            for what, measured in speed.items():
                 report.line(
-                    f"{what}, {precision}, batch {len(images)}: {rate['images_per_second']:.0f} images/s, "
-                    f"reference {rate['reference_images_per_second']:.0f} images/s: {rate['ratio']:.2f} times as fast"
+                    f"{what}, {precision}, batch {len(images)}: {measured['images_per_second']:.0f} images/s, "
+                    f"reference {measured['reference_images_per_second']:.0f} images/s: "
+                    f"{measured['ratio']:.2f} times as fast"
                 )
         summary["total_seconds"] = time.monotonic() - began
         self.write_summary(summary)

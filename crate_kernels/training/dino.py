@@ -98,6 +98,7 @@ class DINOLoss(nn.Module):
         super().__init__()
         self.student_temperature, self.teacher_temperature = student_temperature, teacher_temperature
         self.center_momentum = center_momentum
+        self.center: Tensor
         self.register_buffer("center", torch.zeros(prototypes))
 
     def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
@@ -108,7 +109,7 @@ class DINOLoss(nn.Module):
         targets = ((teacher.float() - self.center) / self.teacher_temperature).softmax(dim=-1)
         scores = log_softmax(student.float() / self.student_temperature, dim=-1)
         pairs = view_pairs(len(teacher), len(student))
-        loss = -sum((targets[t] * scores[s]).sum(dim=-1).mean() for t, s in pairs) / len(pairs)
+        loss = -torch.stack([(targets[t] * scores[s]).sum(dim=-1).mean() for t, s in pairs]).mean()
         center = launch.total(teacher.float().mean(dim=(0, 1))) / launch.size()
         self.center.lerp_(center, 1 - self.center_momentum)
         return loss

@@ -184,7 +184,7 @@ class Engine:
         self.plain_type = type(self.model)
         if s.activation_checkpointing:
             sharding.checkpoint_activations(self.trained)
-        network = torch.compile(self.trained) if getattr(s, "compile", False) else self.trained
+        network: Any = torch.compile(self.trained) if getattr(s, "compile", False) else self.trained
         if dist.is_initialized() and s.parallel == "fsdp":
             sharding.shard(self.roots(), self.device, self.entries)
             self.sharded = True
@@ -354,7 +354,8 @@ class Engine:
 
     def start_probe(self) -> None:
         """Open the probe's file anew, or where a resumed run finds it. Only rank 0 has files."""
-        every, self.probe, self.probed = self.settings.layerwise_steps, None, None
+        every, self.probe = self.settings.layerwise_steps, None
+        self.probed: tuple[Tensor, dict[str, Any]] | None = None
         if not every or not (launch.is_main() or self.sharded):
             return
         path = writer = None

@@ -85,7 +85,7 @@ def load(model: CrateModel, path: str, new_head: bool) -> None:
         if not source.num_classes:
             state |= head(model)
     for name, own in head(model).items():
-        for key in {name, model.layout.public(name) if model.layout else name} & state.keys():
+        for key in {name, (model.layout and model.layout.public(name)) or name} & state.keys():
             if new_head:
                 state[key] = own
             elif state[key].shape[0] != own.shape[0]:

@@ -7,7 +7,7 @@ import signal
 import threading
 from collections.abc import Iterator
 from types import FrameType
-from typing import Self
+from typing import Any, Self
 
 from ..distributed import launch
 
@@ -38,7 +38,7 @@ class Interrupts:
     def __init__(self) -> None:
         self.received = 0
         self._deferred = False
-        self._before: dict[int, object] = {}
+        self._before: dict[int, Any] = {}
 
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():  # no other thread may set handlers

@@ -11,7 +11,7 @@ from torch import nn
 
 
 def make_optimizer(settings: Any, model: nn.Module) -> torch.optim.Optimizer:
-    betas = {} if settings.beta2 is None else {"betas": (0.9, settings.beta2)}
+    betas: dict[str, Any] = {} if settings.beta2 is None else {"betas": (0.9, settings.beta2)}
     return create_optimizer_v2(
         model, opt=settings.optimizer, lr=settings.learning_rate, weight_decay=settings.weight_decay, **betas
     )

@@ -94,7 +94,7 @@ def random_crops(
     theta = torch.zeros(batch, 2, 3)
     theta[:, 0, 0], theta[:, 1, 1] = side * mirror, side
     theta[:, :, 2] = ((2 * draw[2:] - 1) * (1 - side)).T
-    grid = affine_grid(theta.to(images.device, images.dtype), (batch, images.shape[1], size, size), align_corners=False)
+    grid = affine_grid(theta.to(images.device, images.dtype), [batch, images.shape[1], size, size], align_corners=False)
     return grid_sample(images, grid, mode="bilinear", padding_mode="reflection", align_corners=False)
 
 
@@ -232,7 +232,8 @@ class Pretrainer(Engine):
                 if count >= most:
                     break
             parts += [torch.cat(features), torch.cat(labels)]
-        return tuple(parts)
+        first, second, third, fourth = parts
+        return first, second, third, fourth
 
     def learning_rate(self) -> float:
         s = self.settings

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from ..agreement import Verdict, judge
+from ..models.base import CrateModel
 from ..ops import requested_backend, use_backend
 from ..timing import medians
 
@@ -25,7 +26,7 @@ def training_step(model: nn.Module, images: Tensor, labels: Tensor, precision: s
     return logits.detach()
 
 
-def against_reference(model: nn.Module, images: Tensor, labels: Tensor, precision: str) -> dict[str, dict[str, float]]:
+def against_reference(model: CrateModel, images: Tensor, labels: Tensor, precision: str) -> dict[str, dict[str, float]]:
     """Images per second of the requested (or automatic) backend and of ``reference``, forward and training step.
 
     Raises:
@@ -73,7 +74,7 @@ def agreement(model: nn.Module, images: Tensor, labels: Tensor, precision: str, 
     return judge(ours, exact, reference, DTYPES[precision], kinks=True, together=True)
 
 
-def _some(model: nn.Module, images: Tensor, labels: Tensor, tokens: int = 4096) -> tuple[Tensor, Tensor]:
+def _some(model: CrateModel, images: Tensor, labels: Tensor, tokens: int = 4096) -> tuple[Tensor, Tensor]:
     """As many images as make about ``tokens`` tokens: enough to measure and compare by, and soon done."""
     per_image = model.position_embedding.shape[1]
     count = max(1, min(len(images), tokens // per_image))

@@ -159,7 +159,7 @@ class NextToken(Task):
     def _asked(windows: Tensor) -> dict[str, Tensor]:
         return {"idx": windows[:, :-1], "targets": windows[:, 1:]}
 
-    def sample(self, model: CrateGPT) -> Iterator[str]:
+    def sample(self, model: Any) -> Iterator[str]:
         s = self.settings
         yield s.prompt
         options = dict(temperature=s.temperature, top_p=s.top_p, seed=s.seed)
@@ -207,7 +207,7 @@ class MaskedToken(Task):
         return {"idx": idx, "lengths": lengths, "targets": targets}
 
     @torch.no_grad()
-    def sample(self, model: CrateBert) -> Iterator[str]:
+    def sample(self, model: Any) -> Iterator[str]:
         """A validation text with what the model puts at the hidden places: ``[right]``, or ``[wrong|true]``."""
         batch = next(iter(self.validation()))
         idx, targets = batch["idx"][:2], batch["targets"][:2]
@@ -255,7 +255,7 @@ class TextTrainer(Engine):
     def resolve(cls, options: dict[str, Any]) -> TextConfig:
         shards = Path(options["text"]) if options.get("text") is not None else None
         made_with = {"tokenizer": Manifest.read(shards).tokenizer} if shards is not None and is_prepared(shards) else {}
-        settings = TextConfig(**MODEL_DEFAULTS.get(options.get("model"), {}) | made_with | options)
+        settings = TextConfig(**MODEL_DEFAULTS.get(str(options.get("model")), {}) | made_with | options)
         settings.check(options)
         settings.name_output()
         return settings
@@ -303,10 +303,10 @@ class TextTrainer(Engine):
         return self.on_device({name: value[mine] for name, value in batch.items()})
 
     def loss(self, batch: tuple[dict[str, Tensor], float], number: int) -> Tensor:
-        batch, weight = batch
+        inputs, weight = batch
         self.seed_dropout(batch_seed(self.settings.seed, number))
         with self.autocast():
-            _, loss = self.network(**batch)
+            _, loss = self.network(**inputs)
         loss = loss * weight
         self.meter.add(1, loss)
         return loss
@@ -407,7 +407,7 @@ class TextTrainer(Engine):
         }
         self.write_summary(summary)
         report.line(
-            f"{clock(summary['total_seconds'])} in all; {', '.join(map(str, ['model ' + str(path), *pictures]))}"
+            f"{clock(time.monotonic() - began)} in all; {', '.join(map(str, ['model ' + str(path), *pictures]))}"
         )
 
 

@@ -12,6 +12,7 @@ a model cannot honor is refused by name; no keyword is swallowed.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 try:
     from transformers import (
@@ -53,7 +54,8 @@ def from_file(path: str | Path) -> tuple[PreTrainedModel, PreTrainedTokenizerFas
         model, tokenizer = from_file("runs/text-gpt2/model.safetensors")
         transformers.pipeline("text-generation", model=model, tokenizer=tokenizer)
     """
-    model = wrap(registry.load_model(path).eval())
+    loaded: Any = registry.load_model(path)
+    model = wrap(loaded.eval())
     name = checkpoint.read_metadata(path).get("tokenizer")
     if name is None:
         return model, None

@@ -35,11 +35,11 @@ class _CratePreTrainedModel(PreTrainedModel):
     _no_split_modules = ["CrateBlock", "OvercompleteCrateBlock"]  # noqa: RUF012
 
     @property
-    def crate(self) -> CrateModel:
+    def crate(self) -> Any:
         """Our model inside."""
         return self.model.crate
 
-    def _init_weights(self, module: nn.Module) -> None:
+    def _init_weights(self, module: Any) -> None:
         if any(module is ours for ours in self.crate.modules()):
             # One of the modules whose own weights a checkpoint left out. transformers shields what it has filled from
             # torch.nn.init, so resetting the whole model fills just the rest. Once is enough.
@@ -67,6 +67,8 @@ class _CratePreTrainedModel(PreTrainedModel):
 class _BaseModel(_CratePreTrainedModel):
     """A model without a head: one of ours as ``crate``, run layer by layer for what Hugging Face asks of it."""
 
+    crate: Any
+
     def __init__(self, config: PretrainedConfig, crate: CrateModel | None = None, build: Callable | None = None):
         super().__init__(config)
         self.crate = (build or self._build)(config) if crate is None else crate
@@ -84,6 +86,7 @@ class _BaseModel(_CratePreTrainedModel):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("input_ids, inputs_embeds: give exactly one of them")
         if inputs_embeds is None:
+            assert input_ids is not None
             if input_ids.dim() != 2 or not input_ids.shape[1]:
                 raise ValueError(f"input_ids: expected shape (B, N), N at least 1, got {tuple(input_ids.shape)}")
             return self.crate.token_embedding(input_ids)
@@ -118,8 +121,8 @@ class _BaseModel(_CratePreTrainedModel):
         -> tokens with the texts in front, as they came; hidden states (a list, or None) and attention maps (likewise)
         with the texts where they were.
         """
-        hidden = [] if hidden_states else None
-        maps = [] if attentions else None
+        hidden: list[Tensor] | None = [] if hidden_states else None
+        maps: list[Tensor] | None = [] if attentions else None
         for i, (layer, block) in enumerate(zip(self.layers, self.crate.blocks, strict=True)):
             if hidden is not None:
                 # On the way to the output, so that gradients reach what is returned.
@@ -144,7 +147,7 @@ class _Layer(GradientCheckpointingLayer):
         return run(tokens)
 
 
-def _with_maps(block: nn.Module, padding: _Padding, lengths: Tensor | None, tokens: Tensor) -> tuple[Tensor, Tensor]:
+def _with_maps(block: Any, padding: _Padding, lengths: Tensor | None, tokens: Tensor) -> tuple[Tensor, Tensor]:
     """One layer by way of its attention maps ``(B, H, N, N)``, and these, with the texts where they were."""
     seen = []
 
@@ -196,6 +199,7 @@ def _checked_mask(attention_mask: Tensor | None, batch: int, past: int, new: int
 
 def _keep_weights(model: nn.Module) -> None:
     """Keep transformers from filling weights that are as they should be."""
+    module: Any
     for module in model.modules():
         module._is_hf_initialized = True
 
@@ -288,7 +292,7 @@ class CrateGPTModel(_BaseModel):
 
             tokens, hidden, maps = self._run(tokens, padding, None, run, output_hidden_states, output_attentions)
             if cache is not None:
-                cache.end(torch.full_like(cache.lengths, new) if mask is None else padding.lengths)
+                cache.end(torch.full_like(cache.lengths, new) if padding.lengths is None else padding.lengths)
             tokens = padding.back(crate.norm(tokens))
         output = BaseModelOutputWithPast(
             last_hidden_state=tokens,
@@ -378,7 +382,7 @@ class _WithHead(_CratePreTrainedModel):
         pass
 
     @property
-    def crate(self) -> CrateModel:
+    def crate(self) -> Any:
         """Our model inside."""
         return self.model.crate
 

@@ -26,7 +26,8 @@ def tokenizer(name: str = "bytes", *, masked: bool = False, ranks: str | Path | 
         ranks: GPT-2's merge ranks; see :class:`crate_kernels.models.tokenizers.GPT2Tokenizer`.
     """
     if name == "bytes":
-        vocabulary, merges = {character: byte for byte, character in enumerate(_byte_characters())}, []
+        vocabulary = {character: byte for byte, character in enumerate(_byte_characters())}
+        merges: list[tuple[str, str]] = []
         end = ByteTokenizer.end_of_text
     elif name == "gpt2":
         vocabulary, merges = _from_ranks(read_gpt2_ranks(ranks))

@@ -37,7 +37,7 @@ from ..operator import Operator
 
 def _fake(
     z: Tensor, mssa_norm_weight, mssa_norm_bias, u_weight: Tensor, out_weight, out_bias, ista_norm_weight,
-    ista_norm_bias, weight, folded, lengths, heads: int, *_,
+    ista_norm_bias, weight, folded, lengths, heads: int, *rest,
 ):  # fmt: skip
     batch, tokens, _ = z.shape
     statistics = backends.accumulation_dtype(z.dtype)

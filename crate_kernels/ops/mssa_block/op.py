@@ -9,7 +9,7 @@ from .. import backends
 from ..operator import Operator
 
 
-def _fake(z: Tensor, norm_weight, norm_bias, u_weight: Tensor, out_weight, out_bias, lengths, heads: int, *_):
+def _fake(z: Tensor, norm_weight, norm_bias, u_weight: Tensor, out_weight, out_bias, lengths, heads: int, *rest):
     batch, tokens, _ = z.shape
     statistics = backends.accumulation_dtype(z.dtype)
     out = torch.empty(z.shape, dtype=z.dtype, device=z.device)

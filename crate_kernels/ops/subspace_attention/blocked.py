@@ -72,7 +72,8 @@ def blocked_forward(
 ) -> tuple[Tensor, Tensor]:
     """Subspace attention by blocks of queries -> ``o (B, N, H, p)``, ``lse (B, H, N)``; ``value`` is always given."""
     hidden = _hidden(w, lengths, causal)
-    o, lse = attend(*(t.transpose(1, 2) for t in (w, w, value)), scale, hidden)
+    query, value = w.transpose(1, 2), value.transpose(1, 2)
+    o, lse = attend(query, query, value, scale, hidden)
     return o.transpose(1, 2).contiguous(), lse
 
 
@@ -81,11 +82,13 @@ def blocked_backward(
 ) -> tuple[Tensor, Tensor]:
     """The parts of the gradient that reach the scores' operand and the value, both ``(B, N, H, p)``."""
     delta = (grad * o).sum(-1, dtype=lse.dtype).transpose(1, 2)
-    tokens = *(t.transpose(1, 2) for t in (w, value, grad)), lse, delta
-    gradients = attend_backward(
-        *tokens, *tokens, scale, _hidden(w, lengths, causal), _hidden(w, lengths, causal, transposed=True)
-    )
-    return tuple(t.transpose(1, 2).to(w.dtype).contiguous() for t in gradients)
+    query, value, grad = w.transpose(1, 2), value.transpose(1, 2), grad.transpose(1, 2)
+    hidden, hidden_other = _hidden(w, lengths, causal), _hidden(w, lengths, causal, transposed=True)
+    dw, dv = attend_backward(
+        query, value, grad, lse, delta, query, value, grad, lse, delta,
+        scale=scale, hidden=hidden, hidden_other=hidden_other,
+    )  # fmt: skip
+    return dw.transpose(1, 2).to(w.dtype).contiguous(), dv.transpose(1, 2).to(w.dtype).contiguous()
 
 
 def row_blocks(q: Tensor, k: Tensor) -> list[slice]:

@@ -60,7 +60,7 @@ def backward(
     ``dS = P∘(g valueᵀ − rowsum(g∘o))``, ``dw = scale·(dS + dSᵀ) w + Pᵀg``.
     """
     shared = value is None
-    value = w if shared else value
+    value = w if value is None else value
     if w.shape[0] == 0:
         return torch.zeros_like(w, memory_format=torch.contiguous_format), None if shared else torch.zeros_like(
             value, memory_format=torch.contiguous_format
@@ -84,5 +84,7 @@ def backward(
 
 def _additive_mask(w: Tensor, lengths: Tensor | None, causal: bool) -> Tensor:
     tokens = w.shape[1]
-    mask = forbidden(tokens, lengths, causal, w.device).expand(w.shape[0], 1, tokens, tokens)
+    mask = forbidden(tokens, lengths, causal, w.device)
+    assert mask is not None
+    mask = mask.expand(w.shape[0], 1, tokens, tokens)
     return torch.zeros(mask.shape, dtype=w.dtype).masked_fill_(mask, -torch.inf)

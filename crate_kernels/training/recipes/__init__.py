@@ -60,7 +60,7 @@ def read(name: str) -> Recipe:
         raise ValueError(f"--recipe {name}: no such file, nor one of {', '.join(names())}") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is no TOML file: {error}") from error
-    fields = {field.name: field.type for field in dataclasses.fields(Recipe)}
+    fields = {field.name: str(field.type) for field in dataclasses.fields(Recipe)}
     if content.keys() != fields.keys():
         differ = sorted(content.keys() ^ fields.keys())
         raise ValueError(f"{path} must have the keys {', '.join(fields)} and no others; see {', '.join(differ)}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -114,6 +115,7 @@ class CRATE(VisionModel):
         """Fill all weights as the constructor does, with other random numbers: for a model built on the device meta."""
         nn.init.normal_(self.position_embedding)
         nn.init.normal_(self.cls_token)
+        module: Any
         for module in self.modules():
             if module is not self and hasattr(module, "reset_parameters"):
                 module.reset_parameters()
@@ -138,8 +140,9 @@ class CRATE(VisionModel):
         if global_pool is not None:
             self.pool = self.config["pool"] = pool_name(global_pool, "global_pool")
         self.num_classes = self.config["num_classes"] = num_classes
-        like = dict(device=self.cls_token.device, dtype=self.cls_token.dtype)
-        self.head = nn.Linear(self.num_features, num_classes, **like) if num_classes else nn.Identity()
+        device, dtype = self.cls_token.device, self.cls_token.dtype
+        head = nn.Linear(self.num_features, num_classes, device=device, dtype=dtype) if num_classes else nn.Identity()
+        self.head = head
         self.head.train(self.training)
 
     def forward(self, images: Tensor) -> Tensor:

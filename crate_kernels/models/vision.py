@@ -94,6 +94,7 @@ class VisionModel(CrateModel):
     grid_size: tuple[int, int]
     patch_embedding: Any  # a Patches
     blocks: Any  # an nn.ModuleList of layers
+    _traits: dict[str, Any]
     head: nn.Module
     norm: Any  # a LayerNorm, or Identity after prune_intermediate_layers
 

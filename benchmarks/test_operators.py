@@ -1,6 +1,6 @@
 """The operators on pytest-benchmark: ``python -m pytest benchmarks --benchmark-only``.
 
-Cases, contenders and the correctness gate are those of ``crate-kernels bench``; a contender that is wrong fails its
+Cases, implementations and the correctness gate are those of ``crate-kernels bench``. A wrong implementation fails its
 test and is not timed. Variables: ``CRATE_KERNELS_BENCH_DEVICE`` (cpu, cuda), ``CRATE_KERNELS_BENCH_QUICK=1`` (tiny
 shapes).
 """
@@ -15,7 +15,7 @@ from crate_kernels.bench import cases, operators
 DEVICE = torch.device(os.environ.get("CRATE_KERNELS_BENCH_DEVICE") or ("cuda" if torch.cuda.is_available() else "cpu"))
 DTYPE = torch.bfloat16 if DEVICE.type == "cuda" else torch.float32
 CASES = [c for c in cases.cases(DEVICE, quick=os.environ.get("CRATE_KERNELS_BENCH_QUICK") == "1") if c.family != "long"]
-CALLS = [(case, name) for case in CASES for name in case.contenders(DEVICE)]
+CALLS = [(case, name) for case in CASES for name in case.implementations(DEVICE)]
 
 
 @pytest.mark.parametrize("direction", ["forward", "both"])
@@ -24,7 +24,7 @@ def test_operator(benchmark, case, name, direction):
     if direction not in case.directions:
         pytest.skip("has no backward")
     leaves = [t.requires_grad_() for t in case.tensors(DEVICE, DTYPE)]
-    passed, records = operators.gated(case, {name: case.contenders(DEVICE)[name]}, leaves)
+    passed, records = operators.gated(case, {name: case.implementations(DEVICE)[name]}, leaves)
     if "skipped" in records[name]:
         pytest.skip(records[name]["skipped"])
     assert name in passed, records[name]

@@ -19,14 +19,14 @@ def test_gradients_of_a_model_are_judged_together():
     def off(by, of=exact):
         return [t * (1 + by * torch.randn(50, generator=generator)) for t in of]
 
-    literal, good = off(1e-7), off(1e-7)
-    literal[7] = exact[7].clone()  # a lucky one: nothing is left of its budget but a rounding
+    reference, good = off(1e-7), off(1e-7)
+    reference[7] = exact[7].clone()  # a lucky one: nothing is left of its budget but a rounding
     good[7] = off(1e-6, exact[7:8])[0]
     judged = dict(dtype=torch.float32, kinks=False)
-    assert not agreement.judge(good, exact, literal, **judged).passed
-    assert agreement.judge(good, exact, literal, together=True, **judged).passed
+    assert not agreement.judge(good, exact, reference, **judged).passed
+    assert agreement.judge(good, exact, reference, together=True, **judged).passed
     for wrong in (exact[7] * 1.01, -exact[7], exact[7] * float("nan")):
-        assert not agreement.judge([*good[:7], wrong, *good[8:]], exact, literal, together=True, **judged).passed
+        assert not agreement.judge([*good[:7], wrong, *good[8:]], exact, reference, together=True, **judged).passed
 
 
 def test_twice_the_error_of_the_reference_and_one_rounding_is_granted():

@@ -38,7 +38,7 @@ class Case:
     width: int
     causal: bool = False
     compiled: bool = False
-    """Also time ``torch.compile`` of the literal equations: compilation takes long, so not at every shape."""
+    """Also time ``torch.compile`` of the reference equations: compilation takes long, so not at every shape."""
 
     @property
     def dim(self) -> int:
@@ -92,7 +92,7 @@ class Case:
     def call(self, backend: str) -> Callable[..., Tensor]:
         """The public operator, bound to this case's options and one backend."""
         if self.decodes:
-            return _decode if backend != "reference" else _decode_literally
+            return _decode if backend != "reference" else _reference_decode
         options: dict = {"backend": backend}
         if self.attends:
             options["causal"] = self.causal
@@ -113,8 +113,8 @@ class Case:
             return cost.overcomplete_ista(direction, atoms=4 * self.dim, tied=False, **rows)
         return getattr(cost, self.operator)(direction, **rows)
 
-    def contenders(self, device: torch.device) -> dict[str, Callable[..., Tensor]]:
-        """Name -> call, the literal equations first; whether each can run is found out by running it."""
+    def implementations(self, device: torch.device) -> dict[str, Callable[..., Tensor]]:
+        """Name -> call, the reference equations first; whether each can run is found out by running it."""
         if self.decodes:
             return {"reference": self.call("reference"), "eager": self.call("eager"), "sdpa key-value": _decode_twice}
         found = {"reference": self.call("reference")}
@@ -159,7 +159,7 @@ def _decode(w: Tensor, cache: Tensor) -> Tensor:
     return ops.cached_subspace_attention(w, cache, positions)
 
 
-def _decode_literally(w: Tensor, cache: Tensor) -> Tensor:
+def _reference_decode(w: Tensor, cache: Tensor) -> Tensor:
     keys = cache.transpose(1, 2)
     scores = w.transpose(1, 2) @ keys.transpose(-1, -2) * w.shape[-1] ** -0.5
     return (scores.softmax(-1) @ keys).transpose(1, 2)
@@ -176,8 +176,8 @@ def _decode_twice(w: Tensor, cache: Tensor) -> Tensor:
 _values: list[Tensor] = []
 """The last cache of :func:`_decode_twice`, and its copy."""
 
-CONTENDERS = (*backends.BACKENDS, COMPILED, *SDPA, "sdpa key-value")
-"""All names that a contender of an operator may have."""
+IMPLEMENTATIONS = (*backends.BACKENDS, COMPILED, *SDPA, "sdpa key-value")
+"""All names that an implementation of an operator may have."""
 
 OPERATORS = (*ops.OPERATORS, "cached_subspace_attention")
 VISION = {"T": (6, 64), "S": (12, 48), "B": (12, 64), "L": (16, 64)}

@@ -39,7 +39,7 @@ class Settings:
     sizes: str | None = option(None, "only these sizes of models, separated by commas: tiny,small,base,large",
                                only=SIZED)  # fmt: skip
     batches: str | None = option(None, "batch sizes of the models, separated by commas", only=OF_MODELS)
-    contenders: str | None = option(
+    implementations: str | None = option(
         None, "only these, separated by commas: reference,eager,triton,cuda,crate_kernels and so on"
     )
     threads: int | None = option(None, "CPU threads", least=1, most=4096)
@@ -75,7 +75,7 @@ class Settings:
             raise ValueError(f"{names} applies only without --report, --dispatch and --compare")
         listed(self.operators, "operators", cases.OPERATORS)
         listed(self.sizes, "sizes", models.SIZES)
-        listed(self.contenders, "contenders", (*cases.CONTENDERS, *models.CONTENDERS))
+        listed(self.implementations, "implementations", (*cases.IMPLEMENTATIONS, *models.IMPLEMENTATIONS))
         for batch in listed(self.batches, "batches") or ():
             if not batch.isascii() or not batch.isdigit() or not 1 <= int(batch[:9]) <= 1 << 20:
                 raise ValueError(f"--batches must be whole numbers from 1 to {1 << 20}, got {batch}")
@@ -165,24 +165,24 @@ def measure(settings: Settings) -> int:
     environment = results.environment(device, settings.commit)
     about = f"{environment['device']}, torch {torch.__version__}, {environment['threads']} threads"
     print(f"{about}, commit {environment['commit']}")
-    ceilings = None
+    peak_rates = None
     if not settings.check_only:
-        ceilings = peaks.ceilings(device, [dtype], settings.quick)
-        copy, (product,) = ceilings["copy"] / 1e9, ceilings["product"].values()
-        print(f"ceilings: copy {copy:.4g} GB/s, product {product / 1e12:.4g} TFLOP/s {dtype}")
+        peak_rates = peaks.measure(device, [dtype], settings.quick)
+        copy, (product,) = peak_rates["copy"] / 1e9, peak_rates["product"].values()
+        print(f"measured peaks: copy {copy:.4g} GB/s, product {product / 1e12:.4g} TFLOP/s {dtype}")
         if device.type == "cpu" and environment["load_average"] > 1:
             print(f"this machine is busy (load {environment['load_average']:.1f}): trust ratios, not seconds")
     wrong = []
     for part in results.PARTS if settings.suite == "all" else [settings.suite]:
         records: list[dict] = []
-        content = dict(part=part, environment=environment, ceilings=ceilings, quick=settings.quick, records=records)
+        content = dict(part=part, environment=environment, peaks=peak_rates, quick=settings.quick, records=records)
         stream = (
-            _operators(settings, device, dtype, ceilings) if part == "operators" else _models(settings, device, dtype)
+            _operators(settings, device, dtype, peak_rates) if part == "operators" else _models(settings, device, dtype)
         )
         for record in stream:
             records.append(record)
             print(line(record), flush=True)
-            if record.get("refused") and not record["contender"].startswith(FOREIGN):
+            if record.get("refused") and not record["implementation"].startswith(FOREIGN):
                 wrong.append(record)
             if not settings.check_only:
                 results.write(folder / f"{part}.json", content)
@@ -196,13 +196,13 @@ def measure(settings: Settings) -> int:
     return 1 if wrong else 0
 
 
-def _operators(settings: Settings, device: torch.device, dtype: torch.dtype, ceilings: dict | None) -> Iterable[dict]:
+def _operators(settings: Settings, device: torch.device, dtype: torch.dtype, peak_rates: dict | None) -> Iterable[dict]:
     from . import cases, operators
 
     wanted = listed(settings.operators, "operators") or list(cases.OPERATORS)
     roof = None
-    if ceilings:
-        roof = cost.Ceilings(ceilings["copy"], next(iter(ceilings["product"].values())), ceilings["exponentials"])
+    if peak_rates:
+        roof = cost.Peaks(peak_rates["copy"], next(iter(peak_rates["product"].values())), peak_rates["exponentials"])
     seconds = settings.seconds or (0.05 if settings.quick else 1.0 if device.type == "cpu" else 0.3)
     least = settings.rounds or (3 if settings.quick else 7)
     for case in cases.cases(device, settings.quick):
@@ -210,12 +210,12 @@ def _operators(settings: Settings, device: torch.device, dtype: torch.dtype, cei
             continue
         try:
             yield from operators.run_case(
-                case, device, dtype, roof, only=listed(settings.contenders, "contenders"), seconds=seconds,
+                case, device, dtype, roof, only=listed(settings.implementations, "implementations"), seconds=seconds,
                 rounds=(least, max(least, 5 if settings.quick else 60)), check_only=settings.check_only,
             )  # fmt: skip
         except torch.OutOfMemoryError:
             torch.cuda.empty_cache()
-            about = dict(operator=case.operator, family=case.family, shape=case.shape(), contender="all")
+            about = dict(operator=case.operator, family=case.family, shape=case.shape(), implementation="all")
             yield about | {"skipped": "the device has no room for the float64 oracle"}
 
 
@@ -230,8 +230,8 @@ def _models(settings: Settings, device: torch.device, dtype: torch.dtype) -> Ite
     least = settings.rounds or (3 if settings.quick else 7)
     for size in sizes:
         yield from models.run_size(
-            size, device, dtype, batches=batches, only=listed(settings.contenders, "contenders"), seconds=seconds,
-            rounds=(least, max(least, 5 if settings.quick else 40)), quick=settings.quick,
+            size, device, dtype, batches=batches, only=listed(settings.implementations, "implementations"),
+            seconds=seconds, rounds=(least, max(least, 5 if settings.quick else 40)), quick=settings.quick,
             check_only=settings.check_only,
         )  # fmt: skip
 
@@ -244,7 +244,7 @@ def line(record: dict) -> str:
         what += " causal" if shape["causal"] else ""
     else:
         what = f"{record['model']} batch {record['batch']}"
-    what += f" · {record.get('direction') or record.get('task') or 'check'} · {record['contender']}"
+    what += f" · {record.get('direction') or record.get('task') or 'check'} · {record['implementation']}"
     what += " (graph)" if record.get("graph") else ""
     for reason in ("refused", "skipped"):
         if reason in record:

@@ -16,7 +16,7 @@ DIRECTIONS = ("forward", "backward", "both")
 
 
 @dataclass(frozen=True)
-class Ceilings:
+class Peaks:
     """What the device reaches in this run; ``exponentials`` is None where nothing says."""
 
     copy: float
@@ -38,16 +38,16 @@ class Cost:
     def __add__(self, other: Cost) -> Cost:
         return Cost(self.flops + other.flops, self.bytes + other.bytes, self.exponentials + other.exponentials)
 
-    def terms(self, ceilings: Ceilings) -> dict[str, float]:
-        """Seconds that each unit needs at its ceiling."""
-        found = {"product": self.flops / ceilings.product, "memory": self.bytes / ceilings.copy}
-        if ceilings.exponentials:
-            found["exponentials"] = self.exponentials / ceilings.exponentials
+    def terms(self, peak_rates: Peaks) -> dict[str, float]:
+        """Seconds that each unit needs at its measured peak."""
+        found = {"product": self.flops / peak_rates.product, "memory": self.bytes / peak_rates.copy}
+        if peak_rates.exponentials:
+            found["exponentials"] = self.exponentials / peak_rates.exponentials
         return found
 
-    def bound(self, ceilings: Ceilings) -> float:
+    def bound(self, peak_rates: Peaks) -> float:
         """Seconds no implementation beats: the largest term, as if the others overlapped with it perfectly."""
-        return max(self.terms(ceilings).values())
+        return max(self.terms(peak_rates).values())
 
 
 def _in(direction: str, forward: Cost, backward: Cost) -> Cost:

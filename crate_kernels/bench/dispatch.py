@@ -46,7 +46,8 @@ def entries(content: dict) -> Table:
     names = [name for name in backends.BACKENDS if name != "reference"]
     records = [
         r for r in timed(content["records"])
-        if r["contender"] in names and r["direction"] in DIRECTIONS and r["operator"] != "cached_subspace_attention"
+        if r["implementation"] in names and r["direction"] in DIRECTIONS
+        and r["operator"] != "cached_subspace_attention"
     ]  # fmt: skip
     if capability == "cpu":
         return {}
@@ -86,7 +87,7 @@ def ranking(records: list[dict]) -> tuple[str, ...]:
     for case in grouped(records, lambda r: (r["family"], str(r["shape"]), r["direction"])):
         fastest = min(r["seconds"]["p50"] for r in case)
         for r in case:
-            logs.setdefault(r["contender"], []).append(math.log(r["seconds"]["p50"] / fastest))
+            logs.setdefault(r["implementation"], []).append(math.log(r["seconds"]["p50"] / fastest))
     return tuple(sorted(logs, key=lambda name: sum(logs[name]) / len(logs[name])))
 
 

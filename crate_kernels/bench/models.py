@@ -29,11 +29,11 @@ FROZEN = "reference compiled frozen"
 ONNX_RUNTIME, OPENVINO, OPENVINO_BF16 = "ONNX Runtime", "OpenVINO", "OpenVINO bf16"
 REFERENCE_BF16, OURS_BF16, PREPARED_BF16 = (f"{name} bf16 autocast" for name in (REFERENCE, OURS, PREPARED))
 VIT, VIT_COMPILED = "timm ViT", "timm ViT compiled"
-CONTENDERS = (
+IMPLEMENTATIONS = (
     REFERENCE, COMPILED, OURS, PREPARED, OURS_WITH_MKL, FROZEN, ONNX_RUNTIME, OPENVINO, OPENVINO_BF16, REFERENCE_BF16,
     OURS_BF16, PREPARED_BF16, VIT, VIT_COMPILED, "eager", "triton", "cuda",
 )  # fmt: skip
-"""All names that a contender may have. None holds a comma, which separates them on the command line."""
+"""All names that an implementation may have. None holds a comma, which separates them on the command line."""
 TASKS = ("forward", "training step")
 JUDGED_IMAGES = 2
 JUDGED_STEP = 64
@@ -41,13 +41,13 @@ JUDGED_STEP = 64
 LARGEST_STEP = 256
 """Training is timed at one batch: the largest of those asked for up to this."""
 COMPILED_BATCHES = {"cpu": None, "cuda": (1, 2, 256)}
-"""Batches at which compiled contenders compete, None for all: every batch is another compilation of a minute."""
+"""Batches at which compiled implementations compete, None for all: every batch is another compilation of a minute."""
 TINY = dict(dim=32, depth=2, heads=2)
 """Not one of the family: for trying the whole path quickly."""
 
 
 @dataclass
-class Contender:
+class Implementation:
     """One model under one backend; ``backend`` None is the automatic choice. Without ``onednn`` products of matrices on
     the CPU are MKL's, as in the reference. ``low`` is the dtype in which it computes where that is not the run's: by
     autocast, or by its own runtime if ``autocast`` is False."""
@@ -97,9 +97,9 @@ def vit(model: CRATE) -> nn.Module | None:
     )  # fmt: skip
 
 
-def contenders(
+def implementations(
     master: CRATE, task: str, device: torch.device, dtype: torch.dtype, only: Collection[str] | None = None
-) -> dict[str, Contender]:
+) -> dict[str, Implementation]:
     """Who competes: name -> model with weights of its own, so that no step of one is felt by another.
 
     Inference runs on weights of ``dtype``; training keeps them in float32 and uses autocast where ``dtype`` is lower.
@@ -111,93 +111,99 @@ def contenders(
         return model.train() if training else model.eval().to(dtype)
 
     found = {
-        REFERENCE: lambda: Contender(fresh(master), "reference"),
-        COMPILED: lambda: Contender(torch.compile(fresh(master), dynamic=False), "reference"),
-        OURS: lambda: Contender(fresh(master), None),
+        REFERENCE: lambda: Implementation(fresh(master), "reference"),
+        COMPILED: lambda: Implementation(torch.compile(fresh(master), dynamic=False), "reference"),
+        OURS: lambda: Implementation(fresh(master), None),
     }
     if device.type == "cpu" and dtype == torch.float32 and FASTER_WITH_ONEDNN:
-        found[OURS_WITH_MKL] = lambda: Contender(fresh(master), None, onednn=False)
+        found[OURS_WITH_MKL] = lambda: Implementation(fresh(master), None, onednn=False)
     if not training:
-        found[PREPARED] = lambda: Contender(prepare_for_inference(fresh(master)), None)
+        found[PREPARED] = lambda: Implementation(prepare_for_inference(fresh(master)), None)
     if device.type == "cpu" and dtype == torch.float32:
         low = torch.bfloat16
-        found[REFERENCE_BF16] = lambda: Contender(fresh(master), "reference", low=low)
-        found[OURS_BF16] = lambda: Contender(fresh(master), None, low=low)
+        found[REFERENCE_BF16] = lambda: Implementation(fresh(master), "reference", low=low)
+        found[OURS_BF16] = lambda: Implementation(fresh(master), None, low=low)
         if not training:
-            found[PREPARED_BF16] = lambda: Contender(prepare_for_inference(fresh(master)), None, low=low)
+            found[PREPARED_BF16] = lambda: Implementation(prepare_for_inference(fresh(master)), None, low=low)
             frozen: dict[str, Any] = {"freezing": True}
-            found[FROZEN] = lambda: Contender(torch.compile(fresh(master), dynamic=False, options=frozen), "reference")
+            found[FROZEN] = lambda: Implementation(
+                torch.compile(fresh(master), dynamic=False, options=frozen), "reference"
+            )
             if deployment.missing("onnxscript") is None:
                 if deployment.missing("onnxruntime") is None:
-                    found[ONNX_RUNTIME] = lambda: Contender(deployment.onnx_runtime(fresh(master)), None)
+                    found[ONNX_RUNTIME] = lambda: Implementation(deployment.onnx_runtime(fresh(master)), None)
                 if deployment.missing("openvino") is None:
-                    found[OPENVINO] = lambda: Contender(deployment.openvino(fresh(master), "f32"), None)
-                    found[OPENVINO_BF16] = lambda: Contender(
+                    found[OPENVINO] = lambda: Implementation(deployment.openvino(fresh(master), "f32"), None)
+                    found[OPENVINO_BF16] = lambda: Implementation(
                         deployment.openvino(fresh(master), "bf16"), None, low=low, autocast=False
                     )
     if device.type == "cuda":
         for backend in ("eager", "triton", "cuda"):
-            found[backend] = partial(lambda name: Contender(fresh(master), name), backend)
+            found[backend] = partial(lambda name: Implementation(fresh(master), name), backend)
     other = vit(master)
     if other is not None:
-        found[VIT] = lambda: Contender(fresh(other), None, is_crate=False)
-        found[VIT_COMPILED] = lambda: Contender(torch.compile(fresh(other), dynamic=False), None, is_crate=False)
+        found[VIT] = lambda: Implementation(fresh(other), None, is_crate=False)
+        found[VIT_COMPILED] = lambda: Implementation(torch.compile(fresh(other), dynamic=False), None, is_crate=False)
     built = {name: make() for name, make in found.items() if only is None or name in only}
     if training:
-        for contender in built.values():
-            # A learning rate of zero does all the work of a step and leaves every contender on the same weights.
-            parameters = list(contender.model.parameters())
-            contender.optimizer = torch.optim.AdamW(parameters, lr=0.0, fused=True)
+        for implementation in built.values():
+            # A learning rate of zero does all the work of a step and leaves every implementation on the same weights.
+            parameters = list(implementation.model.parameters())
+            implementation.optimizer = torch.optim.AdamW(parameters, lr=0.0, fused=True)
     return built
 
 
 def runner(
-    contender: Contender, task: str, images: Tensor, targets: Tensor, dtype: torch.dtype
+    implementation: Implementation, task: str, images: Tensor, targets: Tensor, dtype: torch.dtype
 ) -> Callable[[], Tensor]:
     """The call that is timed: logits without gradients, or a whole step (loss, backward, AdamW)."""
 
     def forward():
-        with torch.inference_mode(), contender.running():
-            return contender.model(images)
+        with torch.inference_mode(), implementation.running():
+            return implementation.model(images)
 
     def step():
-        loss, _ = training_loss(contender, images, targets, dtype)
-        with contender.running(backward=True):
+        loss, _ = training_loss(implementation, images, targets, dtype)
+        with implementation.running(backward=True):
             loss.backward()
-        if contender.optimizer is not None:
-            contender.optimizer.step()
-            contender.optimizer.zero_grad()
+        if implementation.optimizer is not None:
+            implementation.optimizer.step()
+            implementation.optimizer.zero_grad()
         return loss
 
     return forward if task == "forward" else step
 
 
-def training_loss(contender: Contender, images: Tensor, targets: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def training_loss(
+    implementation: Implementation, images: Tensor, targets: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
     """-> the loss and the logits it was made of."""
     low = dtype if dtype in (torch.bfloat16, torch.float16) else None
     autocast = torch.autocast(images.device.type, low) if low else contextlib.nullcontext()
-    with contender.running(), autocast:
-        logits = contender.model(images)
+    with implementation.running(), autocast:
+        logits = implementation.model(images)
         return nn.functional.cross_entropy(logits.float(), targets), logits
 
 
-def outputs(contender: Contender, task: str, images: Tensor, targets: Tensor, dtype: torch.dtype) -> list[Tensor]:
+def outputs(
+    implementation: Implementation, task: str, images: Tensor, targets: Tensor, dtype: torch.dtype
+) -> list[Tensor]:
     """What the gate judges: the logits of the first images, or all logits and the gradient of every parameter.
 
-    Logits and not the loss: of one number the literal error, which sets the budget, may be zero by luck.
+    Logits and not the loss: of one number the error of the reference, which sets the budget, may be zero by luck.
     """
     if task == "forward":
-        with torch.inference_mode(), contender.running():
-            return [contender.model(images)[:JUDGED_IMAGES]]
-    loss, logits = training_loss(contender, images, targets, dtype)
-    parameters = list(contender.model.parameters())
+        with torch.inference_mode(), implementation.running():
+            return [implementation.model(images)[:JUDGED_IMAGES]]
+    loss, logits = training_loss(implementation, images, targets, dtype)
+    parameters = list(implementation.model.parameters())
     return [logits.detach(), *torch.autograd.grad(loss, parameters)]
 
 
 def judged(
-    found: dict[str, Contender], task: str, images: Tensor, targets: Tensor, dtype: torch.dtype
-) -> tuple[dict[str, Contender], dict[str, dict]]:
-    """Hold every CRATE contender against the literal model in float64 -> who may be timed, and what is recorded.
+    found: dict[str, Implementation], task: str, images: Tensor, targets: Tensor, dtype: torch.dtype
+) -> tuple[dict[str, Implementation], dict[str, dict]]:
+    """Hold every CRATE implementation against the reference model in float64 -> who may be timed, and what is recorded.
 
     A forward is judged at the batch that is timed; so is a training step, up to a batch that float64 has room for.
     """
@@ -205,24 +211,26 @@ def judged(
         images, targets = images[:JUDGED_STEP], targets[:JUDGED_STEP]
     part = (images, targets) if task == "training step" else (images[:JUDGED_IMAGES], targets[:JUDGED_IMAGES])
     master = found[REFERENCE]
-    exact_model = Contender(copy.deepcopy(master.model).double(), "reference")
+    exact_model = Implementation(copy.deepcopy(master.model).double(), "reference")
     exact = outputs(exact_model, task, part[0].double(), part[1], torch.float64)
     del exact_model
     errors: dict[torch.dtype | None, list[Tensor]] = {
         None: outputs(master, task, *part, dtype)
     }  # the reference's own, by the dtype it computes in
-    if any(contender.low for contender in found.values()):
-        errors[torch.bfloat16] = outputs(Contender(master.model, "reference", low=torch.bfloat16), task, *part, dtype)
-    passed: dict[str, Contender] = {}
+    if any(implementation.low for implementation in found.values()):
+        errors[torch.bfloat16] = outputs(
+            Implementation(master.model, "reference", low=torch.bfloat16), task, *part, dtype
+        )
+    passed: dict[str, Implementation] = {}
     records: dict[str, dict[str, Any]] = {}
-    for name, contender in found.items():
+    for name, implementation in found.items():
         try:
-            got = outputs(contender, task, images, targets, dtype)
+            got = outputs(implementation, task, images, targets, dtype)
         except RuntimeError as error:
             records[name] = {"skipped": str(error).strip().splitlines()[0][:300]}
             continue
-        if contender.is_crate:
-            low = contender.low
+        if implementation.is_crate:
+            low = implementation.low
             verdict = agreement.judge(got, exact, errors[low], low or dtype, kinks=True, together=True)
             records[name] = {"share_of_budget": verdict.share, "check": verdict.detail}
             if not verdict.passed:
@@ -231,7 +239,7 @@ def judged(
         else:
             # Another function: only a finite answer can be asked of it.
             records[name] = {"check": "finite" if all(t.isfinite().all() for t in got) else "not finite"}
-        passed[name] = contender
+        passed[name] = implementation
     return passed, records
 
 
@@ -248,7 +256,7 @@ def run_size(
     quick: bool = False,
     check_only: bool = False,
 ) -> Iterator[dict]:
-    """One record per task, batch and contender of one model size, and the bytes each model saves for its backward."""
+    """One record per task, batch and implementation of one model size, and the bytes each saves for backward."""
     master = build(size, quick)
     name = f"CRATE-{'tiny test' if quick else size[0].upper()}"
     base = dict(model=name, family="vision", shape=dict(master.config), dtype=str(dtype).removeprefix("torch."))
@@ -261,7 +269,7 @@ def run_size(
     torch._functorch.config.donated_buffer = True  # torch's default, which the operator suite changes
     for task in tasks:
         torch.compiler.reset()
-        found = contenders(master, task, device, dtype, {REFERENCE, *only} if only else None)
+        found = implementations(master, task, device, dtype, {REFERENCE, *only} if only else None)
         steps = [max((b for b in batches if b <= LARGEST_STEP), default=min(batches))]
         for batch in batches if task == "forward" else steps:
             generator = torch.Generator().manual_seed(batch)
@@ -271,9 +279,13 @@ def run_size(
             compiling = COMPILED_BATCHES[device.type]
             fit = {n: c for n, c in found.items() if "compiled" not in n or compiling is None or batch in compiling}
             passed, records = judged(fit, task, images, targets, dtype)
-            for contender in records:
-                if contender not in passed or check_only:
-                    yield base | {"task": task, "batch": batch, "contender": contender} | records[contender]
+            for implementation in records:
+                if implementation not in passed or check_only:
+                    yield (
+                        base
+                        | {"task": task, "batch": batch, "implementation": implementation}
+                        | records[implementation]
+                    )
             if check_only:
                 break
             yield from _timed(passed, records, base, task, batch, images, targets, device, dtype, seconds, rounds)
@@ -283,15 +295,15 @@ def run_size(
 
 def _timed(passed, records, base, task, batch, images, targets, device, dtype, seconds, rounds) -> Iterator[dict]:
     runs, memory = {}, {}
-    for name, contender in passed.items():
-        run = runner(contender, task, images, targets, dtype)
+    for name, implementation in passed.items():
+        run = runner(implementation, task, images, targets, dtype)
         try:
             for _ in range(2):  # compiles, and makes the optimizer's state
                 run()
             memory[name] = timing.peak_memory(run, device)
         except torch.OutOfMemoryError:
             torch.cuda.empty_cache()
-            yield base | {"task": task, "batch": batch, "contender": name, "skipped": "out of memory"}
+            yield base | {"task": task, "batch": batch, "implementation": name, "skipped": "out of memory"}
             continue
         runs[name] = run
     modes: dict[bool, Any] = {False: runs}
@@ -301,7 +313,7 @@ def _timed(passed, records, base, task, batch, images, targets, device, dtype, s
         modes[True] = {name: run for name, (run, done) in captured.items() if done}
     for graph, calls in modes.items():
         samples = timing.measure(calls, device, seconds=seconds, rounds=rounds)
-        literal, compiled = samples.get(REFERENCE), samples.get(COMPILED)
+        reference, compiled = samples.get(REFERENCE), samples.get(COMPILED)
         for name, values in samples.items():
             spread = timing.quantiles(values)
             yield (
@@ -309,11 +321,11 @@ def _timed(passed, records, base, task, batch, images, targets, device, dtype, s
                 | {
                     "task": task,
                     "batch": batch,
-                    "contender": name,
+                    "implementation": name,
                     "seconds": spread,
                     "rounds": len(values),
                     "images_per_second": batch / spread["p50"],
-                    "speedup": timing.paired_ratio(literal, values) if literal else None,
+                    "speedup": timing.paired_ratio(reference, values) if reference else None,
                     "speedup_over_compiled": timing.paired_ratio(compiled, values) if compiled else None,
                     "peak_memory": memory[name],
                     "graph": graph,
@@ -322,17 +334,17 @@ def _timed(passed, records, base, task, batch, images, targets, device, dtype, s
             )
 
 
-# -- memory kept for the backward -----------------------------------------------------------------------------------
+# -- memory saved for backward -------------------------------------------------------------------------------------
 
 
 def saved_bytes(blocks: Sequence[nn.Module], tokens: Tensor, dtype: torch.dtype, backend: str | None) -> int:
     """Bytes that the forward of these blocks keeps for their backward: unique storages, parameters left out."""
     own = {p.untyped_storage().data_ptr() for block in blocks for p in block.parameters()}
-    kept: dict[int, Tensor] = {}
+    saved: dict[int, Tensor] = {}
 
     def pack(tensor: Tensor) -> Tensor:
         if tensor.untyped_storage().data_ptr() not in own:
-            kept[tensor.untyped_storage().data_ptr()] = tensor
+            saved[tensor.untyped_storage().data_ptr()] = tensor
         return tensor
 
     low = dtype if dtype in (torch.bfloat16, torch.float16) else None
@@ -340,11 +352,11 @@ def saved_bytes(blocks: Sequence[nn.Module], tokens: Tensor, dtype: torch.dtype,
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), use_backend(backend), autocast:
         for block in blocks:
             tokens = block(tokens)
-    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+    return sum(tensor.untyped_storage().nbytes() for tensor in saved.values())
 
 
 def saved_records(master: CRATE, base: dict, device: torch.device, dtype: torch.dtype, pixels: int) -> Iterator[dict]:
-    """Bytes per token-channel that one more block keeps, literally and with the package's automatic choice.
+    """Bytes per token-channel that one more block saves for backward: by the reference and by the automatic choice.
 
     One more: what one block puts out the next takes in, and both keep the same tensor.
     """
@@ -355,7 +367,7 @@ def saved_records(master: CRATE, base: dict, device: torch.device, dtype: torch.
         leaf = tokens.detach().requires_grad_()
         one, two = (saved_bytes(model.blocks[:depth], leaf, dtype, backend) for depth in (1, 2))
         each = (two - one) / leaf.numel()
-        yield base | dict(task="saved for backward", batch=8, contender=name, bytes_per_token_channel=each)
+        yield base | dict(task="saved for backward", batch=8, implementation=name, bytes_per_token_channel=each)
 
 
 def length_records(
@@ -378,7 +390,7 @@ def length_records(
                         z = block(z)
                 z.backward(torch.ones_like(z))
 
-            record = base | dict(task="memory by length", batch=1, contender=name, tokens=tokens)
+            record = base | dict(task="memory by length", batch=1, implementation=name, tokens=tokens)
             try:
                 step()
                 weights = sum(p.numel() * p.element_size() for p in blocks.parameters())

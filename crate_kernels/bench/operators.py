@@ -22,36 +22,36 @@ def run_case(
     case: Case,
     device: torch.device,
     dtype: torch.dtype,
-    ceilings: cost.Ceilings | None,
+    peak_rates: cost.Peaks | None,
     *,
-    contenders: Mapping[str, Callable[..., Tensor]] | None = None,
+    implementations: Mapping[str, Callable[..., Tensor]] | None = None,
     only: Sequence[str] | None = None,
     seconds: float = 1.0,
     rounds: tuple[int, int] = (7, 60),
     check_only: bool = False,
 ) -> Iterator[dict]:
-    """One record per contender and direction; those that cannot run or are wrong carry a reason and no time.
+    """One record per implementation and direction; those that cannot run or are wrong carry a reason and no time.
 
     Args:
-        ceilings: of this device, in ``dtype``; None with ``check_only``.
-        contenders: name -> call; :meth:`Case.contenders` if None. ``speedup`` is over the one named ``reference``.
-        only: leave out other contenders.
+        peak_rates: of this device, in ``dtype``; None with ``check_only``.
+        implementations: name -> call; :meth:`Case.implementations` if None. ``speedup`` is over ``reference``.
+        only: leave out other implementations.
         seconds, rounds: see :func:`timing.measure`, for each direction.
         check_only: stop after the gate.
     """
-    calls = case.contenders(device) if contenders is None else contenders
+    calls = case.implementations(device) if implementations is None else implementations
     calls = {name: call for name, call in calls.items() if only is None or name in only}
     leaves = [t.requires_grad_() for t in case.tensors(device, dtype)]
     passed, records = gated(case, calls, leaves)
     base = dict(operator=case.operator, family=case.family, shape=case.shape(), dtype=str(dtype).removeprefix("torch."))
     for name, record in records.items():
         if name not in passed or check_only:
-            yield base | {"contender": name} | record
+            yield base | {"implementation": name} | record
     if check_only:
         return
     for direction in case.directions:
         runs = {name: prepared(call, leaves, direction) for name, call in passed.items()}
-        yield from _timed(case, base, direction, runs, records, device, dtype, ceilings, seconds, rounds)
+        yield from _timed(case, base, direction, runs, records, device, dtype, peak_rates, seconds, rounds)
         del runs
         gc.collect()
 
@@ -59,12 +59,12 @@ def run_case(
 def gated(
     case: Case, calls: Mapping[str, Callable[..., Tensor]], leaves: list[Tensor]
 ) -> tuple[dict[str, Callable[..., Tensor]], dict[str, dict]]:
-    """Judge every contender on these inputs -> the calls that may be timed, and what is recorded about each."""
+    """Judge every implementation on these inputs -> the calls that may be timed, and what is recorded about each."""
     part = [t.detach() for t in case.judged(leaves)] if case.operator == "subspace_attention" else leaves
-    literal_call = case.call("reference")
+    reference_call = case.call("reference")
     grad = _output_gradient(case, leaves)
-    exact = _run(literal_call, [t.detach().double() for t in part], case.judged([grad])[0].double(), case)
-    literal = _run(literal_call, part, case.judged([grad])[0], case)
+    exact = _run(reference_call, [t.detach().double() for t in part], case.judged([grad])[0].double(), case)
+    reference = _run(reference_call, part, case.judged([grad])[0], case)
     passed: dict[str, Any] = {}
     records: dict[str, dict[str, Any]] = {}
     kinks = case.operator in ("ista_step", "ista_block", "overcomplete_ista")
@@ -75,7 +75,7 @@ def gated(
             records[name] = {"skipped": str(error).strip().splitlines()[0][:300]}
             continue
         verdict = agreement.judge(
-            case.judged(got), exact, literal, leaves[0].dtype, kinks=kinks, score=case.largest_score(leaves)
+            case.judged(got), exact, reference, leaves[0].dtype, kinks=kinks, score=case.largest_score(leaves)
         )
         records[name] = {"share_of_budget": verdict.share, "check": verdict.detail}
         if verdict.passed:
@@ -124,27 +124,27 @@ def prepared(call: Callable[..., Tensor], leaves: list[Tensor], direction: str) 
     return run
 
 
-def _timed(case, base, direction, runs, records, device, dtype, ceilings, seconds, rounds) -> Iterator[dict]:
+def _timed(case, base, direction, runs, records, device, dtype, peak_rates, seconds, rounds) -> Iterator[dict]:
     memory = {name: timing.peak_memory(run, device) for name, run in runs.items()}
     cold = False
     graphs: dict[str, Any] = dict.fromkeys(runs, False)
     if device.type == "cuda":
         quick = timing.measure(runs, device, seconds=0, rounds=(3, 3))
-        # One rule for all contenders of a case, or launches would count for some and not for others.
+        # One rule for all implementations of a case, or launches would count for some and not for others.
         cold = min(timing.quantiles(v)["p50"] for v in quick.values()) < GRAPH_BELOW if quick else False
         if cold:
             captured = {name: timing.as_graph(run) for name, run in runs.items()}
             runs, graphs = ({name: pair[i] for name, pair in captured.items()} for i in (0, 1))
     samples = timing.measure(runs, device, seconds=seconds, rounds=rounds, cold=cold)
     least = case.cost(direction, dtype.itemsize)
-    bound = least.bound(ceilings)
+    bound = least.bound(peak_rates)
     baseline = samples.get("reference")
     for name, values in samples.items():
         spread = timing.quantiles(values)
         yield (
             base
             | {
-                "contender": name,
+                "implementation": name,
                 "direction": direction,
                 "seconds": spread,
                 "rounds": len(values),
@@ -153,7 +153,7 @@ def _timed(case, base, direction, runs, records, device, dtype, ceilings, second
                 "gbytes_per_second": least.bytes / spread["p50"] / 1e9,
                 "cost": {"flops": least.flops, "bytes": least.bytes, "exponentials": least.exponentials},
                 "bound": bound,
-                "limited_by": max(least.terms(ceilings).items(), key=lambda term: term[1])[0],
+                "limited_by": max(least.terms(peak_rates).items(), key=lambda term: term[1])[0],
                 "percent_of_bound": 100 * bound / spread["p50"],
                 "peak_memory": memory[name],
                 "graph": graphs[name],

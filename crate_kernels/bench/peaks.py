@@ -1,4 +1,4 @@
-"""What the device can do at most, measured: the roof of the roofline."""
+"""Measured peaks of the device: the roof of the roofline."""
 
 from __future__ import annotations
 
@@ -7,25 +7,25 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from .. import timing
 from ..ops.products import LONGEST, multiply
-from ..timing import measure, quantiles
 
 
-def ceilings(device: torch.device, dtypes: Sequence[torch.dtype], quick: bool = False) -> dict:
-    """Measured now: bytes per second of a large copy, operations per second of a large product in each dtype.
+def measure(device: torch.device, dtypes: Sequence[torch.dtype], quick: bool = False) -> dict:
+    """Measure the peaks: bytes per second of a large copy, operations per second of a large product in each dtype.
 
-    Random data: zeros draw less power and run faster than anything real. Exponentials are measured on the CPU (in
-    cache) and, on CUDA, computed: 16 a cycle and multiprocessor at the highest clock.
+    The data is random, because zeros draw less power and run faster than real data. Exponentials per second are
+    measured in cache on the CPU. On CUDA they are computed: 16 per cycle and multiprocessor at the highest clock.
     """
     on_gpu = device.type == "cuda"
     elements = 1 << (16 if quick else 30 if on_gpu else 27)
-    # On the CPU no longer than the sums that ``multiply`` leaves whole, as those over a model's channels are.
+    # On the CPU the inner dimension is one that ``multiply`` does not split, like the channels of a model.
     side = 128 if quick else 8192 if on_gpu else LONGEST
     seconds, rounds = (0.05, (3, 5)) if quick else (2.0, (7, 30))
 
     def best(run: Callable[[], object]) -> float:
         run()
-        return quantiles(measure({"": run}, device, seconds=seconds, rounds=rounds)[""])["p50"]
+        return timing.quantiles(timing.measure({"": run}, device, seconds=seconds, rounds=rounds)[""])["p50"]
 
     source = torch.empty(elements, dtype=torch.uint8, device=device).random_(0, 255)
     target = torch.empty_like(source)

@@ -15,7 +15,7 @@ from .models import COMPILED, OURS, OURS_WITH_MKL, PREPARED, REFERENCE, VIT, VIT
 README_MARKERS = "<!-- bench:begin -->", "<!-- bench:end -->"
 DOCS_MARKERS = "<!-- results:begin -->", "<!-- results:end -->"
 OWN = ("cuda", "triton", "eager", OURS, OURS_WITH_MKL, PREPARED)
-"""Contenders that are this package; all others are baselines."""
+"""The implementations of this package; all others are baselines."""
 NO_GPU = "No GPU has been measured yet."
 
 Results = dict[str, dict[str, dict]]
@@ -84,7 +84,7 @@ def between(page: str, markers: tuple[str, str], text: str) -> str | None:
 
 
 def readme_text(found: Results) -> str:
-    """The headline: whole models against the literal equations and their ``torch.compile``."""
+    """The headline: whole models against the reference equations and their ``torch.compile``."""
     lines = []
     for device, parts in found.items():
         records = timed(parts.get("models", {}).get("records", []))
@@ -104,11 +104,11 @@ def readme_text(found: Results) -> str:
         if device == "cpu":
             about += f", {environment['threads']} threads"
         lines.append(
-            f"Speed against the literal equations in eager mode (in brackets: against their `torch.compile`), measured"
-            f" in one run on {about}, {records[0]['dtype']}, batch {batch['batch'] if batch else '?'}. Last column:"
-            f" bytes kept for the backward per token-channel and layer, here / by the literal equations.\n"
+            f"Speed against the reference equations in eager mode (in brackets: against their `torch.compile`),"
+            f" measured in one run on {about}, {records[0]['dtype']}, batch {batch['batch'] if batch else '?'}."
+            f" Last column: bytes saved for backward per token-channel and layer, here / by the reference equations.\n"
         )
-        heads = ["", "inference", "inference, prepared", "training step", "kept for backward"]
+        heads = ["", "inference", "inference, prepared", "training step", "saved for backward"]
         lines.append(table(heads, rows) + "\n")
         lines.extend(_by_algebra_alone(models.values()))
     if all(device == "cpu" for device in found):
@@ -128,21 +128,21 @@ def _by_algebra_alone(models: Iterable[list[dict]]) -> list[str]:
             ratios = [record["speedup"]["p50"] for record in found]
             spans.append(f"{name} {min(ratios):.2f}× to {max(ratios):.2f}×")
     return spans and [
-        "On this processor the library that torch multiplies with leaves AVX-512 unused, and the package takes the"
-        f" other one that torch carries. By the algebra alone (`{OURS_WITH_MKL}`): {', '.join(spans)}.\n"
+        "On this processor MKL, with which torch multiplies matrices, leaves AVX-512 unused. The package uses oneDNN,"
+        f" which PyTorch also bundles. By the algebra alone (`{OURS_WITH_MKL}`): {', '.join(spans)}.\n"
     ]
 
 
-def _headline_record(records: list[dict], task: str, contender: str) -> dict | None:
-    """At the batch where ``contender`` is fastest per image; batch 1 is latency, compiled baselines come first."""
-    mine = [r for r in records if r["task"] == task and r["contender"] == contender and r.get("speedup")]
+def _headline_record(records: list[dict], task: str, implementation: str) -> dict | None:
+    """At the batch where ``implementation`` is fastest per image; batch 1 is latency, compiled baselines come first."""
+    mine = [r for r in records if r["task"] == task and r["implementation"] == implementation and r.get("speedup")]
     mine = [r for r in mine if r["batch"] > 1] or mine
     mine = [r for r in mine if r.get("speedup_over_compiled")] or mine
     return max(mine, key=lambda r: r["images_per_second"], default=None)
 
 
-def _headline(records: list[dict], task: str, contender: str) -> str:
-    record = _headline_record(records, task, contender)
+def _headline(records: list[dict], task: str, implementation: str) -> str:
+    record = _headline_record(records, task, implementation)
     if record is None:
         return "–"
     text = f"{record['speedup']['p50']:.2f}×"
@@ -152,8 +152,8 @@ def _headline(records: list[dict], task: str, contender: str) -> str:
 
 
 def _saved(records: list[dict]) -> str:
-    kept = {r["contender"]: r["bytes_per_token_channel"] for r in records if "bytes_per_token_channel" in r}
-    return f"{kept[OURS]:.1f} / {kept[REFERENCE]:.1f}" if OURS in kept and REFERENCE in kept else "–"
+    saved = {r["implementation"]: r["bytes_per_token_channel"] for r in records if "bytes_per_token_channel" in r}
+    return f"{saved[OURS]:.1f} / {saved[REFERENCE]:.1f}" if OURS in saved and REFERENCE in saved else "–"
 
 
 # -- docs ------------------------------------------------------------------------------------------------------------
@@ -177,15 +177,15 @@ def docs_text(found: Results) -> str:
 
 
 def _source(device: str, part: str, content: dict) -> str:
-    environment, ceilings = content["environment"], content["ceilings"]
+    environment, peak_rates = content["environment"], content["peaks"]
     versions = ", ".join(f"{k} {v}" for k, v in environment["versions"].items() if v)
     driver = f", driver {environment['driver']}" if environment.get("driver") else f", {environment['threads']} threads"
     if environment.get("load_average"):
         driver += f", load average {environment['load_average']:.1f} at the start"
-    products = ", ".join(f"{v / 1e12:.3g} TFLOP/s {k}" for k, v in ceilings["product"].items())
+    products = ", ".join(f"{v / 1e12:.3g} TFLOP/s {k}" for k, v in peak_rates["product"].items())
     return (
         f"`benchmarks/results/{device}/{part}.json`: commit {environment['commit']}; {versions}{driver}."
-        f" Ceilings of that run: copy {ceilings['copy'] / 1e9:.4g} GB/s, product {products}.\n"
+        f" Measured peaks of that run: copy {peak_rates['copy'] / 1e9:.4g} GB/s, product {products}.\n"
     )
 
 
@@ -196,27 +196,27 @@ def _models_text(records: list[dict], device: str) -> list[str]:
         memory = f"{r['peak_memory'] / 2**30:.2f} GiB" if r.get("peak_memory") else "–"
         mode = ", graph" if r.get("graph") else ""
         rows.append(
-            [r["model"], r["task"] + mode, r["batch"], r["contender"], milliseconds(r), f"{r['images_per_second']:.4g}",
-             ratio(r.get("speedup")), ratio(r.get("speedup_over_compiled")), memory]
+            [r["model"], r["task"] + mode, r["batch"], r["implementation"], milliseconds(r),
+             f"{r['images_per_second']:.4g}", ratio(r.get("speedup")), ratio(r.get("speedup_over_compiled")), memory]
         )  # fmt: skip
-    heads = ["model", "task", "batch", "contender", "ms: p50 (p20–p80)", "images/s"]
-    lines.append(table([*heads, "over literal", "over compiled", "peak memory"], rows) + "\n")
-    kept = [
-        [r["model"], r["contender"], r["dtype"], f"{r['bytes_per_token_channel']:.1f}"]
+    heads = ["model", "task", "batch", "implementation", "ms: p50 (p20–p80)", "images/s"]
+    lines.append(table([*heads, "over reference", "over compiled", "peak memory"], rows) + "\n")
+    saved = [
+        [r["model"], r["implementation"], r["dtype"], f"{r['bytes_per_token_channel']:.1f}"]
         for r in records
         if "bytes_per_token_channel" in r
     ]
-    if kept:
-        lines.append("Kept for the backward by one more block:\n")
-        lines.append(table(["model", "backend", "dtype", "bytes per token-channel"], kept) + "\n")
+    if saved:
+        lines.append("Bytes saved for backward by one more block:\n")
+        lines.append(table(["model", "backend", "dtype", "bytes per token-channel"], saved) + "\n")
     lengths = [r for r in records if "tokens" in r and (r.get("peak_memory") or r.get("skipped"))]
     if lengths:
         rows = []
         for group in grouped(lengths, lambda r: (r["model"], r["tokens"])):
-            by = {r["contender"]: r.get("skipped") or f"{r['peak_memory'] / 2**30:.2f} GiB" for r in group}
+            by = {r["implementation"]: r.get("skipped") or f"{r['peak_memory'] / 2**30:.2f} GiB" for r in group}
             rows.append([group[0]["model"], group[0]["tokens"], by.get(REFERENCE, "–"), by.get(OURS, "–")])
         lines.append("Peak memory of forward and backward of all blocks, one sequence of N tokens:\n")
-        lines.append(table(["model", "N", "literal", OURS], rows) + "\n")
+        lines.append(table(["model", "N", "reference", OURS], rows) + "\n")
     return lines
 
 
@@ -226,25 +226,27 @@ def _operators_text(records: list[dict], device: str) -> list[str]:
     good = timed(records)
     for operator in unique(r["operator"] for r in good):
         mine = [r for r in good if r["operator"] == operator]
-        others = [c for c in unique(r["contender"] for r in mine) if c != REFERENCE]
+        others = [c for c in unique(r["implementation"] for r in mine) if c != REFERENCE]
         rows = []
         for group in grouped(mine, lambda r: (r["family"], str(r["shape"]), r["direction"])):
-            by = {r["contender"]: r for r in group}
-            best = min((r for r in group if r["contender"] in OWN), key=lambda r: r["seconds"]["p50"], default=None)
+            by = {r["implementation"]: r for r in group}
+            best = min(
+                (r for r in group if r["implementation"] in OWN), key=lambda r: r["seconds"]["p50"], default=None
+            )
             rows.append(
                 [group[0]["family"], shape(group[0]), group[0]["direction"], milliseconds(by.get(REFERENCE))]
                 + [f"{milliseconds(by[c])}, {ratio(by[c].get('speedup'))}" if c in by else "–" for c in others]
                 + [f"{best['percent_of_bound']:.0f} % ({best['limited_by']})" if best else "–"]
                 + [f"{best['tflops']:.3g}, {best['gbytes_per_second']:.3g}" if best else "–"]
             )
-        heads = ["family", "shape", "direction", "literal, ms", *(f"{c}: ms, over literal" for c in others)]
+        heads = ["family", "shape", "direction", "reference, ms", *(f"{c}: ms, over reference" for c in others)]
         lines.append(f"`{operator}`\n")
         lines.append(table([*heads, "best own: of bound", "best own: TFLOP/s, GB/s"], rows) + "\n")
     untimed = [r for r in records if not r.get("seconds")]
-    reasons = sorted({(r["operator"], r["contender"], r.get("refused") or r["skipped"]) for r in untimed})
+    reasons = sorted({(r["operator"], r["implementation"], r.get("refused") or r["skipped"]) for r in untimed})
     if reasons:
         lines.append("Not timed, and why:\n")
-        lines.append(table(["operator", "contender", "reason"], [list(r) for r in reasons]) + "\n")
+        lines.append(table(["operator", "implementation", "reason"], [list(r) for r in reasons]) + "\n")
     return lines
 
 
@@ -257,11 +259,11 @@ def _behind_text(parts: dict[str, dict]) -> list[str]:
             else:
                 what, detail = own["model"], f"{own['task']}, batch {own['batch']}"
             times = own["seconds"]["p50"] / other["seconds"]["p50"]
-            rows.append([what, detail, own["contender"], other["contender"], f"{times:.2f}×"])
+            rows.append([what, detail, own["implementation"], other["implementation"], f"{times:.2f}×"])
     if not rows:
         return ["In these files no baseline is faster than the package's best backend by more than 3 %.\n"]
     title = "#### Where the package is not faster\n"
-    text = "Its fastest contender against the fastest baseline, where that wins by more than 3 %:\n"
+    text = "The package's fastest implementation and the fastest baseline, where the baseline wins by more than 3 %:\n"
     return [title, text, table(["what", "case", "own", "baseline", "time of own / baseline"], rows) + "\n"]
 
 
@@ -269,8 +271,10 @@ def behind(records: Iterable[dict]) -> list[tuple[dict, dict]]:
     """(best own, best baseline) wherever the baseline is faster by more than 3 %; ViT counts as a baseline too."""
     found = []
     for group in grouped(timed(records), lambda r: (*results.key(r)[:-1], r.get("graph") if "model" in r else None)):
-        own = min((r for r in group if r["contender"] in OWN), key=lambda r: r["seconds"]["p50"], default=None)
-        other = min((r for r in group if r["contender"] not in OWN), key=lambda r: r["seconds"]["p50"], default=None)
+        own = min((r for r in group if r["implementation"] in OWN), key=lambda r: r["seconds"]["p50"], default=None)
+        other = min(
+            (r for r in group if r["implementation"] not in OWN), key=lambda r: r["seconds"]["p50"], default=None
+        )
         if own and other and own["seconds"]["p50"] > 1.03 * other["seconds"]["p50"]:
             found.append((own, other))
     return sorted(found, key=lambda pair: -pair[0]["seconds"]["p50"] / pair[1]["seconds"]["p50"])
@@ -332,8 +336,8 @@ def plots(parts: dict[str, dict], folder: Path) -> list[Path]:
     if "models" in parts:
         draw["models"] = lambda figure: _plot_models(figure, timed(parts["models"]["records"]))
     if "operators" in parts:
-        records, ceilings = timed(parts["operators"]["records"]), parts["operators"]["ceilings"]
-        draw["roofline"] = lambda figure: _plot_roofline(figure, records, ceilings)
+        records, peak_rates = timed(parts["operators"]["records"]), parts["operators"]["peaks"]
+        draw["roofline"] = lambda figure: _plot_roofline(figure, records, peak_rates)
         draw["bound"] = lambda figure: _plot_bound(figure, records)
         draw["length"] = lambda figure: _plot_length(figure, records)
     folder.mkdir(parents=True, exist_ok=True)
@@ -348,37 +352,39 @@ def plots(parts: dict[str, dict], folder: Path) -> list[Path]:
 
 
 def _plot_models(figure, records: list[dict]) -> None:
-    """Speed over the literal model, every contender, at the batch of the README's table."""
-    present = {r["contender"] for r in records}
+    """Speed over the reference model, every implementation, at the batch of the README's table."""
+    present = {r["implementation"] for r in records}
     shown = [c for c in (COMPILED, OURS_WITH_MKL, OURS, PREPARED, "triton", "cuda", VIT, VIT_COMPILED) if c in present]
     for axes, task in zip(figure.subplots(1, 2, sharey=True), ("forward", "training step"), strict=True):
         models = unique(r["model"] for r in records)
-        for place, contender in enumerate(shown):
-            chosen = [_headline_record([r for r in records if r["model"] == m], task, contender) for m in models]
+        for place, implementation in enumerate(shown):
+            chosen = [_headline_record([r for r in records if r["model"] == m], task, implementation) for m in models]
             middle = [r["speedup"]["p50"] if r else 0 for r in chosen]
             spread = [[abs(r["speedup"]["p50"] - r["speedup"][p]) if r else 0 for r in chosen] for p in ("p20", "p80")]
             x = [i + (place - len(shown) / 2 + 0.5) * 0.8 / len(shown) for i in range(len(models))]
-            axes.bar(x, middle, 0.8 / len(shown), yerr=spread, label=contender, color=f"C{place}", error_kw={"lw": 0.8})
+            axes.bar(
+                x, middle, 0.8 / len(shown), yerr=spread, label=implementation, color=f"C{place}", error_kw={"lw": 0.8}
+            )
         axes.axhline(1, color="black", lw=0.8)
         axes.set(title=task, xticks=range(len(models)), xticklabels=models)
-    figure.axes[0].set_ylabel("speed over the literal model (p50, p20–p80)")
+    figure.axes[0].set_ylabel("speed over the reference model (p50, p20–p80)")
     figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
 
 
-def _plot_roofline(figure, records: list[dict], ceilings: dict) -> None:
-    """Achieved rate over arithmetic intensity, below the two ceilings measured in the same run."""
+def _plot_roofline(figure, records: list[dict], peak_rates: dict) -> None:
+    """Achieved rate over arithmetic intensity, below the two peaks measured in the same run."""
     axes = figure.subplots()
-    own = [r for r in records if r["contender"] in OWN or r["contender"] == REFERENCE]
+    own = [r for r in records if r["implementation"] in OWN or r["implementation"] == REFERENCE]
     intensity = [r["cost"]["flops"] / r["cost"]["bytes"] for r in own]
-    product = max(ceilings["product"].values())
-    ridge = product / ceilings["copy"]
+    product = max(peak_rates["product"].values())
+    ridge = product / peak_rates["copy"]
     corners = [min([*intensity, ridge]) / 2, ridge, max([*intensity, ridge]) * 2]
-    line = [min(x * ceilings["copy"], product) / 1e12 for x in corners]
-    axes.plot(corners, line, color="black", lw=1, label="measured ceilings")
-    for place, contender in enumerate(unique(r["contender"] for r in own)):
-        mine = [r for r in own if r["contender"] == contender]
+    line = [min(x * peak_rates["copy"], product) / 1e12 for x in corners]
+    axes.plot(corners, line, color="black", lw=1, label="measured peaks")
+    for place, implementation in enumerate(unique(r["implementation"] for r in own)):
+        mine = [r for r in own if r["implementation"] == implementation]
         x = [r["cost"]["flops"] / r["cost"]["bytes"] for r in mine]
-        axes.plot(x, [r["tflops"] for r in mine], "o", ms=4, alpha=0.7, color=f"C{place}", label=contender)
+        axes.plot(x, [r["tflops"] for r in mine], "o", ms=4, alpha=0.7, color=f"C{place}", label=implementation)
     axes.set(xscale="log", yscale="log", xlabel="least operations per least byte", ylabel="TFLOP/s of the least work")
     axes.legend()
 
@@ -386,7 +392,7 @@ def _plot_roofline(figure, records: list[dict], ceilings: dict) -> None:
 def _plot_bound(figure, records: list[dict]) -> None:
     """Percent of the bound of the best own backend, forward and both, per case."""
     axes = figure.subplots()
-    shapes = [r for r in records if r["family"] != "long" and r["contender"] in OWN]
+    shapes = [r for r in records if r["family"] != "long" and r["implementation"] in OWN]
 
     def name(record: dict) -> str:
         return f"{record['operator']} {record['family']}" + (" causal" if record["shape"]["causal"] else "")
@@ -410,12 +416,16 @@ def _plot_length(figure, records: list[dict]) -> None:
     """Time and peak memory of forward and backward of attention against the number of tokens."""
     mine = [r for r in records if r["family"] == "long" and r["direction"] == "both" and not r["shape"]["causal"]]
     panels = figure.subplots(1, 2)
-    for place, contender in enumerate(unique(r["contender"] for r in mine)):
-        line = sorted((r for r in mine if r["contender"] == contender), key=lambda r: r["shape"]["tokens"])
+    for place, implementation in enumerate(unique(r["implementation"] for r in mine)):
+        line = sorted((r for r in mine if r["implementation"] == implementation), key=lambda r: r["shape"]["tokens"])
         x = [r["shape"]["tokens"] for r in line]
-        panels[0].plot(x, [r["seconds"]["p50"] * 1e3 for r in line], "o-", ms=3, color=f"C{place}", label=contender)
+        panels[0].plot(
+            x, [r["seconds"]["p50"] * 1e3 for r in line], "o-", ms=3, color=f"C{place}", label=implementation
+        )
         if all(r.get("peak_memory") for r in line):
-            panels[1].plot(x, [r["peak_memory"] / 2**30 for r in line], "o-", ms=3, color=f"C{place}", label=contender)
+            panels[1].plot(
+                x, [r["peak_memory"] / 2**30 for r in line], "o-", ms=3, color=f"C{place}", label=implementation
+            )
     for axes, label in zip(panels, ("ms, forward + backward", "peak GiB, forward + backward"), strict=True):
         axes.set(xscale="log", xlabel="tokens N", ylabel=label)
         if axes.lines:

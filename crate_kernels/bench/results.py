@@ -118,7 +118,13 @@ def key(record: dict) -> tuple:
     """What a record measures; the same in every file."""
     shape = json.dumps(record.get("shape", {}), sort_keys=True)
     subject = record.get("operator") or record.get("model"), record.get("family"), record.get("batch")
-    return *subject, shape, record.get("dtype"), record.get("direction") or record.get("task"), record.get("contender")
+    return (
+        *subject,
+        shape,
+        record.get("dtype"),
+        record.get("direction") or record.get("task"),
+        record.get("implementation"),
+    )
 
 
 def slower(old: Iterable[dict], new: Iterable[dict], *, least: float = 0.03, relative: bool = False) -> list[dict]:
@@ -128,7 +134,7 @@ def slower(old: Iterable[dict], new: Iterable[dict], *, least: float = 0.03, rel
     fifth was: the ranges p20..p80 of the two runs do not touch.
 
     Args:
-        relative: compare speed-ups over the literal reference of the same run instead of seconds; for machines
+        relative: compare speed-ups over the reference of the same run instead of seconds; for machines
             whose speed itself differs between the runs.
     """
     before, found = {key(r): r for r in old}, []

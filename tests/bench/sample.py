@@ -7,17 +7,17 @@ ENVIRONMENT = {
     "device": "A processor",
     "capability": "cpu",
 }
-CEILINGS = {"copy": 1e10, "product": {"float32": 1e11}, "exponentials": 1e9}
+PEAKS = {"copy": 1e10, "product": {"float32": 1e11}, "exponentials": 1e9}
 
 
 def spread(middle, noise=0.02):
     return {"p20": middle * (1 - noise), "p50": middle, "p80": middle * (1 + noise)}
 
 
-def operator(contender, seconds, *, name="subspace_attention", tokens=197, dim=128, direction="both", **more):
+def operator(implementation, seconds, *, name="subspace_attention", tokens=197, dim=128, direction="both", **more):
     shape = dict(batch=2, tokens=tokens, heads=2, width=dim // 2, causal=False, dim=dim)
     return {
-        "operator": name, "family": "CRATE-B/16", "shape": shape, "dtype": "float32", "contender": contender,
+        "operator": name, "family": "CRATE-B/16", "shape": shape, "dtype": "float32", "implementation": implementation,
         "direction": direction, "seconds": spread(seconds), "rounds": 9, "speedup": spread(0.01 / seconds),
         "tflops": 0.05, "gbytes_per_second": 3.0, "cost": {"flops": 5e8, "bytes": 3e7, "exponentials": 1e5},
         "bound": 0.005, "limited_by": "product", "percent_of_bound": 100 * 0.005 / seconds, "peak_memory": None,
@@ -25,10 +25,10 @@ def operator(contender, seconds, *, name="subspace_attention", tokens=197, dim=1
     } | more  # fmt: skip
 
 
-def model(contender, seconds, task="forward"):
+def model(implementation, seconds, task="forward"):
     return {
         "model": "CRATE-T", "family": "vision", "shape": {"dim": 384}, "dtype": "float32", "task": task, "batch": 8,
-        "contender": contender, "seconds": spread(seconds), "rounds": 9, "images_per_second": 8 / seconds,
+        "implementation": implementation, "seconds": spread(seconds), "rounds": 9, "images_per_second": 8 / seconds,
         "speedup": spread(0.9 / seconds), "speedup_over_compiled": spread(0.8 / seconds), "peak_memory": None,
         "graph": False, "check": "output",
     }  # fmt: skip
@@ -40,18 +40,18 @@ def operators():
         operator("eager", 0.008),
         operator("sdpa flash", 0.006),
         {"operator": "subspace_attention", "family": "CRATE-B/16", "shape": operator("x", 1)["shape"],
-         "dtype": "float32", "contender": "cuda", "skipped": "no kernel yet"},
+         "dtype": "float32", "implementation": "cuda", "skipped": "no kernel yet"},
     ]  # fmt: skip
-    return {"format": 1, "part": "operators", "environment": ENVIRONMENT, "ceilings": CEILINGS, "records": records}
+    return {"format": 1, "part": "operators", "environment": ENVIRONMENT, "peaks": PEAKS, "records": records}
 
 
 def models():
-    kept = [
+    saved = [
         {"model": "CRATE-T", "family": "vision", "shape": {"dim": 384}, "dtype": "float32", "batch": 8,
-         "task": "saved for backward", "contender": contender, "bytes_per_token_channel": each}
-        for contender, each in (("reference", 48.4), ("crate_kernels", 16.1))
+         "task": "saved for backward", "implementation": implementation, "bytes_per_token_channel": each}
+        for implementation, each in (("reference", 48.4), ("crate_kernels", 16.1))
     ]  # fmt: skip
     timed = [model(*pair, task=task) for task in ("forward", "training step") for pair in
              (("reference", 0.9), ("reference compiled", 0.8), ("crate_kernels", 0.6), ("timm ViT", 1.5))]  # fmt: skip
     timed.append(model("crate_kernels prepared", 0.5))
-    return {"format": 1, "part": "models", "environment": ENVIRONMENT, "ceilings": CEILINGS, "records": kept + timed}
+    return {"format": 1, "part": "models", "environment": ENVIRONMENT, "peaks": PEAKS, "records": saved + timed}

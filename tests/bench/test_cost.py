@@ -56,14 +56,14 @@ def test_decoding_reads_the_cache_once():
         (785, "backward", 499),
     ],
 )
-def test_bounds_of_one_head_at_the_stated_ceilings(tokens, direction, nanoseconds):
+def test_bounds_of_one_head_at_the_stated_peaks(tokens, direction, nanoseconds):
     # 790 TFLOP/s and 4.3 TB/s, bf16, p = 64: the figures the project's targets are stated against.
     one = cost.subspace_attention(direction, batch=1, tokens=tokens, heads=1, width=64, causal=False, itemsize=2)
-    assert one.bound(cost.Ceilings(4.3e12, 790e12)) * 1e9 == pytest.approx(nanoseconds, rel=0.02)
+    assert one.bound(cost.Peaks(4.3e12, 790e12)) * 1e9 == pytest.approx(nanoseconds, rel=0.02)
 
 
 def test_bound_is_the_largest_term():
-    work, ceilings = cost.Cost(10.0, 20.0, 30.0), cost.Ceilings(copy=10.0, product=10.0, exponentials=1.0)
-    assert work.terms(ceilings) == {"product": 1.0, "memory": 2.0, "exponentials": 30.0}
-    assert work.bound(ceilings) == 30.0
-    assert work.bound(cost.Ceilings(10.0, 10.0)) == 2.0
+    work, peak_rates = cost.Cost(10.0, 20.0, 30.0), cost.Peaks(copy=10.0, product=10.0, exponentials=1.0)
+    assert work.terms(peak_rates) == {"product": 1.0, "memory": 2.0, "exponentials": 30.0}
+    assert work.bound(peak_rates) == 30.0
+    assert work.bound(cost.Peaks(10.0, 10.0)) == 2.0

@@ -10,7 +10,7 @@ from crate_kernels import cli, ops, timing
 from crate_kernels.bench import cases, command, cost, models, operators, peaks
 
 CPU = torch.device("cpu")
-CEILINGS = cost.Ceilings(1e10, 1e11, 1e9)
+PEAKS = cost.Peaks(1e10, 1e11, 1e9)
 TINY = {case.operator: case for case in cases.cases(CPU, quick=True)}
 
 
@@ -20,7 +20,7 @@ def test_quantiles_interpolate():
 
 
 def test_paired_ratios_ignore_what_slows_a_whole_round():
-    # The machine was ten times slower in the second round; both contenders felt it.
+    # The machine was ten times slower in the second round; both implementations felt it.
     assert timing.paired_ratio([2.0, 20.0, 2.0], [1.0, 10.0, 1.0]) == {"p20": 2, "p50": 2, "p80": 2}
 
 
@@ -36,8 +36,8 @@ def test_rounds_are_interleaved_and_the_slower_call_measures_slower():
     assert timing.quantiles(found["slow"])["p50"] > timing.quantiles(found["fast"])["p50"] >= 0.002
 
 
-def test_ceilings_are_positive():
-    found = peaks.ceilings(CPU, [torch.float32], quick=True)
+def test_measured_peaks_are_positive():
+    found = peaks.measure(CPU, [torch.float32], quick=True)
     assert found["copy"] > 0
     assert found["product"]["float32"] > 0
     assert found["exponentials"] > 0
@@ -64,12 +64,12 @@ def nan(w):
 def test_a_wrong_implementation_is_refused_and_not_timed(wrong):
     case = TINY["subspace_attention"]
     calls = {"reference": case.call("reference"), "good": case.call("eager"), "wrong": wrong}
-    records = list(operators.run_case(case, CPU, torch.float32, CEILINGS, contenders=calls, seconds=0, rounds=(2, 2)))
-    mine = [r for r in records if r["contender"] == "wrong"]
+    records = list(operators.run_case(case, CPU, torch.float32, PEAKS, implementations=calls, seconds=0, rounds=(2, 2)))
+    mine = [r for r in records if r["implementation"] == "wrong"]
     assert len(mine) == 1
     assert mine[0]["refused"]
     assert "seconds" not in mine[0]
-    assert {r["direction"] for r in records if r["contender"] == "good"} == set(cost.DIRECTIONS)
+    assert {r["direction"] for r in records if r["implementation"] == "good"} == set(cost.DIRECTIONS)
 
 
 def test_a_wrong_step_behind_a_relu_is_refused():
@@ -92,10 +92,10 @@ def test_a_wrong_model_is_refused():
     master = models.build("tiny", quick=True)
     images, targets = torch.randn(2, 3, 32, 32), torch.tensor([1, 2])
     for task in models.TASKS:
-        found = models.contenders(master, task, CPU, torch.float32, {models.REFERENCE, models.OURS})
-        found["wrong"] = models.contenders(models.build("tiny", quick=True), task, CPU, torch.float32, {models.OURS})[
-            models.OURS
-        ]
+        found = models.implementations(master, task, CPU, torch.float32, {models.REFERENCE, models.OURS})
+        found["wrong"] = models.implementations(
+            models.build("tiny", quick=True), task, CPU, torch.float32, {models.OURS}
+        )[models.OURS]
         with torch.no_grad():
             found["wrong"].model.blocks[1].ista.weight.mul_(1.01)
         passed, records = models.judged(found, task, images, targets, torch.float32)
@@ -108,13 +108,13 @@ def test_a_wrong_model_is_refused():
 
 def test_saved_bytes_of_both_models():
     master = models.build("tiny", quick=True)
-    kept = {
-        r["contender"]: r["bytes_per_token_channel"]
+    saved = {
+        r["implementation"]: r["bytes_per_token_channel"]
         for r in models.saved_records(master, {}, CPU, torch.float32, master.config["image_size"])
     }
     # Four tensors of the tokens' size in float32, and a few scalars a row, which weigh much at so small a width.
-    assert 16 <= kept[models.OURS] < 18
-    assert kept[models.REFERENCE] > 2 * kept[models.OURS]
+    assert 16 <= saved[models.OURS] < 18
+    assert saved[models.REFERENCE] > 2 * saved[models.OURS]
 
 
 def parsed(*words):
@@ -127,26 +127,26 @@ def test_command_measures_what_it_is_asked_for(tmp_path, capsys):
     common = ["--device", "cpu", "--quick", "--results", tmp_path]
     assert (
         command.run(
-            parsed(*common, "--suite", "operators", "--operators", "ista_block", "--contenders", "reference,eager")
+            parsed(*common, "--suite", "operators", "--operators", "ista_block", "--implementations", "reference,eager")
         )
         == 0
     )
     content = json.loads((tmp_path / "cpu" / "operators.json").read_text())
-    assert {(r["contender"], r["direction"]) for r in content["records"]} == {
+    assert {(r["implementation"], r["direction"]) for r in content["records"]} == {
         (c, d) for c in ("reference", "eager") for d in cost.DIRECTIONS
     }
     for record in content["records"]:
         assert 0 < record["seconds"]["p20"] <= record["seconds"]["p50"] <= record["seconds"]["p80"]
         assert record["share_of_budget"] <= 1
     assert content["environment"]["versions"]["torch"] == torch.__version__
-    assert command.run(parsed(*common, "--suite", "models", "--contenders", "crate_kernels")) == 0
+    assert command.run(parsed(*common, "--suite", "models", "--implementations", "crate_kernels")) == 0
     records = json.loads((tmp_path / "cpu" / "models.json").read_text())["records"]
     assert {r["task"] for r in records} == {*models.TASKS, "saved for backward", "memory by length"}
     assert "CRATE" in capsys.readouterr().out
 
 
 def test_check_only_times_and_writes_nothing(tmp_path, capsys):
-    words = ["--device", "cpu", "--quick", "--check-only", "--suite", "operators", "--contenders", "eager"]
+    words = ["--device", "cpu", "--quick", "--check-only", "--suite", "operators", "--implementations", "eager"]
     assert command.run(parsed(*words, "--results", tmp_path)) == 0
     assert not list(tmp_path.iterdir())
     assert "of the budget" in capsys.readouterr().out
@@ -160,7 +160,17 @@ def test_unknown_names_are_refused(words, tmp_path):
 
 def test_results_are_written_where_the_user_is(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    words = ["--device", "cpu", "--quick", "--suite", "operators", "--operators", "ista_step", "--contenders", "eager"]
+    words = [
+        "--device",
+        "cpu",
+        "--quick",
+        "--suite",
+        "operators",
+        "--operators",
+        "ista_step",
+        "--implementations",
+        "eager",
+    ]
     assert command.run(parsed(*words)) == 0
     path = tmp_path / "benchmarks" / "results" / "cpu" / "operators.json"
     assert f"wrote {path.relative_to(tmp_path)}" in capsys.readouterr().out
@@ -168,6 +178,6 @@ def test_results_are_written_where_the_user_is(tmp_path, monkeypatch, capsys):
 
 
 def test_a_checked_model_without_a_budget_has_a_line():
-    record = dict(model="CRATE-T", batch=1, task="forward", contender=models.VIT, check="finite")
+    record = dict(model="CRATE-T", batch=1, task="forward", implementation=models.VIT, check="finite")
     assert command.line(record) == "CRATE-T batch 1 · forward · timm ViT: finite"
     assert command.line(record | {"share_of_budget": 0.5}).endswith("finite (50 % of the budget)")

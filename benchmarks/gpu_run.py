@@ -1,8 +1,8 @@
-"""One visit to a GPU: build, test, sanitize, measure. Standard library only; runs from a checkout without installing.
+"""One GPU run: build, test, sanitize, measure. Standard library only; runs from a checkout without installing.
 
-    python benchmarks/gpu_visit.py OUT                      every stage, within nine minutes
-    python benchmarks/gpu_visit.py OUT --stages operators   some stages, which then share the nine minutes
-    python benchmarks/gpu_visit.py OUT --dry-run            the same commands with tiny shapes on the CPU
+    python benchmarks/gpu_run.py OUT                      every stage, within nine minutes
+    python benchmarks/gpu_run.py OUT --stages operators   some stages, which then share the nine minutes
+    python benchmarks/gpu_run.py OUT --dry-run            the same commands with tiny shapes on the CPU
 
 A stage that fails or runs out of time does not stop the next. OUT holds one log a group of stages, ``operators.json``,
 ``models.json`` and ``summary.json``; the table printed last is the summary. Nothing is downloaded.
@@ -24,9 +24,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 TOTAL = 9 * 60
-"""Seconds for all stages together. A stage may use what earlier ones left of theirs, never what later ones need."""
+"""Seconds for all stages together. A stage may use the time that earlier stages left, but no time of later ones."""
 LOG_BYTES = 1 << 20
-"""Most that is kept of a log: its end."""
+"""Largest log in bytes; the beginning of a longer one is cut off."""
 
 
 NO_TESTS = 5
@@ -35,7 +35,7 @@ NO_TESTS = 5
 
 @dataclass
 class Stage:
-    """One command with the seconds kept for it; ``missing`` says why it cannot run here, if so."""
+    """One command and its time limit in seconds; ``missing`` is the reason why it cannot run here, or None."""
 
     name: str
     log: str
@@ -66,7 +66,7 @@ def stages(out: Path, dry: bool, commit: str) -> list[Stage]:
 
     def sanitized(tool: str) -> Stage:
         prefix = [] if dry else [sanitizer or "", "--tool", tool, "--error-exitcode", "9", "--print-limit", "20"]
-        chosen = [] if dry else ["--contenders", "triton,cuda"]
+        chosen = [] if dry else ["--implementations", "triton,cuda"]
         missing = None if dry or sanitizer else "compute-sanitizer is not on the path"
         # Without torch's caching allocator every tensor is an allocation of its own, whose ends memcheck can see.
         alone = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}

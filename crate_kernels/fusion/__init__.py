@@ -1,11 +1,15 @@
 """Operators for models that people already have: ``fuse`` replaces their CRATE parts, ``unfuse`` puts them back.
 
 ``names``        the attribute names that public CRATE code uses
-``recognition``  which modules look like parts of CRATE, and which operators they might equal
+``description``  what a module holds beside its parameters
+``watch``        notices changes of it in microseconds
+``look``         what a route asks about modules when it decides
+``routes``       what recognized modules compute, in operators, and when
+``modules``      the class that a recognized module gets
+``probe``        tries whether a route computes what the module's own ``forward`` computes
 ``constants``    measures the numbers of modules that have them in their code
-``probe``        tries whether a module computes what the operators compute
-``routes``       the classes that replace a module's ``forward``, and when they take the operators
-``api``          applies all of them to a model
+``recognition``  which modules look like parts of CRATE, and which route they take
+``api``          applies all of it to a model
 """
 
 from .api import FuseReport as FuseReport

@@ -11,12 +11,15 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
-from typing import Any
 
+import torch
 from torch import nn
 
-from .recognition import recognize, untouched_parts
-from .routes import OperatorRoute, class_with_route
+from ..ops import checks
+from .modules import Fused, attach, detach, is_as_tried, set_residual_dtype
+from .names import ORIGINAL
+from .recognition import Known, recognize, untouched_parts
+from .routes import route_of
 
 
 @dataclass
@@ -34,51 +37,73 @@ class FuseReport:
         return "\n".join(lines)
 
 
-def fuse(model: nn.Module) -> FuseReport:
-    """Let the CRATE parts of ``model`` run as fused operators, in place; calling it again changes nothing.
+def fuse(model: nn.Module, *, residual_dtype: torch.dtype | None = None) -> FuseReport:
+    """Let the CRATE parts of ``model`` run as operators, in place.
 
-    Recognised are the public code's ``Attention``, ``CausalSelfAttention``, ``FeedForward``, ``MLP`` and
+    Recognized are the public code's ``Attention``, ``CausalSelfAttention``, ``FeedForward``, ``MLP`` and
     ``OvercompleteISTABlock``, the ``PreNorm`` around them, and the layers and stacks that join them (vision CRATE,
     CRATE-MAE's encoder and decoder blocks, CRATE-alpha, CRATE-GPT2), also as copies under other class names.
 
-    Outputs and all gradients stay the same up to rounding. Parameters stay the same objects under the same names; the
-    optimiser, ``state_dict``, ``deepcopy``, pickling, ``torch.compile`` and data-parallel wrappers go on working. A
-    module takes its own, unfused ``forward`` wherever the fused one could not be seen to do the same: in training
-    with dropout, when it is called with more than one tensor (attention maps asked for, a mask), and when something
-    that it would bypass has hooks.
+    Outputs and all gradients stay the same up to rounding. Parameters stay the same objects under the same names. The
+    optimizer, ``state_dict``, ``deepcopy``, pickling, ``torch.compile`` and data-parallel wrappers work as before. A
+    module runs its own ``forward`` wherever the operators could not be seen to do the same: in training with dropout,
+    when it is called with more than one tensor (attention maps asked for, a mask), and while something that the
+    operators would skip has hooks or has been changed. Call ``fuse`` again after a change: it tries changed modules
+    anew, and leaves all others as they are.
+
+    Args:
+        model: any ``nn.Module``.
+        residual_dtype: of the residual stream in fused layers and stacks under autocast. None keeps the dtype that it
+            has in the model's own code: float32 for float32 parameters. ``torch.bfloat16`` saves memory and rounds the
+            stream after each half of a layer; see ``docs/fuse.md`` for both errors. It has no effect without autocast.
 
     Returns:
         A printable :class:`FuseReport` of what was fused, and of what was left alone and why.
+
+    Raises:
+        TypeError: ``model`` is not an ``nn.Module``, or ``residual_dtype`` no floating dtype.
     """
-    report = FuseReport()
-    known: dict = {}  # what probes found out, for layers that repeat
+    _check(model)
+    if residual_dtype is not None and residual_dtype not in checks.FLOATING:
+        raise TypeError(f"residual_dtype: expected None or a floating dtype of torch, got {residual_dtype!r}")
+    report, known = FuseReport(), Known()
     reasons: dict[str, str] = {}
-    # Children first: a layer is recognised by the parts that were recognised in it.
+    # Children first: a layer is recognized by the parts that were recognized in it.
     for path, module in reversed(list(model.named_modules())):
-        if not isinstance(module, OperatorRoute):
-            result = recognize(module, known)
-            if isinstance(result, str):
-                reasons[path] = result
-            elif result is not None:
-                recipe, plan = result
-                module.__class__ = class_with_route(recipe, type(module))
-                module.__dict__["_fused"] = plan
+        if isinstance(module, Fused):
+            if is_as_tried(module):
+                continue
+            detach(module)
+        route = recognize(module, known)
+        if isinstance(route, str):
+            reasons[path] = route
+        elif route is not None:
+            attach(module, route)
     for path, module in model.named_modules():
-        if isinstance(module, OperatorRoute):
-            report.fused[path] = f"{type(module)._original.__name__}: {module._describe()}"
+        if isinstance(module, Fused):
+            set_residual_dtype(module, residual_dtype)
+            original = getattr(module, ORIGINAL)
+            report.fused[path] = f"{original.__name__}: {route_of(module).describe(module)}"
     report.left = reasons | {path: reason for path, reason in untouched_parts("", model) if path not in reasons}
     report.left = dict(sorted(report.left.items()))
     return report
 
 
 def unfuse(model: nn.Module) -> None:
-    """Undo :func:`fuse`, in place and exactly: every module has its own class again."""
-    module: Any
+    """Undo :func:`fuse`, in place and exactly: every module has its own class again.
+
+    Raises:
+        TypeError: ``model`` is not an ``nn.Module``.
+    """
+    _check(model)
     for module in model.modules():
-        if isinstance(module, OperatorRoute):
-            for name in ("_fused", "keep_folded", "_folded"):
-                module.__dict__.pop(name, None)
-            module.__class__ = type(module)._original  # type: ignore[assignment]
+        detach(module)
+
+
+def _check(model: nn.Module) -> None:
+    if not isinstance(model, nn.Module):
+        got = f"the class {model.__name__}" if isinstance(model, type) else f"a {type(model).__name__}"
+        raise TypeError(f"model: expected a torch.nn.Module, got {got}")
 
 
 def _grouped(entries: dict[str, str]) -> list[str]:

@@ -8,21 +8,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .probe import OF_EVERY_MODULE, probing, random_copy, token_width
+from .description import OF_EVERY_MODULE
+from .probe import probing, random_copy, token_width
 from .routes import ISTARoute
 
 
-def plans_by_measurement(module: nn.Module, forms: tuple[str, ...], step_size: str | None, lambd: str | None):
-    """Plans for a module without an attribute for its step size or threshold: the numbers in its code, measured.
+def routes_by_measurement(module: nn.Module, forms: tuple[str, ...], step_size: str | None, lambd: str | None):
+    """Routes for a module without an attribute for its step size or threshold: the numbers in its code, measured.
 
-    The probe that follows confirms them, like every plan, on random tokens and parameters. A number that comes from
+    The probe that follows confirms them, like every route, on random tokens and parameters. A number that comes from
     anywhere else than the code could be another one tomorrow: such a module is left alone.
     """
     matrices = {"weight", "D", "D1"}
     if type(module).__module__.startswith("torch.") or not matrices.issuperset(dict(module.named_parameters())):
         return []
     unknown = {name: value for name, value in _constants(module).items() if name not in (step_size, lambd)}
-    plans = []
+    routes = []
     with probing():
         for form in forms:
             found = measure(random_copy(module), form)
@@ -36,8 +37,8 @@ def plans_by_measurement(module: nn.Module, forms: tuple[str, ...], step_size: s
             moved._buffers = {name: _perturbed(value) for name, value in moved._buffers.items()}
             if measure(moved, form) != found:
                 return "its step size or threshold comes from an attribute whose name is not known here"
-            plans.append(ISTARoute.Plan(form, *(n or v for n, v in zip((step_size, lambd), found, strict=True))))
-    return plans
+            routes.append(ISTARoute(form, *(n or v for n, v in zip((step_size, lambd), found, strict=True))))
+    return routes
 
 
 def measure(module: nn.Module, form: str) -> tuple[float, float] | None:

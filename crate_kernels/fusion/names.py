@@ -15,8 +15,11 @@ DROPOUT = ("dropout", "attn_dropout", "resid_dropout", "attn_drop", "dropout_p")
 CHECKPOINTING = ("gradient_checkpointing", "use_checkpoint", "grad_checkpointing")
 """A layer or stack in which one of these is true runs its layers under activation checkpointing."""
 
-HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-"""Where ``nn.Module`` holds the hooks of a call."""
+FUSION = "_crate_fusion"
+"""Where a fused module holds its route: the one attribute that ``fuse`` adds."""
+
+ORIGINAL = "_crate_original"
+"""Where the class of a fused module holds the class that it was made from."""
 
 
 def attribute(module: nn.Module, names: tuple[str, ...], kind=object) -> str | None:

@@ -1,58 +1,88 @@
 """The numerical trial: does an operator route give the outputs and gradients of the module's own ``forward``?
 
-Both run in float64 on the CPU, on copies with random parameters.
+Both run in float64 on the CPU, on copies with random parameters and with several numbers of tokens.
 """
 
 from __future__ import annotations
 
 import contextlib
 from collections import OrderedDict
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 
 from .. import ops
-from .names import DROPOUT, HOOKS, LAMBD, PROJECTION, SCALE, STEP_SIZE, attribute
-from .routes import AttentionRoute, ISTARoute, LayerRoute, OperatorRoute, PreNormRoute, StackRoute, class_with_route
+from .description import is_number
+from .names import DROPOUT, LAMBD, PROJECTION, SCALE, STEP_SIZE, attribute
+from .routes import Route
+
+SHAPES = ((2, 3), (1, 1), (1, 17), (1, 65), (1, 257))
+"""(images or sequences, tokens) of the trial. The first is tried in training too, the others in evaluation."""
+
+LONGEST = max(tokens for _, tokens in SHAPES)
 
 
-def agreeing_plan(recipe: type[OperatorRoute], module: nn.Module, plans: list, width: int, copy) -> Any | str:
-    """The first plan whose fused route gives the outputs and gradients of the module's own forward; else the reason."""
-    with probing():
-        try:
-            probe, x = copy(module), random_tensor(2, 3, width)
-            want = []
-            for training in (False, True):
-                probe.train(training)
-                before = held(probe)
-                want += outcome(probe.forward, probe, x)
-                if held(probe) != before:
-                    return "its forward keeps something on the module"
-        except Exception as error:
-            return f"its forward could not be tried ({type(error).__name__}: {str(error).partition(chr(10))[0]})"
-        for plan in plans:
-            candidate = copy(module)
-            candidate.__class__ = class_with_route(recipe, type(module))
-            candidate.__dict__["_fused"] = plan
+class NotTried(Exception):
+    """Why the trial of a module came to no comparison."""
+
+
+class Trial:
+    """What a module's own ``forward`` gives: outputs and gradients, in training and in evaluation, for every shape.
+
+    Args:
+        width: of the tokens.
+        copy: ``copy(module, rate)`` makes the module that is tried; ``rate`` is for all its dropout.
+    """
+
+    def __init__(self, module: nn.Module, width: int, copy: Callable[[nn.Module, float], nn.Module]):
+        self.module, self.copy, self.width = module, copy, width
+        self.longest: int | None = None
+        with probing():
+            # Dropout must do nothing in evaluation, whatever its rate, and nothing in training at rate 0.
+            self._training = self._own(copy(module, 0.0).train(), SHAPES[:1])
+            self._evaluation = self._own(copy(module, 0.5).eval(), SHAPES)
+            tried = len(self._evaluation)
+            if tried < len(SHAPES):
+                self.longest = SHAPES[tried - 1][1]
+
+    def agrees(self, route: Route) -> bool:
+        """Whether ``route`` gives the same."""
+        with probing():
+            for training, wanted in ((True, self._training), (False, self._evaluation)):
+                copy = self.copy(self.module, 0.0).train(training)
+                for shape, want in zip(SHAPES, wanted, strict=False):
+                    try:
+                        got = outcome(lambda x: route.assumed(copy, x), copy, self._tokens(shape))  # noqa: B023
+                    except Exception:
+                        return False
+                    if len(got) != len(want) or not all(map(agree, got, want)):
+                        return False
+        return True
+
+    def _own(self, probe: nn.Module, shapes: tuple[tuple[int, int], ...]) -> list[list[Tensor | None]]:
+        outcomes: list[list[Tensor | None]] = []
+        before = held(probe)
+        for shape in shapes:
             try:
-                got = outcome(candidate._compute, candidate, x)
-            except Exception:
-                continue
-            if len(got) * 2 == len(want) and all(map(agree, got * 2, want)):
-                return plan
-    return f"its forward does not compute {_NAMES[recipe]}"
+                outcomes.append(outcome(probe.forward, probe, self._tokens(shape)))
+            except Exception as error:
+                # A position table or a mask has its size: longer sequences are left to the module itself.
+                if len(outcomes) >= 2:
+                    break
+                text = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+                raise NotTried(f"its forward could not be tried ({text})") from error
+            if held(probe) != before:
+                raise NotTried("its forward keeps something on the module")
+        with torch.no_grad():
+            if not agree(probe.forward(self._tokens(shapes[0])), outcomes[0][0]):
+                raise NotTried("its forward is random, or another one without gradients")
+        return outcomes
 
-
-_NAMES = {
-    AttentionRoute: "subspace attention",
-    ISTARoute: "an ISTA step known here",
-    PreNormRoute: "fn(norm(x))",
-    StackRoute: "a known succession of its layers",
-    LayerRoute: "a known succession of its parts",
-}
+    def _tokens(self, shape: tuple[int, int]) -> Tensor:
+        generator = torch.Generator().manual_seed(shape[1])
+        return torch.randn((*shape, self.width), dtype=torch.float64, generator=generator)
 
 
 @contextlib.contextmanager
@@ -70,7 +100,7 @@ def probing() -> Iterator[None]:
         yield
 
 
-def outcome(function, module: nn.Module, x: Tensor) -> list[Tensor | None]:
+def outcome(function: Callable[[Tensor], Tensor], module: nn.Module, x: Tensor) -> list[Tensor | None]:
     """The output and the gradients of ``x`` and of all parameters."""
     x = x.detach().requires_grad_()
     out = function(x)
@@ -81,20 +111,20 @@ def outcome(function, module: nn.Module, x: Tensor) -> list[Tensor | None]:
 
 
 def agree(a: Tensor | None, b: Tensor | None) -> bool:
+    """Equal up to rounding in float64."""
     if a is None or b is None:
         return a is b
     return a.shape == b.shape and torch.allclose(a, b, rtol=1e-9, atol=1e-9)
 
 
-def random_tensor(*shape: int) -> Tensor:
-    return torch.randn(shape, dtype=torch.float64)
+# -- copies to try -------------------------------------------------------------------------------------------------
 
 
-def random_copy(module: nn.Module) -> nn.Module:
-    """The same module with random float64 parameters, no dropout, no hooks, and constants that are nobody's default."""
+def random_copy(module: nn.Module, rate: float = 0.0) -> nn.Module:
+    """The same module with random float64 parameters, no hooks, one dropout rate, and numbers that are no defaults."""
     generator, memo = torch.Generator().manual_seed(1), {}
 
-    def parameter(p: Tensor | None) -> nn.Parameter | None:
+    def parameter(p: Tensor | None) -> Tensor | None:
         if p is not None and id(p) not in memo:
             values = torch.randn(p.shape, dtype=torch.float64, generator=generator)
             memo[id(p)] = nn.Parameter(values / p.shape[-1] ** 0.5 if p.dim() > 1 else 1 + values / 2)
@@ -107,19 +137,19 @@ def random_copy(module: nn.Module) -> nn.Module:
             name: b.to("cpu", torch.float64 if b.is_floating_point() else b.dtype)
             for name, b in m.named_buffers("", False)
         }
-        for name in (*SCALE, *STEP_SIZE, *LAMBD):
+        for name in (*SCALE, *STEP_SIZE, *LAMBD, "eps"):
             # If the forward does not read the attribute but has the same number in its code, this tells.
             if isinstance(m.__dict__.get(name), float):
                 clone.__dict__[name] *= 1.25
         for name in ("p",) if isinstance(m, _DropoutNd) else DROPOUT:
-            if isinstance(m.__dict__.get(name), float):
-                clone.__dict__[name] = 0.0
+            if is_number(m.__dict__.get(name)):
+                clone.__dict__[name] = rate
         return clone
 
     return copy(module)
 
 
-def wiring_copy(module: nn.Module) -> nn.Module:
+def wiring_copy(module: nn.Module, rate: float = 0.0) -> nn.Module:
     """The same module with every part in it replaced by a function of its own, to see how they are joined."""
     number = iter(range(1, 1 << 30))
 
@@ -142,36 +172,22 @@ class _Part(nn.Module):
         return torch.sin(x + 0.7 * self.number) * (1 + 0.1 * (self.number % 5))
 
 
-def _shallow(module: nn.Module, child) -> nn.Module:
+def _shallow(module: nn.Module, child: Callable[[nn.Module], nn.Module]) -> nn.Module:
     """A module that shares what ``module`` holds, has no hooks, and the children ``child(m)``."""
     clone = type(module).__new__(type(module))
     clone.__dict__.update(module.__dict__)
-    clone.__dict__.update({name: OrderedDict() for name in HOOKS})
+    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    clone.__dict__.update({name: OrderedDict() for name in hooks})
     clone.__dict__["_modules"] = {name: m if m is None else child(m) for name, m in module._modules.items()}
     return clone
 
 
-def held(module: nn.Module) -> list:
+def held(module: nn.Module) -> list[dict[str, int]]:
     """All that the modules hold, by identity."""
     return [{name: id(value) for name, value in {**m.__dict__, **m._buffers}.items()} for m in module.modules()]
 
 
-def signature(module: nn.Module) -> tuple:
-    """Equal for modules whose forwards differ in nothing but the values of their parameters."""
-    held = {name: value for name, value in module.__dict__.items() if name not in OF_EVERY_MODULE}
-    tensors = {**module._parameters, **module._buffers}
-    return (
-        type(module),
-        tuple((n, v if isinstance(v, int | float | str | None) else id(v)) for n, v in sorted(held.items())),
-        tuple((n, None if t is None else tuple(t.shape)) for n, t in sorted(tensors.items())),
-        tuple((n, None if m is None else signature(m)) for n, m in module._modules.items()),
-    )
-
-
-OF_EVERY_MODULE = frozenset(nn.Module().__dict__)
-
-
-def token_width(module: Any) -> int:
+def token_width(module: nn.Module) -> int:
     """Width of the tokens that an attention or ISTA module takes."""
     projection, dictionary = attribute(module, PROJECTION, nn.Module), getattr(module, "D", None)
     if projection is not None:

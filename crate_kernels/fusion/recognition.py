@@ -1,55 +1,116 @@
-"""Which modules look like parts of CRATE, by the attributes they have, and which operators they might equal."""
+"""Which modules look like parts of CRATE, by the attributes they have, and which operators give what they compute."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..nn import ISTA, MSSA, OvercompleteISTA
-from .constants import plans_by_measurement
+from .constants import routes_by_measurement
+from .description import describe
+from .modules import Fused
 from .names import HEADS, LAMBD, OUTPUT, PROJECTION, SCALE, STEP_SIZE, attribute
-from .probe import agree, agreeing_plan, probing, random_copy, random_tensor, signature, token_width, wiring_copy
-from .routes import WIRINGS, AttentionRoute, ISTARoute, LayerRoute, OperatorRoute, PreNormRoute, StackRoute
+from .probe import LONGEST, NotTried, Trial, agree, probing, random_copy, token_width, wiring_copy
+from .routes import (
+    WIRINGS,
+    AttentionRoute,
+    ISTARoute,
+    LayerRoute,
+    PreNormRoute,
+    Route,
+    StackRoute,
+    are_pairs,
+    route_of,
+)
 
 
-def recognize(module: nn.Module, known: dict) -> tuple[type[OperatorRoute], Any] | str | None:
-    """The recipe and plan for a module; the reason why it has none if it looks like one; None if it does not."""
+class Known:
+    """What the trials found out, for modules that repeat: they differ in the values of their parameters alone."""
+
+    def __init__(self):
+        self._results: list[tuple[tuple, Any]] = []
+
+    def result(self, question: str, module: nn.Module, answer: Callable[[], Any]) -> Any:
+        """``answer()``, asked once for every kind of module."""
+        shapes = [(name, None if p is None else tuple(p.shape)) for name, p in _all_parameters(module)]
+        key = (question, describe(module), shapes)
+        for known, result in self._results:
+            if known == key:
+                return result
+        result = answer()
+        self._results.append((key, result))
+        return result
+
+
+def _all_parameters(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, Tensor | None]]:
+    for name, parameter in module._parameters.items():
+        yield prefix + name, parameter
+    for name, child in module._modules.items():
+        if child is not None:
+            yield from _all_parameters(child, f"{prefix}{name}.")
+
+
+def recognize(module: nn.Module, known: Known) -> Route | str | None:
+    """The route of a module; the reason why it has none if it looks like one; None if it does not."""
     if isinstance(module, MSSA | ISTA | OvercompleteISTA):
         return None
-    for recipe, candidates in (
-        (AttentionRoute, _attention_plans),
-        (ISTARoute, _ista_plans),
-        (PreNormRoute, _prenorm_plans),
-        (StackRoute, _stack_plans),
-        (LayerRoute, _layer_plans),
-    ):
-        plans = candidates(module, known)
-        if isinstance(plans, str):
-            return plans
-        plans = list(plans)
-        if not plans:
+    for candidates in (_attention_routes, _ista_routes, _prenorm_routes, _stack_routes, _layer_routes):
+        routes = candidates(module, known)
+        if isinstance(routes, str):
+            return routes
+        routes = list(routes)
+        if not routes:
             continue
         if "forward" in module.__dict__:
             return "its forward has been replaced on the instance"
         if isinstance(module, torch.jit.ScriptModule):
             return "it is a scripted module"
-        if recipe in (AttentionRoute, ISTARoute):
-            # Layers repeat: one probe for all that differ in their weights' values alone.
-            key = (recipe, signature(module))
-            if key not in known:
-                known[key] = agreeing_plan(recipe, module, plans, token_width(module), random_copy)
-            result = known[key]
-        else:
-            width = next((p.shape[-1] for p in module.parameters()), 4)
-            result = agreeing_plan(recipe, module, plans, width, wiring_copy)
-        return result if isinstance(result, str) else (recipe, result)
+        return known.result("route", module, functools.partial(_agreeing, module, routes))
     return None
 
 
-def _attention_plans(module: nn.Module, _) -> Iterator:
+def _agreeing(module: nn.Module, routes: list[Route]) -> Route | str:
+    """The first route that gives the outputs and gradients of the module's own forward; else the reason."""
+    try:
+        if isinstance(routes[0], AttentionRoute | ISTARoute):
+            trial = Trial(module, token_width(module), random_copy)
+        else:
+            trial = Trial(module, next((p.shape[-1] for p in module.parameters() if p.dim()), 4), wiring_copy)
+    except NotTried as reason:
+        return str(reason)
+    for route in routes:
+        if trial.agrees(route):
+            if isinstance(route, AttentionRoute):
+                return replace(route, longest=_longest(module, route, trial))
+            return route
+    return f"its forward does not compute {routes[0].trial}"
+
+
+def _longest(module: nn.Module, route: AttentionRoute, trial: Trial) -> int | None:
+    """How many tokens the trial speaks for: all, unless the module has a mask or a table of limited size."""
+    limits = [] if trial.longest is None else [trial.longest]
+    for buffer in module.buffers():
+        if buffer.dim() >= 2 and buffer.shape[-1] == buffer.shape[-2]:
+            size = buffer.shape[-1]
+            limits = [limit for limit in limits if limit > size]
+            limits.append(size if size <= LONGEST or (route.causal and _is_causal(buffer)) else LONGEST)
+    return min(limits, default=None)
+
+
+def _is_causal(mask: Tensor) -> bool:
+    """Whether a mask hides later tokens and no others, in one of the usual ways: 0 or False, or -inf, where hidden."""
+    mask = mask.cpu()
+    later = torch.ones(mask.shape[-2:], dtype=torch.bool).triu(1)
+    marks = [mask == 0] if not mask.is_floating_point() else [mask == 0, mask == float("-inf")]
+    return any(bool((hidden == later).all()) for hidden in (*marks, mask != 0))
+
+
+def _attention_routes(module: nn.Module, _) -> Iterator[AttentionRoute]:
     projection, heads = attribute(module, PROJECTION, nn.Module), attribute(module, HEADS, int)
     if projection is None or heads is None:
         return
@@ -61,94 +122,89 @@ def _attention_plans(module: nn.Module, _) -> Iterator:
         return
     for scale in dict.fromkeys((attribute(module, SCALE, float | int), None)):
         for causal in (False, True):
-            yield AttentionRoute.Plan(projection, heads, output, scale, causal)
+            yield AttentionRoute(projection, heads, output, scale, causal)
 
 
-def _ista_plans(module: nn.Module, _) -> list | str:
+def _ista_routes(module: nn.Module, _) -> Iterable[ISTARoute] | str:
     step_size, lambd = attribute(module, STEP_SIZE), attribute(module, LAMBD)
     weight, dictionary = getattr(module, "weight", None), getattr(module, "D", None)
     matrices = [m for m in (dictionary, weight) if isinstance(m, Tensor) and m.dim() == 2]
     if not matrices:
         return []
     if matrices[0] is dictionary:
-        forms: tuple[str, ...] = ("D",)
+        forms = ("D",)
     else:
-        forms = ("complete", "rows") if matrices[0].shape[0] == matrices[0].shape[1] else ("rows",)
+        forms = ("complete", "rows") if weight.shape[0] == weight.shape[1] else ("rows",)
     if step_size is None or lambd is None:
-        return plans_by_measurement(module, forms, step_size, lambd)
+        return routes_by_measurement(module, forms, step_size, lambd)
     if not all(isinstance(getattr(module, name), float | int) for name in (step_size, lambd)):
         return "its step size or threshold is a tensor; the operators take numbers"
-    return [ISTARoute.Plan(form, step_size, lambd) for form in forms]
+    return [ISTARoute(form, step_size, lambd) for form in forms]
 
 
-def _prenorm_plans(module: nn.Module, known: dict) -> Iterator:
+def _prenorm_routes(module: nn.Module, known: Known) -> Iterator[PreNormRoute]:
     children = dict(module.named_children())
-    if children.keys() == {"norm", "fn"} and isinstance(children["fn"], AttentionRoute | ISTARoute):
+    if children.keys() == {"norm", "fn"} and isinstance(route_of(children["fn"]), AttentionRoute | ISTARoute):
         for eps in epsilons(children["norm"], known):
-            yield PreNormRoute.Plan(eps)
+            yield PreNormRoute(eps)
 
 
-def _stack_plans(module: nn.Module, _) -> Iterator:
+def _stack_routes(module: nn.Module, _) -> Iterator[StackRoute]:
     children = dict(module.named_children())
     if len(children) != 1 or next(module.parameters(recurse=False), None) is not None:
         return
     ((name, layers),) = children.items()
-    if (
-        isinstance(layers, nn.ModuleList)
-        and len(layers)
-        and all(isinstance(pair, nn.ModuleList) and len(pair) == 2 for pair in layers)
-        and any(isinstance(m, PreNormRoute) for pair in layers for m in pair.children())
-    ):
+    if are_pairs(layers) and any(isinstance(route_of(m), PreNormRoute) for pair in layers for m in pair):
         for wiring in WIRINGS:
-            yield StackRoute.Plan(name, wiring)
+            yield StackRoute(name, wiring)
 
 
-def _layer_plans(module: nn.Module, known: dict) -> Iterator:
+def _layer_routes(module: nn.Module, known: Known) -> Iterator[LayerRoute]:
     children = {name: m for name, m in module.named_children() if type(m) is not nn.Identity}
-    attention = [name for name, m in children.items() if isinstance(m, AttentionRoute)]
-    ista = [name for name, m in children.items() if isinstance(m, ISTARoute)]
+    attention = [name for name, m in children.items() if isinstance(route_of(m), AttentionRoute)]
+    ista = [name for name, m in children.items() if isinstance(route_of(m), ISTARoute)]
     norms = [name for name in children if name not in (*attention, *ista)]
     if (len(attention), len(ista), len(norms)) == (1, 1, 2):
         for eps_1 in epsilons(children[norms[0]], known):
             for eps_2 in epsilons(children[norms[1]], known):
                 for wiring in ("crate", "residual"):
-                    yield LayerRoute.Plan((norms[0], attention[0], norms[1], ista[0]), (eps_1, eps_2), wiring)
+                    yield LayerRoute((norms[0], attention[0], norms[1], ista[0]), (eps_1, eps_2), wiring)
 
 
-def epsilons(norm: nn.Module, known: dict) -> list[float | None]:
+def epsilons(norm: nn.Module, known: Known) -> list[float | None]:
     """The eps with which this module is a LayerNorm of the last axis: None for its attribute; empty if it is not."""
     weight = getattr(norm, "weight", None)
     if not isinstance(weight, Tensor) or weight.dim() != 1:
         return []
     if type(norm) is nn.LayerNorm:
         return [None]
-    key = ("norm", signature(norm))
-    if key not in known:
-        known[key] = []
-        # nanoGPT and its kin write their own, with eps in the code.
-        for eps in (None, 1e-5, 1e-6, 1e-12):
-            if eps is None and not isinstance(getattr(norm, "eps", None), float):
-                continue
-            with probing():
-                try:
-                    copy: Any = random_copy(norm)
-                    x = 1e-2 * random_tensor(2, 3, weight.shape[0])
-                    bias, used = getattr(copy, "bias", None), copy.eps if eps is None else eps
-                    if agree(copy(x), nn.functional.layer_norm(x, x.shape[-1:], copy.weight, bias, used)):
-                        known[key] = [eps]
-                        break
-                except Exception:
-                    break
-    return known[key]
+    return known.result("norm", norm, lambda: _epsilons(norm, weight.shape[0]))
+
+
+def _epsilons(norm: nn.Module, width: int) -> list[float | None]:
+    # nanoGPT and its kin write their own, with eps in the code.
+    for eps in (None, 1e-5, 1e-6, 1e-12):
+        if eps is None and not isinstance(getattr(norm, "eps", None), float):
+            continue
+        with probing():
+            try:
+                copy = random_copy(norm).eval()
+                arguments = copy.weight, getattr(copy, "bias", None), copy.eps if eps is None else eps
+                tokens = [1e-2 * torch.randn(2, n, width, dtype=torch.float64) for n in (3, LONGEST)]
+                if all(agree(copy(x), nn.functional.layer_norm(x, x.shape[-1:], *arguments)) for x in tokens):
+                    return [eps]
+            except Exception:
+                break
+    return []
 
 
 def untouched_parts(path: str, module: nn.Module) -> Iterator[tuple[str, str]]:
     """The largest parts with parameters of their own in which nothing is fused."""
-    if isinstance(module, OperatorRoute) or next(module.parameters(), None) is None:
+    if isinstance(module, Fused) or next(module.parameters(), None) is None:
         return
     if isinstance(module, MSSA | ISTA | OvercompleteISTA):
         yield path, "runs fused operators already"
-    elif not any(isinstance(m, OperatorRoute | MSSA | ISTA | OvercompleteISTA) for m in module.modules()):
+    elif not any(isinstance(m, Fused | MSSA | ISTA | OvercompleteISTA) for m in module.modules()):
         yield path, f"{type(module).__name__}: no CRATE part in it"
     else:
         for name, child in module.named_children():

@@ -1,246 +1,408 @@
-"""The operator routes: what a recognized module runs instead of its own ``forward``, and when.
+"""The operator routes: what a recognized module computes, in operators.
 
-A route is a class that is mixed in before the module's own class. At each call it runs operators where they do all that
-the module's own ``forward`` would do, and that ``forward`` otherwise.
+A route belongs to one module. Its ``decide`` looks at the module and at everything that the operators would skip. It
+returns the step that gives what the module's own ``forward`` would give, or None where only that ``forward`` may run.
+Its ``assumed`` is what the numerical trial compares with the module's own ``forward``.
 """
 
 from __future__ import annotations
 
 import functools
-import types
+import math
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
-from torch.nn.modules.module import _has_any_global_hook
 
 from .. import ops
-from ..nn import KeepsFolded
-from .names import CHECKPOINTING, DROPOUT, HOOKS
+from ..ops.backends import autocast_is_on
+from .description import is_number
+from .look import Look
+from .names import CHECKPOINTING, DROPOUT, FUSION
+
+Step = Callable[[nn.Module, Tensor], Tensor | None]
+"""``step(module, x)`` is what a fused module computes for ``forward(x)``; None: its own ``forward`` must run."""
+
+Half = Callable[[Tensor], Tensor]
+"""Half of a layer: tokens to tokens."""
+
+REFUSED = (TypeError, ValueError)
+"""How an operator refuses inputs outside of its contract. The modules themselves may know what to do with them."""
 
 
-class OperatorRoute(nn.Module):
-    """Base of the fused routes: mixed in before a module's own class, whose ``forward`` is the unfused route."""
+@dataclass(frozen=True)
+class AttentionRoute:
+    """``output(subspace_attention(projection(x)))``. Projection and output are called as modules."""
 
-    _original: type[nn.Module]
-    _recipe: type[OperatorRoute]
-    _fused: Any
+    trial: ClassVar[str] = "subspace attention"
 
-    def _describe(self) -> str:
-        """What the fused route runs, for the report."""
-        raise NotImplementedError
+    projection: str
+    heads: str
+    output: tuple[str, ...]
+    scale: str | None
+    causal: bool
+    longest: int | None = None
+    """The largest number of tokens for which the operator is known to agree; None if there is no limit."""
 
-    def _ready(self, x: Tensor) -> bool:
-        """Whether the fused route does for ``x`` all that the module's own forward would."""
-        raise NotImplementedError
+    @property
+    def reads(self) -> Collection[str]:
+        return () if self.scale is None else (self.scale,)
 
-    def _compute(self, x: Tensor) -> Tensor:
-        """The fused route."""
-        raise NotImplementedError
+    def called(self, module: nn.Module) -> Collection[str]:
+        return self.projection, *self.output
 
-    def forward(self, *args, **kwargs):
-        # More than the tokens is asked for (attention maps, a mask): only the module's own forward knows what.
-        if len(args) == 1 and not kwargs and self._ready(args[0]):
-            return self._compute(args[0])
-        return super().forward(*args, **kwargs)
+    def describe(self, module: nn.Module) -> str:
+        limit = "" if self.longest is None else f", up to {self.longest} tokens"
+        return "subspace_attention" + (", causal" if self.causal else "") + limit
 
-    def __reduce_ex__(self, protocol):
-        # The class is made at run time; a pickle names the two classes it is made of.
-        made: Any = super().__reduce_ex__(protocol)
-        _, (_, *arguments), *rest = made
-        return _new, (self._recipe, self._original, *arguments), *rest
+    def complete(self, module: nn.Module) -> bool:
+        return True
 
+    def decide(self, module: nn.Module, look: Look) -> Step | None:
+        return self.step if self._usable(module, look) else None
 
-class AttentionRoute(OperatorRoute):
-    """``output(subspace_attention(projection(x)))``. Projection and output are called as modules: their hooks fire."""
-
-    @dataclass(frozen=True)
-    class Plan:
-        projection: str
-        heads: str
-        output: tuple[str, ...]
-        scale: str | None
-        causal: bool
-
-    def _describe(self) -> str:
-        return "subspace_attention" + (", causal" if self._fused.causal else "")
-
-    def _ready(self, x: Tensor) -> bool:
-        # What the fused route leaves out must not be asked for: dropout, hooks on the softmax, a learned scale.
-        plan = self._fused
-        bypassed = (m for name, m in self.named_children() if name not in (plan.projection, *plan.output))
-        return (
-            x.dim() == 3
-            and not drops_out(self)
-            and not _has_any_global_hook()
-            and (plan.scale is None or isinstance(getattr(self, plan.scale), float | int))
-            and all(plain(m) for m in bypassed)
-        )
-
-    def _scale(self) -> float | None:
-        name = self._fused.scale
-        return None if name is None else getattr(self, name)
-
-    def _compute(self, x: Tensor) -> Tensor:
-        plan = self._fused
-        w = getattr(self, plan.projection)(x).unflatten(-1, (getattr(self, plan.heads), -1))
-        o = ops.subspace_attention(w, scale=self._scale(), causal=plan.causal).flatten(2)
-        for name in plan.output:
-            o = getattr(self, name)(o)
-        return o
-
-    def _block(self, norm: Any, eps: float | None, z: Tensor, sign: float) -> Tensor | None:
-        """``z + sign·self(norm(z))`` as one operator; None where only the modules themselves may do it."""
-        plan = self._fused
-        projection = getattr(self, plan.projection)
-        outputs = [m for name in plan.output for m in _leaves(getattr(self, name))]
-        linears = [m for m in outputs if type(m) is nn.Linear]
-        simple = all(type(m) in (nn.Linear, nn.Identity, nn.Dropout) for m in outputs) and len(linears) <= 1
-        if not (
-            simple
-            and type(projection) is nn.Linear
-            and projection.bias is None
-            and self._ready(z)
-            and plain(norm)
-            and plain(self)
+    def step(self, module: nn.Module, x: Tensor) -> Tensor | None:
+        if (
+            x.dim() != 3
+            or x.shape[1] < 1
+            or not x.dtype.is_floating_point
+            or _too_long(x, self.longest)
+            or not _ordinary(x)
         ):
             return None
-        return ops.mssa_block(
-            z,
+        return self.assumed(module, x)
+
+    def assumed(self, module: nn.Module, x: Tensor) -> Tensor:
+        w = getattr(module, self.projection)(x).unflatten(-1, (getattr(module, self.heads), -1))
+        o = ops.subspace_attention(w, scale=self.scale_of(module), causal=self.causal).flatten(2)
+        for name in self.output:
+            o = getattr(module, name)(o)
+        return o
+
+    def block(self, module: nn.Module, norm: nn.Module, eps: float | None, sign: float, look: Look) -> Half | None:
+        """``z + sign·module(norm(z))`` as one operator; None where somebody watches a part, or a part is not plain."""
+        projection = module._modules[self.projection]
+        outputs = [m for name in self.output for m in _leaves(module._modules[name], look)]
+        linears = [m for m in outputs if type(m) is nn.Linear]
+        plain = (
+            look.plain(projection, nn.Linear)
+            and projection.bias is None
+            and all(look.plain(m, nn.Linear, nn.Identity, nn.Dropout) for m in outputs)
+            and len(linears) <= 1
+            and not any(_drops_out(m) for m in outputs)
+        )
+        if not plain or look.hooked(norm) or look.hooked(module) or not self._usable(module, look):
+            return None
+        return _AttentionBlock(self, module, norm, eps, projection, linears[0] if linears else None, sign)
+
+    def _usable(self, module: nn.Module, look: Look) -> bool:
+        scale = self.scale_of(module)
+        return (
+            (scale is None or (is_number(scale) and math.isfinite(scale)))
+            and look.unchanged(module)
+            and not any(map(_drops_out, look.skipped(module)))
+        )
+
+    def scale_of(self, module: nn.Module) -> float | None:
+        return None if self.scale is None else getattr(module, self.scale)
+
+
+class _AttentionBlock:
+    """``z + sign·attention(norm(z))`` by ``mssa_block``."""
+
+    def __init__(self, route, attention, norm, eps, projection, linear, sign):
+        self.attention, self.norm, self.sign, self.longest = attention, norm, sign, route.longest
+        self.weights = (
             *_affine(norm),
-            projection.weight,
-            linears[0].weight if linears else None,
-            linears[0].bias if linears else None,
-            heads=getattr(self, plan.heads),
-            scale=self._scale(),
-            causal=plan.causal,
+            _reader(projection, "weight"),
+            _reader(linear, "weight"),
+            _reader(linear, "bias"),
+        )
+        self.options = dict(
+            heads=getattr(attention, route.heads),
+            scale=route.scale_of(attention),
+            causal=route.causal,
             step_size=sign,
             eps=norm.eps if eps is None else eps,
         )
 
+    def __call__(self, z: Tensor) -> Tensor:
+        weights = [read() for read in self.weights]
+        if _ordinary(z, *weights) and not _too_long(z, self.longest):
+            try:
+                return ops.mssa_block(z, *weights, **self.options)
+            except REFUSED:
+                pass
+        return _residual(z, self.attention(self.norm(z)), self.sign)
 
-class ISTARoute(KeepsFolded, OperatorRoute):
+
+@dataclass(frozen=True)
+class ISTARoute:
     """One ISTA step, or two against an overcomplete dictionary."""
 
-    D: nn.Parameter
+    trial: ClassVar[str] = "an ISTA step known here"
 
-    @dataclass(frozen=True)
-    class Plan:
-        form: str
-        step_size: str | float
-        lambd: str | float
-        """The attribute's name, or the number that stands in the code."""
+    form: str
+    step_size: str | float
+    lambd: str | float
+    """The attribute's name, or the number that stands in the code."""
 
-    def _describe(self) -> str:
-        plan = self._fused
-        values = (("step_size", plan.step_size), ("lambd", plan.lambd))
+    @property
+    def reads(self) -> Collection[str]:
+        return tuple(value for value in (self.step_size, self.lambd) if isinstance(value, str))
+
+    def called(self, module: nn.Module) -> Collection[str]:
+        return ("parametrizations",)  # they run when the operator's arguments are read
+
+    def describe(self, module: nn.Module) -> str:
+        values = (("step_size", self.step_size), ("lambd", self.lambd))
         numbers = [f"{name} = {value:.10g}" for name, value in values if not isinstance(value, str)]
-        operator = "ista_step" if plan.form == "complete" else "overcomplete_ista"
+        operator = "ista_step" if self.form == "complete" else "overcomplete_ista"
         return operator + (f", with {', '.join(numbers)} as in its code" if numbers else "")
 
-    def _step(self) -> dict[str, Any]:
-        plan = self._fused
-        return {
-            name: getattr(self, value) if isinstance(value, str) else value
-            for name, value in (("step_size", plan.step_size), ("lambd", plan.lambd))
-        }
-
-    def _ready(self, x: Tensor) -> bool:
-        numbers = all(isinstance(v, float | int) for v in self._step().values())
-        return numbers and not drops_out(self) and not _has_any_global_hook()
-
-    def _compute(self, x: Tensor) -> Tensor:
-        form = self._fused.form
-        if form == "complete":
-            return ops.ista_step(x, self.weight, folded=self.folded(), **self._step())
-        if form == "rows":
-            return ops.overcomplete_ista(x, self.weight.T, **self._step())
-        return ops.overcomplete_ista(x, self.D, getattr(self, "D1", None), **self._step())
-
-    def _block(self, norm: Any, eps: float | None, z: Tensor) -> Tensor | None:
-        """``self(norm(z))`` as one operator; None where only the modules themselves may do it."""
-        if self._fused.form != "complete" or not (self._ready(z) and plain(norm) and plain(self)):
-            return None
-        eps = norm.eps if eps is None else eps
-        return ops.ista_block(z, *_affine(norm), self.weight, eps=eps, folded=self.folded(), **self._step())
-
-
-class PreNormRoute(OperatorRoute):
-    """``fn(norm(x))``: one operator where ``fn`` is an ISTA step; around attention, it waits for its layer's sum."""
-
-    fn: Any
-    norm: Any
-
-    @dataclass(frozen=True)
-    class Plan:
-        eps: float | None
-
-    def _describe(self) -> str:
-        if isinstance(self.fn, AttentionRoute):
-            return "mssa_block, where its layer adds the residual"
-        return "ista_block" if self.fn._fused.form == "complete" else "its norm, then overcomplete_ista"
-
-    def _ready(self, x: Tensor) -> bool:
+    def complete(self, module: nn.Module) -> bool:
         return True
 
-    def _compute(self, x: Tensor) -> Tensor:
-        out = self.fn._block(self.norm, self._fused.eps, x) if isinstance(self.fn, ISTARoute) else None
-        return self.fn(self.norm(x)) if out is None else out
+    def decide(self, module: nn.Module, look: Look) -> Step | None:
+        return self.step if self._usable(module, look) else None
 
-    def _residual_block(self, z: Tensor, sign: float) -> Tensor | None:
-        """``z + sign·self(z)`` as one operator; None where only the modules themselves may do it."""
-        if isinstance(self.fn, AttentionRoute) and not hooked(self):
-            return self.fn._block(self.norm, self._fused.eps, z, sign)
-        return None
+    def step(self, module: nn.Module, x: Tensor) -> Tensor | None:
+        # Under autocast the operator gives autocast's dtype. A complete step adds to its tokens and keeps theirs.
+        if self.form == "complete" and autocast_is_on(x):
+            return None
+        try:
+            return self.assumed(module, x) if _ordinary(x, *module.parameters(recurse=False)) else None
+        except REFUSED:
+            return None
+
+    def assumed(self, module: nn.Module, x: Tensor) -> Tensor:
+        if self.form == "complete":
+            folded = module.folded() if hasattr(module, "folded") else None
+            return ops.ista_step(x, module.weight, folded=folded, **self.numbers(module))
+        if self.form == "rows":
+            return ops.overcomplete_ista(x, module.weight.T, **self.numbers(module))
+        return ops.overcomplete_ista(x, module.D, getattr(module, "D1", None), **self.numbers(module))
+
+    def block(
+        self,
+        module: nn.Module,
+        norm: nn.Module,
+        eps: float | None,
+        look: Look,
+        residual_dtype: torch.dtype | None = None,
+    ) -> Half | None:
+        """``module(norm(z))`` as one operator; None where somebody watches a part."""
+        if self.form != "complete" or look.hooked(norm) or look.hooked(module) or not self._usable(module, look):
+            return None
+        return _ISTABlock(self, module, norm, eps, residual_dtype)
+
+    def _usable(self, module: nn.Module, look: Look) -> bool:
+        numbers = self.numbers(module).values()
+        return (
+            all(is_number(value) and math.isfinite(value) for value in numbers)
+            and look.unchanged(module)
+            and not any(map(_drops_out, look.skipped(module)))
+        )
+
+    def numbers(self, module: nn.Module) -> dict[str, float]:
+        return {
+            name: getattr(module, value) if isinstance(value, str) else value
+            for name, value in (("step_size", self.step_size), ("lambd", self.lambd))
+        }
 
 
-class StackRoute(OperatorRoute):
+class _ISTABlock:
+    """``ista(norm(z))`` by ``ista_block``."""
+
+    def __init__(self, route, ista, norm, eps, residual_dtype):
+        self.ista, self.norm, self.residual_dtype = ista, norm, residual_dtype
+        self.weights = *_affine(norm), _reader(ista, "weight")
+        self.options = dict(eps=norm.eps if eps is None else eps, **route.numbers(ista))
+
+    def __call__(self, z: Tensor) -> Tensor:
+        weights = [read() for read in self.weights]
+        if _ordinary(z, *weights):
+            try:
+                z = _stream(z, self.residual_dtype or weights[0].dtype)
+                return ops.ista_block(z, *weights, folded=self.ista.folded(), **self.options)
+            except REFUSED:
+                pass
+        return self.ista(self.norm(z))
+
+
+class _WholeLayer:
+    """Both halves by ``crate_layer``."""
+
+    def __init__(self, first: _AttentionBlock, second: _ISTABlock):
+        self.first, self.second = first, second
+        self.weights = *first.weights, *second.weights
+        mssa, ista = dict(first.options), dict(second.options)
+        steps = dict(mssa_step_size=mssa.pop("step_size"), mssa_eps=mssa.pop("eps"), ista_eps=ista.pop("eps"))
+        self.options = mssa | ista | steps
+
+    def __call__(self, z: Tensor) -> Tensor:
+        weights = [read() for read in self.weights]
+        if _ordinary(z, *weights) and not _too_long(z, self.first.longest):
+            try:
+                z = _stream(z, self.second.residual_dtype or weights[0].dtype)
+                return ops.crate_layer(z, *weights, folded=self.second.ista.folded(), **self.options)
+            except REFUSED:
+                pass
+        return self.second(self.first(z))
+
+
+@dataclass(frozen=True)
+class PreNormRoute:
+    """``fn(norm(x))``: one operator where ``fn`` is an ISTA step; around attention, it waits for its layer's sum."""
+
+    trial: ClassVar[str] = "fn(norm(x))"
+
+    eps: float | None
+
+    @property
+    def reads(self) -> Collection[str]:
+        return ("norm.eps",) if self.eps is None else ()
+
+    def called(self, module: nn.Module) -> Collection[str]:
+        return ("fn",)
+
+    def describe(self, module: nn.Module) -> str:
+        if isinstance(route_of(module.fn), AttentionRoute):
+            return "mssa_block, where its layer adds the residual"
+        return "ista_block" if route_of(module.fn).form == "complete" else "its norm, then overcomplete_ista"
+
+    def complete(self, module: nn.Module) -> bool:
+        return isinstance(route_of(module._modules.get("fn")), AttentionRoute | ISTARoute)
+
+    def decide(self, module: nn.Module, look: Look) -> Step | None:
+        block = self.coding(module, look)
+        return None if block is None else _Halves([block])
+
+    def assumed(self, module: nn.Module, x: Tensor) -> Tensor:
+        return module.fn(module.norm(x))
+
+    def coding(self, module: nn.Module, look: Look, residual_dtype: torch.dtype | None = None) -> Half | None:
+        """``module(z)`` as one operator, around an ISTA step."""
+        route = look.route(module._modules.get("fn"), ISTARoute)
+        if route is None or not look.unchanged(module):
+            return None
+        return route.block(module.fn, module.norm, self.eps, look, residual_dtype)
+
+    def residual(self, module: nn.Module, sign: float, look: Look) -> Half | None:
+        """``z + sign·module(z)`` as one operator, around attention."""
+        route = look.route(module._modules.get("fn"), AttentionRoute)
+        if route is None or not look.unchanged(module):
+            return None
+        return route.block(module.fn, module.norm, self.eps, sign, look)
+
+
+@dataclass(frozen=True)
+class StackRoute:
     """Layers ``[PreNorm, PreNorm]`` in a ModuleList, run one after the other."""
 
-    @dataclass(frozen=True)
-    class Plan:
-        layers: str
-        wiring: str
+    trial: ClassVar[str] = "a known succession of its layers"
+    reads: ClassVar[Collection[str]] = ()
 
-    def _describe(self) -> str:
-        return f"{len(getattr(self, self._fused.layers))} × {WIRINGS[self._fused.wiring]}"
+    layers: str
+    wiring: str
+    residual_dtype: torch.dtype | None = None
+    """Of the residual stream under autocast; None for that of the module's own ``forward``."""
 
-    def _ready(self, x: Tensor) -> bool:
-        return not any(getattr(self, name, False) for name in CHECKPOINTING)
+    def called(self, module: nn.Module) -> Collection[str]:
+        return (self.layers,)
 
-    def _compute(self, x: Tensor) -> Tensor:
-        for first, second in getattr(self, self._fused.layers):
-            x = _layer(self._fused.wiring, first, second, x)
+    def describe(self, module: nn.Module) -> str:
+        return f"{len(getattr(module, self.layers))} × {WIRINGS[self.wiring]}"
+
+    def complete(self, module: nn.Module) -> bool:
+        pairs = module._modules.get(self.layers)
+        return are_pairs(pairs) and any(isinstance(route_of(m), PreNormRoute) for pair in pairs for m in pair)
+
+    def decide(self, module: nn.Module, look: Look) -> Step | None:
+        layers = module._modules.get(self.layers)
+        if _checkpoints(module) or not look.unchanged(module) or not are_pairs(layers):
+            return None
+        look.part(layers)
+        halves: list[Half] = []
+        for pair in layers:
+            look.part(pair)
+            first, second = pair
+            if self.wiring == "decoder":
+                halves += [first, self._residual(second, -1.0, look)]
+            else:
+                halves += _joined(self.wiring, self._residual(first, 1.0, look), self._coding(second, look))
+        return _Halves(halves, self.residual_dtype)
+
+    def assumed(self, module: nn.Module, x: Tensor) -> Tensor:
+        for first, second in getattr(module, self.layers):
+            if self.wiring == "decoder":
+                x = first(x)
+                x = x - second(x)
+            else:
+                x = x + first(x)
+                x = second(x) if self.wiring == "crate" else x + second(x)
         return x
 
+    def _residual(self, module: nn.Module, sign: float, look: Look) -> Half:
+        route = look.route(module, PreNormRoute)
+        block = None if route is None or look.hooked(module) else route.residual(module, sign, look)
+        return _Residual(module, sign) if block is None else block
 
-class LayerRoute(OperatorRoute):
+    def _coding(self, module: nn.Module, look: Look) -> Half:
+        route = look.route(module, PreNormRoute)
+        block = None if route is None or look.hooked(module) else route.coding(module, look, self.residual_dtype)
+        return module if block is None else block
+
+
+@dataclass(frozen=True)
+class LayerRoute:
     """One layer whose norms, attention and ISTA step are its own children."""
 
-    @dataclass(frozen=True)
-    class Plan:
-        names: tuple[str, str, str, str]
-        eps: tuple[float | None, float | None]
-        wiring: str
+    trial: ClassVar[str] = "a known succession of its parts"
 
-    def _describe(self) -> str:
-        return WIRINGS[self._fused.wiring]
+    names: tuple[str, str, str, str]
+    eps: tuple[float | None, float | None]
+    wiring: str
+    residual_dtype: torch.dtype | None = None
+    """As for a stack."""
 
-    def _ready(self, x: Tensor) -> bool:
-        return not any(getattr(self, name, False) for name in CHECKPOINTING)
+    @property
+    def reads(self) -> Collection[str]:
+        norms = self.names[0], self.names[2]
+        return [f"{norm}.eps" for norm, eps in zip(norms, self.eps, strict=True) if eps is None]
 
-    def _compute(self, x: Tensor) -> Tensor:
-        norm_1, attention, norm_2, ista = (getattr(self, name) for name in self._fused.names)
-        y = attention._block(norm_1, self._fused.eps[0], x, 1.0) if isinstance(attention, AttentionRoute) else None
-        if y is None:
-            y = x + attention(norm_1(x))
-        coded = ista._block(norm_2, self._fused.eps[1], y) if isinstance(ista, ISTARoute) else None
-        if coded is None:
-            coded = ista(norm_2(y))
-        return coded if self._fused.wiring == "crate" else y + coded
+    def called(self, module: nn.Module) -> Collection[str]:
+        return self.names[1], self.names[3]
 
+    def describe(self, module: nn.Module) -> str:
+        return WIRINGS[self.wiring]
+
+    def complete(self, module: nn.Module) -> bool:
+        _, attention, _, ista = (route_of(module._modules.get(name)) for name in self.names)
+        return isinstance(attention, AttentionRoute) and isinstance(ista, ISTARoute)
+
+    def decide(self, module: nn.Module, look: Look) -> Step | None:
+        if _checkpoints(module) or not look.unchanged(module):
+            return None
+        norm_1, attention, norm_2, ista = (getattr(module, name) for name in self.names)
+        route = look.route(attention, AttentionRoute)
+        first = None if route is None else route.block(attention, norm_1, self.eps[0], 1.0, look)
+        route = look.route(ista, ISTARoute)
+        second = None if route is None else route.block(ista, norm_2, self.eps[1], look, self.residual_dtype)
+        first = first or _Residual(_Composition(norm_1, attention))
+        return _Halves(_joined(self.wiring, first, second or _Composition(norm_2, ista)), self.residual_dtype)
+
+    def assumed(self, module: nn.Module, x: Tensor) -> Tensor:
+        norm_1, attention, norm_2, ista = (getattr(module, name) for name in self.names)
+        y = x + attention(norm_1(x))
+        coded = ista(norm_2(y))
+        return coded if self.wiring == "crate" else y + coded
+
+
+Route = AttentionRoute | ISTARoute | PreNormRoute | StackRoute | LayerRoute
 
 WIRINGS = {
     "crate": "y = x + attn(x); x = ista(y)",
@@ -250,62 +412,126 @@ WIRINGS = {
 """How a layer joins its two halves: vision CRATE, MAE's encoder and GPT-2; CRATE-alpha; MAE's decoder."""
 
 
-def _layer(wiring: str, first: nn.Module, second: nn.Module, x: Tensor) -> Tensor:
-    if wiring == "decoder":
-        return _residual(second, first(x), -1.0)
-    y = _residual(first, x, 1.0)
-    return second(y) if wiring == "crate" else y + second(y)
+# -- halves of layers that are no operator -------------------------------------------------------------------------
 
 
-def _residual(module: nn.Module, x: Tensor, sign: float) -> Tensor:
-    """``x + sign·module(x)``, fused where that is possible."""
-    out = module._residual_block(x, sign) if isinstance(module, PreNormRoute) else None
-    if out is not None:
-        return out
-    return x + module(x) if sign == 1 else x - module(x)
+class _Halves:
+    """Halves of layers, one after the other."""
+
+    def __init__(self, halves: list[Half], residual_dtype: torch.dtype | None = None):
+        self.halves, self.residual_dtype = halves, residual_dtype
+
+    def __call__(self, module: nn.Module, x: Tensor) -> Tensor:
+        x = _stream(x, self.residual_dtype)
+        for half in self.halves:
+            x = half(x)
+        return x
 
 
-def _class_with_route(recipe: Any, original: Any) -> Any:
-    """The class ``original`` with the methods of ``recipe``, an :class:`OperatorRoute`, in front of its own."""
-    members = {"__module__": original.__module__, "_original": original, "_recipe": recipe}
-    return types.new_class(f"Fused{original.__name__}", (recipe, original), exec_body=lambda ns: ns.update(members))
+def _joined(wiring: str, first: Half, second: Half) -> list[Half]:
+    """The two halves of an encoder layer, by one operator where that is possible."""
+    if wiring == "crate" and isinstance(first, _AttentionBlock) and isinstance(second, _ISTABlock):
+        return [_WholeLayer(first, second)]
+    return [first, second if wiring == "crate" else _Residual(second)]
 
 
-# As ``Any``: classes have a hash, but not for a type checker.
-class_with_route: Any = functools.cache(_class_with_route)
+class _Composition:
+    """``second(first(x))``, called as modules."""
+
+    def __init__(self, first: nn.Module, second: nn.Module):
+        self.first, self.second = first, second
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.second(self.first(x))
 
 
-def _new(recipe: type[OperatorRoute], original: type[nn.Module], *arguments):
-    cls = class_with_route(recipe, original)
-    return cls.__new__(cls, *arguments)
+class _Residual:
+    """``x + sign·half(x)``."""
+
+    def __init__(self, half: Half, sign: float = 1.0):
+        self.half, self.sign = half, sign
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return _residual(x, self.half(x), self.sign)
 
 
-# -- which route a call takes --------------------------------------------------------------------------------------
+def _residual(x: Tensor, y: Tensor, sign: float) -> Tensor:
+    return x + y if sign == 1 else x - y
 
 
-def hooked(module: nn.Module) -> bool:
-    """A call of this very module can be observed, or is not its class's ``forward``."""
-    return any(getattr(module, name) for name in HOOKS) or "forward" in module.__dict__
+# -- parts of modules ----------------------------------------------------------------------------------------------
 
 
-def plain(module: nn.Module) -> bool:
-    return not any(hooked(m) for m in module.modules())
+def route_of(module: nn.Module | None) -> Route | None:
+    """The route of a fused module; None for any other."""
+    fusion = None if module is None else module.__dict__.get(FUSION)
+    return None if fusion is None else fusion.route
 
 
-def drops_out(module: nn.Module) -> bool:
-    for m in module.modules():
-        if m.training:
-            rates = [m.p] if isinstance(m, _DropoutNd) else [m.__dict__.get(name, 0) for name in DROPOUT]
-            if any(isinstance(rate, float | int) and rate > 0 for rate in rates):
-                return True
-    return False
+def are_pairs(layers: nn.Module | None) -> bool:
+    """Whether this is a ModuleList of ModuleLists of two."""
+    return (
+        isinstance(layers, nn.ModuleList)
+        and len(layers) > 0
+        and all(isinstance(pair, nn.ModuleList) and len(pair) == 2 for pair in layers)
+    )
 
 
-def _leaves(module: nn.Module) -> list[nn.Module]:
+def _reader(module: nn.Module | None, name: str) -> Callable[[], Tensor | None]:
+    """A function that gives ``module.name``, an order of magnitude faster where it is an ordinary parameter."""
+    if module is None:
+        return _nothing
+    if torch.compiler.is_compiling() or name not in module._parameters:
+        return functools.partial(getattr, module, name)
+    return functools.partial(module._parameters.get, name)
+
+
+def _nothing() -> None:
+    return None
+
+
+def _affine(norm: nn.Module) -> tuple[Callable[[], Tensor | None], Callable[[], Tensor | None]]:
+    """Readers of the weight and the bias of a LayerNorm."""
+    weight = _reader(norm, "weight")
+    if getattr(norm, "bias", None) is None:
+        return weight, lambda: torch.zeros_like(norm.weight)
+    return weight, _reader(norm, "bias")
+
+
+_ORDINARY = {Tensor, nn.Parameter, type(None)}
+
+
+def _ordinary(*tensors: Tensor | None) -> bool:
+    """Whether no tensor is of a class (quantized, distributed) for which the operators have no rule."""
+    return torch.compiler.is_compiling() or _ORDINARY.issuperset(map(type, tensors))
+
+
+def _too_long(x: Tensor, longest: int | None) -> bool:
+    return longest is not None and x.dim() == 3 and x.shape[1] > longest
+
+
+def _stream(z: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """``z`` in the residual stream's dtype, which autocast makes different from that of ``z``.
+
+    A public layer gives what its LayerNorm gives: the dtype of the norm's weight, even if ``z`` is narrower.
+    """
+    return z.to(dtype) if dtype is not None and z.dtype != dtype and autocast_is_on(z) else z
+
+
+def _leaves(module: nn.Module, look: Look) -> Iterator[nn.Module]:
     """The modules that a (nested) Sequential calls in turn; the module itself if it is none."""
-    return [leaf for m in module for leaf in _leaves(m)] if type(module) is nn.Sequential else [module]
+    if look.plain(module, nn.Sequential):
+        for child in module:
+            yield from _leaves(child, look)
+    else:
+        yield module
 
 
-def _affine(norm: Any) -> tuple[Tensor, Tensor]:
-    weight, bias = norm.weight, getattr(norm, "bias", None)
-    return weight, torch.zeros_like(weight) if bias is None else bias
+def _drops_out(module: nn.Module) -> bool:
+    """Whether this very module drops values out now."""
+    rates = [module.p] if isinstance(module, _DropoutNd) else [module.__dict__.get(name, 0) for name in DROPOUT]
+    return module.training and any(is_number(rate) and rate > 0 for rate in rates)
+
+
+def _checkpoints(module: nn.Module) -> bool:
+    return any(getattr(module, name, False) for name in CHECKPOINTING)

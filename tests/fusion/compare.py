@@ -35,7 +35,7 @@ def check(got, want, tolerance=1e-10):
 class Calls:
     """Counts the calls of fused operators, so that a test can tell which route was taken."""
 
-    NAMES = ("subspace_attention", "mssa_block", "ista_step", "ista_block", "overcomplete_ista")
+    NAMES = ("crate_layer", "subspace_attention", "mssa_block", "ista_step", "ista_block", "overcomplete_ista")
 
     def __init__(self, monkeypatch):
         self.counts = {}
@@ -55,4 +55,4 @@ class Calls:
         return self.counts
 
 
-VISION = {"mssa_block": 2, "ista_block": 2}
+VISION = {"crate_layer": 2}

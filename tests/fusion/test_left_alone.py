@@ -99,9 +99,7 @@ def test_other_functions_with_the_same_attributes(build, reason):
     check(outcome(model, x), want)
 
 
-@pytest.mark.parametrize(
-    ("build", "reason"), [(StochasticDepth, "known succession of its layers"), (Features, "returns a list")]
-)
+@pytest.mark.parametrize(("build", "reason"), [(StochasticDepth, "is random"), (Features, "returns a list")])
 def test_another_loop_keeps_its_loop(build, reason, calls):
     torch.manual_seed(0)
     model = double(build(16, 2, 2, 8)).eval()

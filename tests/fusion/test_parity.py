@@ -18,7 +18,7 @@ F = nn.functional
 MODELS = [
     pytest.param(Vision, 12, VISION, id="vision"),
     pytest.param(lambda: Vision(heads=1, dim_head=16), 12, VISION, id="one-head"),
-    pytest.param(MAE, 16, {"mssa_block": 4, "ista_block": 2}, id="mae"),
+    pytest.param(MAE, 16, {"crate_layer": 2, "mssa_block": 2}, id="mae"),
     pytest.param(AlphaTransformer, 16, {"mssa_block": 2, "overcomplete_ista": 2}, id="alpha"),
     pytest.param(lambda: AlphaTransformer(decoupled=False), 16, {"mssa_block": 2, "overcomplete_ista": 2}, id="tied"),
     pytest.param(GPT, 16, VISION, id="gpt"),
@@ -51,7 +51,7 @@ def test_same_results_through_fused_operators(build, width, expected, calls):
     unfuse(model)
     assert [type(m) for m in model.modules()] == classes
     assert vars(model).keys() == held.keys()
-    assert not any("_fused" in vars(m) for m in model.modules())
+    assert not any("_crate_fusion" in vars(m) for m in model.modules())
     assert calls.of(model, x) == {}
     assert all(
         torch.equal(a, b) for a, b in zip(outcome(model, x).values(), want.values(), strict=True) if b is not None
@@ -95,7 +95,7 @@ def test_report():
     assert "transformer.layers.*.1 (2 times): PreNorm: ista_block" in text
     assert "mlp_head: Sequential: no CRATE part in it" in text
     causal = fuse(GPT()).fused
-    assert causal["h.0.attn"] == "CausalSelfAttention: subspace_attention, causal"
+    assert causal["h.0.attn"] == "CausalSelfAttention: subspace_attention, causal, up to 32 tokens"
 
 
 def test_optimizer_keeps_training_the_same_parameters():

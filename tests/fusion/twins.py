@@ -58,6 +58,7 @@ class FeedForward(nn.Module):
 class Transformer(nn.Module):
     def __init__(self, dim, depth, heads, dim_head, dropout=0.0, ista=0.1, lambd=0.1):
         super().__init__()
+        self.heads, self.depth, self.dim = heads, depth, dim
         self.layers = nn.ModuleList(
             nn.ModuleList(
                 [
@@ -186,40 +187,46 @@ class CausalSelfAttention(nn.Module):
         super().__init__()
         self.c_attn = nn.Linear(n_embd, n_embd, bias=False)
         self.c_proj = nn.Linear(n_embd, n_embd, bias=bias)
+        self.y_hook = nn.Identity()
         self.attn_dropout = nn.Dropout(dropout)
         self.resid_dropout = nn.Dropout(dropout)
         self.n_head, self.n_embd, self.dropout, self.flash = n_head, n_embd, dropout, flash
         if not flash:
             self.register_buffer("bias", torch.tril(torch.ones(block_size, block_size))[None, None])
 
-    def forward(self, x):
+    def forward(self, x, changed=None):
         B, T, C = x.shape
-        w = self.c_attn(x).view(B, T, self.n_head, C // self.n_head).transpose(1, 2)
+        w = self.c_attn(x)
+        if changed is not None:
+            w = changed(w)
+        w = w.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)
         if self.flash:
             y = F.scaled_dot_product_attention(w, w, w, dropout_p=self.dropout if self.training else 0, is_causal=True)
         else:
             att = (w @ w.transpose(-2, -1)) * (1.0 / math.sqrt(w.size(-1)))
             att = att.masked_fill(self.bias[:, :, :T, :T] == 0, float("-inf"))
             y = self.attn_dropout(F.softmax(att, dim=-1)) @ w
-        return self.resid_dropout(self.c_proj(y.transpose(1, 2).contiguous().view(B, T, C)))
+        return self.resid_dropout(self.c_proj(self.y_hook(y.transpose(1, 2).contiguous().view(B, T, C))))
 
 
 class MLP(nn.Module):
     def __init__(self, n_embd, expansion):
         super().__init__()
         self.weight = nn.Parameter(nn.init.kaiming_uniform_(torch.empty(expansion * n_embd, n_embd)))
+        self.relu = nn.ReLU()
         self.step_size = 0.1
         self.lambd = 0.1
         self.expansion = expansion
 
-    def forward(self, x):
+    def forward(self, x, changed=None):
         if self.expansion == 1:
             residual = x @ self.weight - x @ self.weight.T @ self.weight
-            return F.relu(x + self.step_size * residual - self.step_size * self.lambd)
+            code = self.relu(x + self.step_size * residual - self.step_size * self.lambd)
+            return code if changed is None else changed(code)
         a = F.linear(x, self.weight)
         z = F.relu(self.step_size * (a - self.lambd))
-        z = F.relu(z + self.step_size * (a - F.linear(F.linear(z, self.weight.T), self.weight) - self.lambd))
-        return F.linear(z, self.weight.T)
+        z = self.relu(z + self.step_size * (a - F.linear(F.linear(z, self.weight.T), self.weight) - self.lambd))
+        return F.linear(z if changed is None else changed(z), self.weight.T)
 
 
 class GPTBlock(nn.Module):
@@ -230,7 +237,9 @@ class GPTBlock(nn.Module):
         self.prenorm_2 = LayerNorm(n_embd, bias) if own else nn.LayerNorm(n_embd)
         self.ista = MLP(n_embd, expansion)
 
-    def forward(self, x):
+    def forward(self, x, changed=None):
+        if changed is not None:
+            return self.ista(self.prenorm_2(x + self.attn(self.prenorm_1(x), changed)), changed)
         x = x + self.attn(self.prenorm_1(x))
         return self.ista(self.prenorm_2(x))
 
@@ -248,3 +257,13 @@ class GPT(nn.Module):
         for block in self.h:
             x = block(x)
         return self.lm_head(x)
+
+
+CODE_BASES = {
+    "vision": (Vision, 12),
+    "mae": (MAE, 16),
+    "alpha": (AlphaTransformer, 16),
+    "language": (GPT, 16),
+    "overcomplete-language": (lambda **options: GPT(expansion=4, flash=True, **options), 16),
+}
+"""The five public code bases: name -> (builder of the twin, width of the tokens that it takes)."""

@@ -129,7 +129,8 @@ def _rebased(kind: type, change: Callable[[type], type]) -> type:
         if inner:
             body = {name: value for name, value in vars(kind).items() if name not in ("__dict__", "__weakref__")}
             bases = tuple(_rebased(b, change) if b in inner else b for b in kind.__bases__)
-            return type(kind)(kind.__name__, bases, body)
+            name = kind.__name__.replace(inner[0].__name__, bases[kind.__bases__.index(inner[0])].__name__)
+            return type(kind)(name, bases, body)
     return change(kind)
 
 

@@ -83,7 +83,7 @@ class Watch:
         """Call this when everything has been noted."""
         self._types = [*map(type, self._modules)]
         self._versions = [version_of(t) for t in self._tensors]
-        self._forwards = [c.forward for c in self._torch_classes]
+        self._forwards = _forwards(self._torch_classes)
         self._was_hooked = [*map(bool, self._hooks)] if any(self._hooks) else None
         return self
 
@@ -97,7 +97,7 @@ class Watch:
                 and (held["_modules"], held["_buffers"]) == self._own_parts
                 and self._live == self._seen
                 and [*map(type, self._modules)] == self._types
-                and [c.forward for c in self._torch_classes] == self._forwards
+                and _forwards(self._torch_classes) == self._forwards
                 and [t._version for t in self._tensors] == self._versions
             )
         except Exception:  # values that cannot be compared are not the same
@@ -127,6 +127,10 @@ def class_bodies(kinds: Iterable[type]) -> dict[type, dict[str, Any]]:
 def _classes(kind: type) -> list[type]:
     """The classes whose code a module of class ``kind`` runs, without those that ``fuse`` mixes in."""
     return [c for c in kind.__mro__ if c not in (nn.Module, object, KeepsFolded) and ORIGINAL not in vars(c)]
+
+
+def _forwards(kinds: list[type]) -> list[Any]:
+    return [getattr(c, "forward", None) for c in kinds]  # FSDP's own class has none
 
 
 def _is_torchs(kind: type) -> bool:

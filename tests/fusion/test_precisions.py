@@ -32,29 +32,28 @@ def outcome(model, x, autocast):
     return [out.detach(), x.grad, *(p.grad for p in model.parameters() if p.grad is not None)]
 
 
-def three(name, precision, seed, tokens=9, **sizes):
+def three(name, precision, seed, depth=4):
     """What the model gives exactly, what it gives in a precision, and what the fused model gives in it."""
     build, width = CODE_BASES[name]
+    sizes = WIDE[name]
     torch.manual_seed(seed)
-    own, x = build(depth=4, **sizes), torch.randn(2, tokens, sizes.get("dim", 0) or sizes.get("n_embd", width))
-    if name == "vision":
-        x = x[..., :width]
+    own, x = build(depth=depth, **sizes), torch.randn(2, 33, width if name == "vision" else 96)
     if precision == "bfloat16":
         own, x = own.bfloat16(), x.bfloat16()
     exact = outcome(copy.deepcopy(own).double(), x.double(), False)
     before = outcome(own, x, precision == "autocast")
     fuse(own)
-    return exact, before, outcome(own, x, precision == "autocast")
+    got = outcome(own, x, precision == "autocast")
+    assert [t.dtype for t in got] == [t.dtype for t in before]
+    return exact, before, got
 
 
-@pytest.mark.parametrize("precision", ["float32", "autocast", "bfloat16"])
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 @pytest.mark.parametrize("name", CODE_BASES)
 def test_same_dtypes_within_the_budget(name, precision):
-    for seed in range(5):
-        exact, before, got = three(name, precision, seed)
-        assert [t.dtype for t in got] == [t.dtype for t in before]
-        dtype = torch.float32 if precision == "float32" else torch.bfloat16
-        verdict = judge(got, exact, before, dtype, kinks=True, together=True)
+    for seed in range(2):
+        exact, before, got = three(name, precision, seed, depth=2)
+        verdict = judge(got, exact, before, getattr(torch, precision), kinks=True, together=True)
         assert verdict.passed, verdict.detail
 
 
@@ -62,10 +61,10 @@ def test_same_dtypes_within_the_budget(name, precision):
 def test_under_autocast_errors_are_those_of_the_model_before(name):
     ratios = []
     for seed in range(8):
-        exact, before, got = three(name, "autocast", seed, tokens=33, **WIDE[name])
+        exact, before, got = three(name, "autocast", seed)
         errors = [[relative(t, e) for t, e in zip(tensors, exact, strict=True)] for tensors in (got, before)]
         ratios.append([a / b if b else 1.0 for a, b in zip(*errors, strict=True)])
-    # The geometric mean over the seeds, for the output and for every gradient.
+    # The geometric mean over the seeds: of the output, of the gradient of the input, of all tensors.
     mean = torch.tensor(ratios).log().mean(0).exp()
     assert mean[0] < 1.3
     assert mean[1] < 1.3

@@ -120,14 +120,17 @@ def test_every_change_counts(name):
     unchanged = result(own, x)
     fused = copy.deepcopy(own)
     fuse(fused)
-    tried, visible, wrong = 0, 0, []
+    visible, wrong, tried = 0, [], set()
     for what, path, change in changes(own):
+        kind = what, type(own.get_submodule(path)), path.rpartition(".")[2]
+        if kind in tried:  # the same part of another layer
+            continue
+        tried.add(kind)
         ours, theirs = copy.deepcopy(fused), copy.deepcopy(own)
         result(ours, x)  # decides, and keeps the decision
         change(ours.get_submodule(path))
         change(theirs.get_submodule(path))
         got, want = result(ours, x), result(theirs, x)
-        tried += 1
         if isinstance(want, type) or isinstance(got, type):
             same = isinstance(want, type) and isinstance(got, type)
         else:
@@ -137,7 +140,7 @@ def test_every_change_counts(name):
         if not same:
             wrong.append(f"{path or 'model'}: {what}")
     assert not wrong
-    assert tried > 100
+    assert len(tried) > 100
     assert visible > 40
 
 

@@ -174,7 +174,7 @@ class _Part(nn.Module):
 
 def _shallow(module: nn.Module, child: Callable[[nn.Module], nn.Module]) -> nn.Module:
     """A module that shares what ``module`` holds, has no hooks, and the children ``child(m)``."""
-    clone = type(module).__new__(type(module))
+    clone = object.__new__(type(module))  # FSDP's classes have a __new__ of their own
     clone.__dict__.update(module.__dict__)
     hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
     clone.__dict__.update({name: OrderedDict() for name in hooks})

@@ -106,7 +106,7 @@ def test_activation_checkpointing(name, reentrant, calls):
     want = outcome(model, x)
     fuse(model)
     leaf = x.clone().requires_grad_()
-    once = calls.of(model, x)
+    once = dict(calls.of(model, x))
     out = checkpoint(model, leaf, use_reentrant=reentrant)
     weights = torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view(out.shape)
     calls.counts = {}

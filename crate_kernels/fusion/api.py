@@ -17,9 +17,8 @@ from torch import nn
 
 from ..ops import checks
 from .modules import Fused, attach, detach, is_as_tried, set_residual_dtype
-from .names import ORIGINAL
+from .names import FUSION, ORIGINAL
 from .recognition import Known, recognize, untouched_parts
-from .routes import route_of
 
 
 @dataclass
@@ -82,8 +81,8 @@ def fuse(model: nn.Module, *, residual_dtype: torch.dtype | None = None) -> Fuse
     for path, module in model.named_modules():
         if isinstance(module, Fused):
             set_residual_dtype(module, residual_dtype)
-            original = getattr(module, ORIGINAL)
-            report.fused[path] = f"{original.__name__}: {route_of(module).describe(module)}"
+            route = getattr(module, FUSION).route
+            report.fused[path] = f"{getattr(module, ORIGINAL).__name__}: {route.describe(module)}"
     report.left = reasons | {path: reason for path, reason in untouched_parts("", model) if path not in reasons}
     report.left = dict(sorted(report.left.items()))
     return report

@@ -113,7 +113,7 @@ class _Object:
     def __eq__(self, other: object) -> bool:
         return isinstance(other, _Object) and self.value is other.value and self.held == other.held
 
-    __hash__ = None
+    __hash__ = None  # type: ignore[assignment]
 
 
 def _frozen(value: Any, note: Note | None, depth: int = 0) -> Any:
@@ -124,11 +124,12 @@ def _frozen(value: Any, note: Note | None, depth: int = 0) -> Any:
         return _tensor(value, note)
     if isinstance(value, nn.Module) or callable(value) or depth == 4:
         return _Object(value)
-    held = value if isinstance(value, dict | list | tuple | set) else getattr(value, "__dict__", None)
+    held: Any = value if isinstance(value, dict | list | tuple | set) else getattr(value, "__dict__", None)
     if held is None:
         return _Object(value)
     if note is not None and not isinstance(held, tuple):
         note(held)
+    frozen: Any
     if isinstance(held, dict):
         frozen = {key: _frozen(item, note, depth + 1) for key, item in held.items()}
     else:

@@ -21,12 +21,12 @@ from .routes import ISTARoute, LayerRoute, Route, StackRoute, Step
 from .watch import Watch, class_bodies
 
 
-class Fused:
+class Fused(nn.Module):
     """Mixed in before a module's own class. Each call takes the operators or the ``forward`` of that class."""
 
     _crate_original: type[nn.Module] | None = None
 
-    def forward(self, *args, **kwargs):
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
         # Whoever passes more than the tokens asks for something else (attention maps, a mask).
         if len(args) == 1 and not kwargs and isinstance(args[0], Tensor):
             step = _step(self)
@@ -35,11 +35,12 @@ class Fused:
                 return out
         return super().forward(*args, **kwargs)
 
-    forward.takes_operators = True  # tells it from the forward of a subclass
+    forward.takes_operators = True  # type: ignore[attr-defined]  # tells it from the forward of a subclass
 
     def __reduce_ex__(self, protocol):
         # The class is made at run time: a pickle names the class that it was made from.
-        _, (_, *arguments), *rest = super().__reduce_ex__(protocol)
+        made: Any = super().__reduce_ex__(protocol)
+        _, (_, *arguments), *rest = made
         return _new, (self._crate_original, isinstance(self, KeepsFolded), *arguments), *rest
 
 
@@ -72,10 +73,11 @@ class Fusion:
         return self.route, self.description
 
     def __setstate__(self, state):
-        self.__init__(*state, class_bodies(state[1].kinds()))
+        self.route, self.description = state
+        self.bodies = class_bodies(self.description.kinds())
 
 
-def _step(module: nn.Module) -> Step | None:
+def _step(module: Any) -> Step | None:
     """The step that stands for ``module.forward`` in this call; None if only that ``forward`` may run."""
     fusion = module._crate_fusion
     if torch.compiler.is_compiling():
@@ -134,10 +136,13 @@ def _rebased(kind: type, change: Callable[[type], type]) -> type:
     return change(kind)
 
 
-@functools.cache
-def _fused_class(base: type[Fused], original: type[nn.Module]) -> type[nn.Module]:
+def _make_class(base: Any, original: Any) -> Any:
     members = {"__module__": original.__module__, ORIGINAL: original}
     return types.new_class(f"Fused{original.__name__}", (base, original), exec_body=lambda body: body.update(members))
+
+
+# As ``Any``: classes have a hash, but not for a type checker.
+_fused_class: Any = functools.cache(_make_class)
 
 
 def _new(original: type[nn.Module], folds: bool, *arguments):

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -124,7 +125,7 @@ def random_copy(module: nn.Module, rate: float = 0.0) -> nn.Module:
     """The same module with random float64 parameters, no hooks, one dropout rate, and numbers that are no defaults."""
     generator, memo = torch.Generator().manual_seed(1), {}
 
-    def parameter(p: Tensor | None) -> Tensor | None:
+    def parameter(p: Tensor | None) -> nn.Parameter | None:
         if p is not None and id(p) not in memo:
             values = torch.randn(p.shape, dtype=torch.float64, generator=generator)
             memo[id(p)] = nn.Parameter(values / p.shape[-1] ** 0.5 if p.dim() > 1 else 1 + values / 2)
@@ -187,7 +188,7 @@ def held(module: nn.Module) -> list[dict[str, int]]:
     return [{name: id(value) for name, value in {**m.__dict__, **m._buffers}.items()} for m in module.modules()]
 
 
-def token_width(module: nn.Module) -> int:
+def token_width(module: Any) -> int:
     """Width of the tokens that an attention or ISTA module takes."""
     projection, dictionary = attribute(module, PROJECTION, nn.Module), getattr(module, "D", None)
     if projection is not None:

@@ -60,10 +60,10 @@ def recognize(module: nn.Module, known: Known) -> Route | str | None:
     if isinstance(module, MSSA | ISTA | OvercompleteISTA):
         return None
     for candidates in (_attention_routes, _ista_routes, _prenorm_routes, _stack_routes, _layer_routes):
-        routes = candidates(module, known)
-        if isinstance(routes, str):
-            return routes
-        routes = list(routes)
+        found: Iterable[Route] | str = candidates(module, known)
+        if isinstance(found, str):
+            return found
+        routes = list(found)
         if not routes:
             continue
         if "forward" in module.__dict__:
@@ -132,9 +132,9 @@ def _ista_routes(module: nn.Module, _) -> Iterable[ISTARoute] | str:
     if not matrices:
         return []
     if matrices[0] is dictionary:
-        forms = ("D",)
+        forms: tuple[str, ...] = ("D",)
     else:
-        forms = ("complete", "rows") if weight.shape[0] == weight.shape[1] else ("rows",)
+        forms = ("complete", "rows") if matrices[0].shape[0] == matrices[0].shape[1] else ("rows",)
     if step_size is None or lambd is None:
         return routes_by_measurement(module, forms, step_size, lambd)
     if not all(isinstance(getattr(module, name), float | int) for name in (step_size, lambd)):
@@ -154,7 +154,9 @@ def _stack_routes(module: nn.Module, _) -> Iterator[StackRoute]:
     if len(children) != 1 or next(module.parameters(recurse=False), None) is not None:
         return
     ((name, layers),) = children.items()
-    if are_pairs(layers) and any(isinstance(route_of(m), PreNormRoute) for pair in layers for m in pair):
+    if are_pairs(layers) and any(
+        isinstance(route_of(m), PreNormRoute) for pair in layers.children() for m in pair.children()
+    ):
         for wiring in WIRINGS:
             yield StackRoute(name, wiring)
 
@@ -188,8 +190,8 @@ def _epsilons(norm: nn.Module, width: int) -> list[float | None]:
             continue
         with probing():
             try:
-                copy = random_copy(norm).eval()
-                arguments = copy.weight, getattr(copy, "bias", None), copy.eps if eps is None else eps
+                copy: Any = random_copy(norm).eval()
+                arguments: Any = copy.weight, getattr(copy, "bias", None), copy.eps if eps is None else eps
                 tokens = [1e-2 * torch.randn(2, n, width, dtype=torch.float64) for n in (3, LONGEST)]
                 if all(agree(copy(x), nn.functional.layer_norm(x, x.shape[-1:], *arguments)) for x in tokens):
                     return [eps]

@@ -11,7 +11,7 @@ import functools
 import math
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +23,7 @@ from .description import is_number
 from .look import Look
 from .names import CHECKPOINTING, DROPOUT, FUSION
 
-Step = Callable[[nn.Module, Tensor], Tensor | None]
+Step = Callable[[Any, Tensor], Tensor | None]
 """``step(module, x)`` is what a fused module computes for ``forward(x)``; None: its own ``forward`` must run."""
 
 Half = Callable[[Tensor], Tensor]
@@ -51,20 +51,20 @@ class AttentionRoute:
     def reads(self) -> Collection[str]:
         return () if self.scale is None else (self.scale,)
 
-    def called(self, module: nn.Module) -> Collection[str]:
+    def called(self, module: Any) -> Collection[str]:
         return self.projection, *self.output
 
-    def describe(self, module: nn.Module) -> str:
+    def describe(self, module: Any) -> str:
         limit = "" if self.longest is None else f", up to {self.longest} tokens"
         return "subspace_attention" + (", causal" if self.causal else "") + limit
 
-    def complete(self, module: nn.Module) -> bool:
+    def complete(self, module: Any) -> bool:
         return True
 
-    def decide(self, module: nn.Module, look: Look) -> Step | None:
+    def decide(self, module: Any, look: Look) -> Step | None:
         return self.step if self._usable(module, look) else None
 
-    def step(self, module: nn.Module, x: Tensor) -> Tensor | None:
+    def step(self, module: Any, x: Tensor) -> Tensor | None:
         if (
             x.dim() != 3
             or x.shape[1] < 1
@@ -75,14 +75,14 @@ class AttentionRoute:
             return None
         return self.assumed(module, x)
 
-    def assumed(self, module: nn.Module, x: Tensor) -> Tensor:
+    def assumed(self, module: Any, x: Tensor) -> Tensor:
         w = getattr(module, self.projection)(x).unflatten(-1, (getattr(module, self.heads), -1))
         o = ops.subspace_attention(w, scale=self.scale_of(module), causal=self.causal).flatten(2)
         for name in self.output:
             o = getattr(module, name)(o)
         return o
 
-    def block(self, module: nn.Module, norm: nn.Module, eps: float | None, sign: float, look: Look) -> Half | None:
+    def block(self, module: Any, norm: Any, eps: float | None, sign: float, look: Look) -> Half | None:
         """``z + sign·module(norm(z))`` as one operator; None where somebody watches a part, or a part is not plain."""
         projection = module._modules[self.projection]
         outputs = [m for name in self.output for m in _leaves(module._modules[name], look)]
@@ -98,7 +98,7 @@ class AttentionRoute:
             return None
         return _AttentionBlock(self, module, norm, eps, projection, linears[0] if linears else None, sign)
 
-    def _usable(self, module: nn.Module, look: Look) -> bool:
+    def _usable(self, module: Any, look: Look) -> bool:
         scale = self.scale_of(module)
         return (
             (scale is None or (is_number(scale) and math.isfinite(scale)))
@@ -106,7 +106,7 @@ class AttentionRoute:
             and not any(map(_drops_out, look.skipped(module)))
         )
 
-    def scale_of(self, module: nn.Module) -> float | None:
+    def scale_of(self, module: Any) -> float | None:
         return None if self.scale is None else getattr(module, self.scale)
 
 
@@ -130,7 +130,7 @@ class _AttentionBlock:
         )
 
     def __call__(self, z: Tensor) -> Tensor:
-        weights = [read() for read in self.weights]
+        weights: list[Any] = [read() for read in self.weights]
         if _ordinary(z, *weights) and not _too_long(z, self.longest):
             try:
                 return ops.mssa_block(z, *weights, **self.options)
@@ -154,22 +154,22 @@ class ISTARoute:
     def reads(self) -> Collection[str]:
         return tuple(value for value in (self.step_size, self.lambd) if isinstance(value, str))
 
-    def called(self, module: nn.Module) -> Collection[str]:
+    def called(self, module: Any) -> Collection[str]:
         return ("parametrizations",)  # they run when the operator's arguments are read
 
-    def describe(self, module: nn.Module) -> str:
+    def describe(self, module: Any) -> str:
         values = (("step_size", self.step_size), ("lambd", self.lambd))
         numbers = [f"{name} = {value:.10g}" for name, value in values if not isinstance(value, str)]
         operator = "ista_step" if self.form == "complete" else "overcomplete_ista"
         return operator + (f", with {', '.join(numbers)} as in its code" if numbers else "")
 
-    def complete(self, module: nn.Module) -> bool:
+    def complete(self, module: Any) -> bool:
         return True
 
-    def decide(self, module: nn.Module, look: Look) -> Step | None:
+    def decide(self, module: Any, look: Look) -> Step | None:
         return self.step if self._usable(module, look) else None
 
-    def step(self, module: nn.Module, x: Tensor) -> Tensor | None:
+    def step(self, module: Any, x: Tensor) -> Tensor | None:
         # Under autocast the operator gives autocast's dtype. A complete step adds to its tokens and keeps theirs.
         if self.form == "complete" and autocast_is_on(x):
             return None
@@ -178,7 +178,7 @@ class ISTARoute:
         except REFUSED:
             return None
 
-    def assumed(self, module: nn.Module, x: Tensor) -> Tensor:
+    def assumed(self, module: Any, x: Tensor) -> Tensor:
         if self.form == "complete":
             folded = module.folded() if hasattr(module, "folded") else None
             return ops.ista_step(x, module.weight, folded=folded, **self.numbers(module))
@@ -188,8 +188,8 @@ class ISTARoute:
 
     def block(
         self,
-        module: nn.Module,
-        norm: nn.Module,
+        module: Any,
+        norm: Any,
         eps: float | None,
         look: Look,
         residual_dtype: torch.dtype | None = None,
@@ -199,7 +199,7 @@ class ISTARoute:
             return None
         return _ISTABlock(self, module, norm, eps, residual_dtype)
 
-    def _usable(self, module: nn.Module, look: Look) -> bool:
+    def _usable(self, module: Any, look: Look) -> bool:
         numbers = self.numbers(module).values()
         return (
             all(is_number(value) and math.isfinite(value) for value in numbers)
@@ -207,7 +207,7 @@ class ISTARoute:
             and not any(map(_drops_out, look.skipped(module)))
         )
 
-    def numbers(self, module: nn.Module) -> dict[str, float]:
+    def numbers(self, module: Any) -> dict[str, Any]:
         return {
             name: getattr(module, value) if isinstance(value, str) else value
             for name, value in (("step_size", self.step_size), ("lambd", self.lambd))
@@ -223,7 +223,7 @@ class _ISTABlock:
         self.options = dict(eps=norm.eps if eps is None else eps, **route.numbers(ista))
 
     def __call__(self, z: Tensor) -> Tensor:
-        weights = [read() for read in self.weights]
+        weights: list[Any] = [read() for read in self.weights]
         if _ordinary(z, *weights):
             try:
                 z = _stream(z, self.residual_dtype or weights[0].dtype)
@@ -244,7 +244,7 @@ class _WholeLayer:
         self.options = mssa | ista | steps
 
     def __call__(self, z: Tensor) -> Tensor:
-        weights = [read() for read in self.weights]
+        weights: list[Any] = [read() for read in self.weights]
         if _ordinary(z, *weights) and not _too_long(z, self.first.longest):
             try:
                 z = _stream(z, self.second.residual_dtype or weights[0].dtype)
@@ -266,32 +266,33 @@ class PreNormRoute:
     def reads(self) -> Collection[str]:
         return ("norm.eps",) if self.eps is None else ()
 
-    def called(self, module: nn.Module) -> Collection[str]:
+    def called(self, module: Any) -> Collection[str]:
         return ("fn",)
 
-    def describe(self, module: nn.Module) -> str:
-        if isinstance(route_of(module.fn), AttentionRoute):
-            return "mssa_block, where its layer adds the residual"
-        return "ista_block" if route_of(module.fn).form == "complete" else "its norm, then overcomplete_ista"
+    def describe(self, module: Any) -> str:
+        route = route_of(module.fn)
+        if isinstance(route, ISTARoute):
+            return "ista_block" if route.form == "complete" else "its norm, then overcomplete_ista"
+        return "mssa_block, where its layer adds the residual"
 
-    def complete(self, module: nn.Module) -> bool:
+    def complete(self, module: Any) -> bool:
         return isinstance(route_of(module._modules.get("fn")), AttentionRoute | ISTARoute)
 
-    def decide(self, module: nn.Module, look: Look) -> Step | None:
+    def decide(self, module: Any, look: Look) -> Step | None:
         block = self.coding(module, look)
         return None if block is None else _Halves([block])
 
-    def assumed(self, module: nn.Module, x: Tensor) -> Tensor:
+    def assumed(self, module: Any, x: Tensor) -> Tensor:
         return module.fn(module.norm(x))
 
-    def coding(self, module: nn.Module, look: Look, residual_dtype: torch.dtype | None = None) -> Half | None:
+    def coding(self, module: Any, look: Look, residual_dtype: torch.dtype | None = None) -> Half | None:
         """``module(z)`` as one operator, around an ISTA step."""
         route = look.route(module._modules.get("fn"), ISTARoute)
         if route is None or not look.unchanged(module):
             return None
         return route.block(module.fn, module.norm, self.eps, look, residual_dtype)
 
-    def residual(self, module: nn.Module, sign: float, look: Look) -> Half | None:
+    def residual(self, module: Any, sign: float, look: Look) -> Half | None:
         """``z + sign·module(z)`` as one operator, around attention."""
         route = look.route(module._modules.get("fn"), AttentionRoute)
         if route is None or not look.unchanged(module):
@@ -311,17 +312,17 @@ class StackRoute:
     residual_dtype: torch.dtype | None = None
     """Of the residual stream under autocast; None for that of the module's own ``forward``."""
 
-    def called(self, module: nn.Module) -> Collection[str]:
+    def called(self, module: Any) -> Collection[str]:
         return (self.layers,)
 
-    def describe(self, module: nn.Module) -> str:
+    def describe(self, module: Any) -> str:
         return f"{len(getattr(module, self.layers))} × {WIRINGS[self.wiring]}"
 
-    def complete(self, module: nn.Module) -> bool:
+    def complete(self, module: Any) -> bool:
         pairs = module._modules.get(self.layers)
         return are_pairs(pairs) and any(isinstance(route_of(m), PreNormRoute) for pair in pairs for m in pair)
 
-    def decide(self, module: nn.Module, look: Look) -> Step | None:
+    def decide(self, module: Any, look: Look) -> Step | None:
         layers = module._modules.get(self.layers)
         if _checkpoints(module) or not look.unchanged(module) or not are_pairs(layers):
             return None
@@ -336,7 +337,7 @@ class StackRoute:
                 halves += _joined(self.wiring, self._residual(first, 1.0, look), self._coding(second, look))
         return _Halves(halves, self.residual_dtype)
 
-    def assumed(self, module: nn.Module, x: Tensor) -> Tensor:
+    def assumed(self, module: Any, x: Tensor) -> Tensor:
         for first, second in getattr(module, self.layers):
             if self.wiring == "decoder":
                 x = first(x)
@@ -346,12 +347,12 @@ class StackRoute:
                 x = second(x) if self.wiring == "crate" else x + second(x)
         return x
 
-    def _residual(self, module: nn.Module, sign: float, look: Look) -> Half:
+    def _residual(self, module: Any, sign: float, look: Look) -> Half:
         route = look.route(module, PreNormRoute)
         block = None if route is None or look.hooked(module) else route.residual(module, sign, look)
         return _Residual(module, sign) if block is None else block
 
-    def _coding(self, module: nn.Module, look: Look) -> Half:
+    def _coding(self, module: Any, look: Look) -> Half:
         route = look.route(module, PreNormRoute)
         block = None if route is None or look.hooked(module) else route.coding(module, look, self.residual_dtype)
         return module if block is None else block
@@ -374,28 +375,27 @@ class LayerRoute:
         norms = self.names[0], self.names[2]
         return [f"{norm}.eps" for norm, eps in zip(norms, self.eps, strict=True) if eps is None]
 
-    def called(self, module: nn.Module) -> Collection[str]:
+    def called(self, module: Any) -> Collection[str]:
         return self.names[1], self.names[3]
 
-    def describe(self, module: nn.Module) -> str:
+    def describe(self, module: Any) -> str:
         return WIRINGS[self.wiring]
 
-    def complete(self, module: nn.Module) -> bool:
+    def complete(self, module: Any) -> bool:
         _, attention, _, ista = (route_of(module._modules.get(name)) for name in self.names)
         return isinstance(attention, AttentionRoute) and isinstance(ista, ISTARoute)
 
-    def decide(self, module: nn.Module, look: Look) -> Step | None:
+    def decide(self, module: Any, look: Look) -> Step | None:
         if _checkpoints(module) or not look.unchanged(module):
             return None
         norm_1, attention, norm_2, ista = (getattr(module, name) for name in self.names)
-        route = look.route(attention, AttentionRoute)
-        first = None if route is None else route.block(attention, norm_1, self.eps[0], 1.0, look)
-        route = look.route(ista, ISTARoute)
-        second = None if route is None else route.block(ista, norm_2, self.eps[1], look, self.residual_dtype)
+        mssa, coding = look.route(attention, AttentionRoute), look.route(ista, ISTARoute)
+        first = None if mssa is None else mssa.block(attention, norm_1, self.eps[0], 1.0, look)
+        second = None if coding is None else coding.block(ista, norm_2, self.eps[1], look, self.residual_dtype)
         first = first or _Residual(_Composition(norm_1, attention))
         return _Halves(_joined(self.wiring, first, second or _Composition(norm_2, ista)), self.residual_dtype)
 
-    def assumed(self, module: nn.Module, x: Tensor) -> Tensor:
+    def assumed(self, module: Any, x: Tensor) -> Tensor:
         norm_1, attention, norm_2, ista = (getattr(module, name) for name in self.names)
         y = x + attention(norm_1(x))
         coded = ista(norm_2(y))
@@ -421,7 +421,7 @@ class _Halves:
     def __init__(self, halves: list[Half], residual_dtype: torch.dtype | None = None):
         self.halves, self.residual_dtype = halves, residual_dtype
 
-    def __call__(self, module: nn.Module, x: Tensor) -> Tensor:
+    def __call__(self, module: Any, x: Tensor) -> Tensor:
         x = _stream(x, self.residual_dtype)
         for half in self.halves:
             x = half(x)
@@ -438,7 +438,7 @@ def _joined(wiring: str, first: Half, second: Half) -> list[Half]:
 class _Composition:
     """``second(first(x))``, called as modules."""
 
-    def __init__(self, first: nn.Module, second: nn.Module):
+    def __init__(self, first: Any, second: Any):
         self.first, self.second = first, second
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -462,13 +462,13 @@ def _residual(x: Tensor, y: Tensor, sign: float) -> Tensor:
 # -- parts of modules ----------------------------------------------------------------------------------------------
 
 
-def route_of(module: nn.Module | None) -> Route | None:
+def route_of(module: Any) -> Route | None:
     """The route of a fused module; None for any other."""
     fusion = None if module is None else module.__dict__.get(FUSION)
     return None if fusion is None else fusion.route
 
 
-def are_pairs(layers: nn.Module | None) -> bool:
+def are_pairs(layers: Any) -> bool:
     """Whether this is a ModuleList of ModuleLists of two."""
     return (
         isinstance(layers, nn.ModuleList)
@@ -477,7 +477,7 @@ def are_pairs(layers: nn.Module | None) -> bool:
     )
 
 
-def _reader(module: nn.Module | None, name: str) -> Callable[[], Tensor | None]:
+def _reader(module: Any, name: str) -> Callable[[], Tensor | None]:
     """A function that gives ``module.name``, an order of magnitude faster where it is an ordinary parameter."""
     if module is None:
         return _nothing
@@ -490,7 +490,7 @@ def _nothing() -> None:
     return None
 
 
-def _affine(norm: nn.Module) -> tuple[Callable[[], Tensor | None], Callable[[], Tensor | None]]:
+def _affine(norm: Any) -> tuple[Callable[[], Tensor | None], Callable[[], Tensor | None]]:
     """Readers of the weight and the bias of a LayerNorm."""
     weight = _reader(norm, "weight")
     if getattr(norm, "bias", None) is None:
@@ -518,7 +518,7 @@ def _stream(z: Tensor, dtype: torch.dtype | None) -> Tensor:
     return z.to(dtype) if dtype is not None and z.dtype != dtype and autocast_is_on(z) else z
 
 
-def _leaves(module: nn.Module, look: Look) -> Iterator[nn.Module]:
+def _leaves(module: Any, look: Look) -> Iterator[Any]:
     """The modules that a (nested) Sequential calls in turn; the module itself if it is none."""
     if look.plain(module, nn.Sequential):
         for child in module:
@@ -527,11 +527,11 @@ def _leaves(module: nn.Module, look: Look) -> Iterator[nn.Module]:
         yield module
 
 
-def _drops_out(module: nn.Module) -> bool:
+def _drops_out(module: Any) -> bool:
     """Whether this very module drops values out now."""
     rates = [module.p] if isinstance(module, _DropoutNd) else [module.__dict__.get(name, 0) for name in DROPOUT]
     return module.training and any(is_number(rate) and rate > 0 for rate in rates)
 
 
-def _checkpoints(module: nn.Module) -> bool:
+def _checkpoints(module: Any) -> bool:
     return any(getattr(module, name, False) for name in CHECKPOINTING)

@@ -42,7 +42,7 @@ class Watch:
         self._hooks = list(GLOBAL_HOOKS)
         self._torch_classes: list[type] = []
         self._tensors: list[Tensor] = []
-        self._versions: list[int] = []
+        self._versions: list[int | None] = []
         self._add_class(type(module))
 
     def note(self, thing: Any) -> None:
@@ -110,7 +110,7 @@ class _Anything:
     def __eq__(self, other: object) -> bool:
         return True
 
-    __hash__ = None
+    __hash__ = None  # type: ignore[assignment]
 
 
 _ANYTHING = _Anything()

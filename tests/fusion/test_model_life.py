@@ -1,4 +1,4 @@
-"""What people do with a fused model: copies, pickles, conversion, compilation."""
+"""What people do with a fused model: copies, pickles, conversion, compilation, activation checkpointing."""
 
 import copy
 import io
@@ -6,6 +6,7 @@ import pickle
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from crate_kernels import fuse, ops, unfuse
 
@@ -93,6 +94,26 @@ def test_compile(name):
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     got = outcome(compiled, x)
     check({name.removeprefix("_orig_mod."): value for name, value in got.items()}, want)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("name", CODE_BASES)
+def test_activation_checkpointing(name, reentrant, calls):
+    build, width = CODE_BASES[name]
+    torch.manual_seed(0)
+    model = double(build())
+    x = torch.randn(2, 9, width, dtype=torch.float64)
+    want = outcome(model, x)
+    fuse(model)
+    leaf = x.clone().requires_grad_()
+    once = dict(calls.of(model, x))
+    out = checkpoint(model, leaf, use_reentrant=reentrant)
+    weights = torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view(out.shape)
+    calls.counts = {}
+    (out * weights).sum().backward()
+    assert calls.counts == once  # the backward runs the same operators again
+    got = {name: p.grad for name, p in model.named_parameters()}
+    check({"out": out.detach(), "x": leaf.grad, **got}, want)
 
 
 def test_compile_with_hooks():

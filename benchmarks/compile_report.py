@@ -1,10 +1,11 @@
-"""Compile every Triton kernel for eight targets without a GPU: shared memory, registers and spills of what is launched.
+"""Compile every Triton kernel for eight targets without a GPU: shared memory, registers and spills of each launch.
 
     python benchmarks/compile_report.py [--targets sm_90 gfx942] [--all] [--jobs 2] [--json report.json]
 
-The operators run on meta tensors of the sizes that CRATE models have; where they would launch a kernel, the kernel is
-compiled for the target instead, with the very options that a device of that kind would get. Exit status 1 if a kernel
-fails to compile, needs more shared memory than the target has, or spills without a reason in ``ACCEPTED_SPILLS``.
+The operators run on meta tensors of the sizes that CRATE models have. Where they would launch a kernel, the kernel is
+compiled for the target instead, with the options that a device of that kind would get. ``spilled`` counts bytes of
+local memory, ``in loops`` the instructions inside loops that read or write it. The exit status is 1 if a kernel fails
+to compile, needs more shared memory than the target has, or spills without a reason in ``ACCEPTED_SPILLS``.
 """
 
 from __future__ import annotations
@@ -38,12 +39,16 @@ ACCEPTED_SPILLS = [
         "at most four registers, which ptxas gives up to fit one more block per multiprocessor",
     ),
     (
+        lambda row: row["spilled"] <= 96 and row["looped_spills"] == 0,
+        "at most 24 registers and no such instruction in a loop: a program stores and loads them once",
+    ),
+    (
         lambda row: (
             row["target"] == "sm_120"
-            and (row["case"], row["kernel"]) == ("attention lengths value", "backward")
-            and row["spilled"] <= 24
+            and (row["case"], row["kernel"]) == ("attention p=80", "backward")
+            and row["looped_spills"] <= 6
         ),
-        "six registers, where a separate value and hidden keys meet: no CRATE model uses both",
+        "five loads in loops of 235 and 331 instructions; eight warps need none and multiply 1.6 times as much",
     ),
     (
         lambda row: row["case"] in EXTRA and row["kernel"] == "backward" and "p=256" in row["case"],
@@ -191,13 +196,82 @@ def compile_case(target: str, case: str) -> list[dict]:
 def nvidia_usage(compiled) -> dict:
     import triton
 
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
-        text = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
-    usage = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", text)}
-    return {"registers": usage["REG"], "spilled": usage["STACK"] + usage["LOCAL"]}
+        text = _output(tools / "cuobjdump", "-res-usage", file.name)
+        usage = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", text)}
+        spilled = usage["STACK"] + usage["LOCAL"]
+        code = instructions(_output(tools / "nvdisasm", "-c", file.name)) if spilled else []
+    looped = sum(op.startswith(("LDL", "STL")) for (op, _), inside in zip(code, in_loops(code), strict=True) if inside)
+    return {"registers": usage["REG"], "spilled": spilled, "looped_spills": looped}
+
+
+def _output(*command) -> str:
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def instructions(disassembly: str) -> list[tuple[str, list[int]]]:
+    """The instructions of a kernel in NVIDIA machine code: opcode, and the indices of those that may run next."""
+    labels, found = {}, []
+    for line in disassembly.splitlines():
+        if label := re.match(r"(\S+):$", line.strip()):
+            labels[label[1]] = len(found)
+        elif code := re.match(r"\s*/\*[0-9a-f]{4,}\*/\s+(@\S+\s+)?([A-Z][A-Z0-9_.]*)\s*(.*?);", line):
+            found.append(code.groups())
+    result = []
+    for index, (predicate, opcode, operands) in enumerate(found):
+        kind = opcode.partition(".")[0]
+        if kind in ("BRX", "JMX", "BRXU", "JMXU"):
+            raise ValueError(f"an indirect branch: {opcode} {operands}")
+        # The target of a branch whose condition is an operand follows that operand.
+        always = predicate is None and (kind in ("EXIT", "RET") or (kind == "BRA" and operands.startswith("`")))
+        following = [] if always or index + 1 == len(found) else [index + 1]
+        if kind == "BRA":
+            following.append(labels[re.search(r"`\((\S+?)\)", operands)[1]])
+        result.append((opcode, following))
+    return result
+
+
+def in_loops(code: list[tuple[str, list[int]]]) -> list[bool]:
+    """For each instruction, whether control can come back to it: its strongly connected component is a cycle.
+
+    A branch back is no sign by itself: code that is laid out of line branches back as well.
+    """
+    order: list[int] = []  # Kosaraju's algorithm: components of the reversed graph, in the order of finished visits
+    seen = [False] * len(code)
+    for root in range(len(code)):
+        stack = [] if seen[root] else [(root, iter(code[root][1]))]
+        seen[root] = True
+        while stack:
+            node, following = stack[-1]
+            for other in following:
+                if not seen[other]:
+                    seen[other] = True
+                    stack.append((other, iter(code[other][1])))
+                    break
+            else:
+                order.append(node)
+                stack.pop()
+    before: list[list[int]] = [[] for _ in code]
+    for index, (_, following) in enumerate(code):
+        for other in following:
+            before[other].append(index)
+    looped, assigned = [False] * len(code), [False] * len(code)
+    for root in reversed(order):
+        component, stack = [], [] if assigned[root] else [root]
+        assigned[root] = True
+        while stack:
+            node = stack.pop()
+            component.append(node)
+            for other in before[node]:
+                if not assigned[other]:
+                    assigned[other] = True
+                    stack.append(other)
+        for node in component:
+            looped[node] = len(component) > 1 or node in code[node][1]
+    return looped
 
 
 def amd_usage(compiled) -> dict:
@@ -205,7 +279,12 @@ def amd_usage(compiled) -> dict:
     find = {
         name: int(re.search(rf"\.{name}:\s*(\d+)", text)[1]) for name in ("vgpr_count", "private_segment_fixed_size")
     }
-    return {"registers": find["vgpr_count"], "spilled": find["private_segment_fixed_size"]}
+    spilled = find["private_segment_fixed_size"]
+    return {
+        "registers": find["vgpr_count"],
+        "spilled": spilled,
+        "looped_spills": int(spilled > 0),
+    }  # taken as in a loop
 
 
 def faults(row: dict) -> list[str]:
@@ -244,13 +323,16 @@ def main(arguments: list[str] | None = None) -> int:
         row["faults"] = faults(row)
     if options.json:
         options.json.write_text(json.dumps({"kernels": rows, "failed": failed}, indent=1))
-    print("| target | case | kernel | tile | warps | stages | shared | registers | spilled | |")
-    print("|---|---|---|---|---|---|---|---|---|---|")
+    print("| target | case | kernel | tile | warps | stages | shared | registers | spilled | in loops | |")
+    print("|---|---|---|---|---|---|---|---|---|---|---|")
     for row in rows:
         tile = " x ".join(str(v) for k, v in row.items() if k.startswith("BLOCK"))
         launch = f"{row.get('num_warps', '')} | {row.get('num_stages', '')}"
-        usage = f"{row['shared']} | {row['registers']} | {row['spilled']} | {', '.join(row['faults'])}"
-        print(f"| {row['target']} | {row['case']} | {row['kernel']} | {tile} | {launch} | {usage} |")
+        usage = f"{row['shared']} | {row['registers']} | {row['spilled']} | {row['looped_spills']}"
+        print(
+            f"| {row['target']} | {row['case']} | {row['kernel']} | {tile} | {launch} | {usage} "
+            f"| {', '.join(row['faults'])} |"
+        )
     for line in failed:
         print(line)
     return 1 if failed or any(row["faults"] for row in rows) else 0

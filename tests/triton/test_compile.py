@@ -1,5 +1,6 @@
 """All kernels compile for eight targets, within each target's shared memory and registers; no device is needed."""
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -25,3 +26,28 @@ def test_kernels_compile_and_fit(target, tmp_path):
     report = json.loads((tmp_path / "report.json").read_text())
     assert not report["failed"]
     assert {row["kernel"] for row in report["kernels"]} == KERNELS
+
+
+def test_loops_are_told_from_code_that_is_laid_out_of_line():
+    spec = importlib.util.spec_from_file_location("compile_report", REPORT)
+    report = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(report)
+    code = report.instructions("""
+        /*0000*/                   STL [R1], R2 ;
+.L_x_0:
+        /*0010*/                   LDL R2, [R1] ;
+        /*0020*/              @!P0 BRA `(.L_x_2) ;
+.L_x_1:
+        /*0030*/               @P1 BRA `(.L_x_0) ;
+        /*0040*/                   EXIT ;
+.L_x_2:
+        /*0050*/                   LDL R3, [R1+0x4] ;
+        /*0060*/                   BRA `(.L_x_1) ;
+.L_x_3:
+        /*0070*/                   BRA `(.L_x_3) ;
+        /*0080*/                   LDL R3, [R1+0x4] ;
+        /*0090*/                   BRA `(.L_x_1) ;
+""")
+    assert [op for op, _ in code] == ["STL", "LDL", "BRA", "BRA", "EXIT", "LDL", "BRA", "BRA", "LDL", "BRA"]
+    # Lines 5 and 6 lie behind the loop and belong to it; the last two branch back and do not.
+    assert report.in_loops(code) == [False, True, True, True, False, True, True, True, False, False]

@@ -103,6 +103,8 @@ def backward(
     )  # fmt: skip
     options = configuration("attention_backward", w, tokens, width)
     options["CUT"] = _cut(options, tokens, not symmetric)
+    if launch.tensor_memory(w.device) and shape["WIDTH"] > 64:
+        options["num_stages"] = 1  # operands that wait for tensor memory fill the shared memory beside a second stage
     launch.launch(
         _backward, triton.cdiv(tokens, options["BLOCK_M"]) * batch * heads,
         grad, w, value, lengths, lse, delta, weight, middle, dw, dvalue,

@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from . import backends, checks
+from .kept import kept
 
 MOST_PLANS = 512
 """An operator that holds this many plans forgets them all and starts anew."""
@@ -104,6 +105,7 @@ class Operator:
         self._differentiable = [i for i, name in enumerate(self._tensor_names) if name not in constants]
         self._casts = [i for i, name in enumerate(self._tensor_names) if name in casts]
         self._streams = 0 not in self._casts
+        self._folded = self._tensor_names.index("folded") if "folded" in self._tensor_names else None
         self._lengths = self._tensor_names.index("lengths") if "lengths" in self._tensor_names else None
         self._passes = [self._scalar_names.index(name) for name in passes]
         self._saves = [outputs.index(name) for name in saves]
@@ -151,7 +153,9 @@ class Operator:
             for t in tensors:
                 if t is not None and t.requires_grad:
                     return self._function.apply(plan, *tensors)
-        out = self._forward(plan, self._cast(tensors, plan.dtype, plan.narrow), False)
+        # Weights beside a folded dictionary are prepared for inference: they stay, and so do their casts.
+        stay = self._folded is not None and tensors[self._folded] is not None
+        out = self._forward(plan, self._cast(tensors, plan.dtype, plan.narrow, stay), False)
         out = out if self._single else out[0]
         return out.to(tensors[0].dtype) if plan.narrow else out
 
@@ -210,16 +214,19 @@ class Operator:
         )
 
     def _cast(
-        self, tensors: Sequence[Tensor | None], dtype: torch.dtype | None, narrow: bool = False
+        self, tensors: Sequence[Tensor | None], dtype: torch.dtype | None, narrow: bool = False, stay: bool = False
     ) -> Sequence[Tensor | None]:
+        """The tensors as autocast wants them. With ``stay``, casts of weights are kept from call to call."""
         if dtype is None:
             return tensors
         cast: list[Any] = list(tensors)
         if narrow:
             cast[0] = cast[0].to(dtype)
         for i in self._casts:
-            if cast[i] is not None:
-                cast[i] = cast[i].to(dtype)
+            if cast[i] is None or cast[i].dtype == dtype:
+                continue
+            found = kept(cast[i], ("cast", dtype), lambda weight: weight.to(dtype)) if stay and i else None
+            cast[i] = cast[i].to(dtype) if found is None else found
         return cast
 
     def _forward(self, plan: Plan, tensors: Sequence[Tensor | None], save: bool):

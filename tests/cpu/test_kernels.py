@@ -12,7 +12,7 @@ import torch
 
 from crate_kernels import ops, use_backend
 from crate_kernels.nn import CrateBlock, prepare_for_inference
-from crate_kernels.ops import cpu_kernels
+from crate_kernels.ops import cpu_kernels, kept
 from tests.ops import oracle
 from tests.ops.builders import attention, mssa
 from tests.ops.cases import CASES, SMALL
@@ -162,7 +162,7 @@ def test_a_forked_child_computes():
 
 def test_the_environment_variable_forces_a_lower_instruction_set():
     def opened(name):
-        code = "from crate_kernels.ops import cpu_kernels as k; print(k.ISA, k.MISSING)"
+        code = "from crate_kernels.ops import cpu_kernels, kept as k; print(k.ISA, k.MISSING)"
         environment = os.environ | {"CRATE_KERNELS_CPU_ISA": name}
         return subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True).stdout
 
@@ -180,26 +180,33 @@ def test_what_cannot_run_says_why():
         ops.subspace_attention(torch.ones(1, 2, 1, 257), backend="cpu")
 
 
-def test_a_prepared_layer_packs_once_and_notices_changed_weights():
+@pytest.mark.parametrize("autocast", [False, True])
+def test_a_prepared_layer_packs_once_and_notices_changed_weights(autocast):
     torch.manual_seed(0)
     block = prepare_for_inference(CrateBlock(48, 3, 16))
     z = torch.randn(2, 30, 48)
-    with torch.no_grad():
-        before = len(cpu_kernels._kept)
+
+    def addresses():
+        return {key: made.data_ptr() for key, (_, _, made) in kept._made.items()}
+
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        before = len(addresses())
         first = block(z)
-        packed = {key: entry[2].data_ptr() for key, entry in cpu_kernels._kept.items()}
-        assert len(packed) == before + 3  # projection, output projection, folded dictionary
+        made = addresses()
+        # Projection, output projection and folded dictionary are packed. Autocast casts them, the bias, the dictionary.
+        assert len(made) == before + (8 if autocast else 3)
         assert torch.equal(block(z), first)
-        assert {key: entry[2].data_ptr() for key, entry in cpu_kernels._kept.items()} == packed
+        assert addresses() == made
         for weight in (block.mssa.projection.weight, block.mssa.output.weight, block.ista.weight):
             weight.mul_(1.5)
             changed = block(z)
             with use_backend("reference"):
-                torch.testing.assert_close(changed, block(z), rtol=1e-4, atol=1e-5)
+                tolerance = 3e-2 if autocast else 1e-5
+                torch.testing.assert_close(changed, block(z), rtol=1e-4, atol=tolerance * changed.abs().max().item())
             assert not torch.equal(changed, first)
     del block, weight
     gc.collect()
-    assert len(cpu_kernels._kept) == before
+    assert len(addresses()) == before
 
 
 @pytest.mark.parametrize("name", [n for n in CASES if n.endswith("empty")])

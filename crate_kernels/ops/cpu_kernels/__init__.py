@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import ctypes
 import os
-import weakref
 from pathlib import Path
 from struct import Struct
 
 import torch
 from torch import Tensor
+
+from ..kept import kept
 
 ENVIRONMENT_VARIABLE = "CRATE_KERNELS_CPU_ISA"
 
@@ -366,22 +367,9 @@ def pack(matrix: Tensor, transposed: bool) -> Tensor:
     return out
 
 
-_kept: dict[int, tuple[weakref.ref, tuple, Tensor]] = {}
-"""Packed weights by the identity of the weight; an entry ends with its weight."""
-
-
 def kept_pack(weight: Tensor | None, transposed: bool) -> int:
-    """The address of :func:`pack` of a weight that stays from call to call; packed anew when the weight has changed.
-
-    0 for a tensor without a version counter, and for one that is made for this call alone, as autocast's copies are.
-    """
-    if weight is None or weight.is_inference() or not (isinstance(weight, torch.nn.Parameter) or weight.is_leaf):
+    """The address of :func:`pack` of a weight that stays from call to call; 0 for a tensor that does not."""
+    if weight is None:
         return 0
-    state = (weight._version, weight.data_ptr(), weight.dtype, tuple(weight.stride()), transposed, ISA)
-    found = _kept.get(id(weight))
-    if found is None or found[1] != state:
-        key = id(weight)
-        with torch.inference_mode(False):
-            packed = pack(weight.detach(), transposed)
-        found = _kept[key] = (weakref.ref(weight, lambda _: _kept.pop(key, None)), state, packed)
-    return found[2].data_ptr()
+    packed = kept(weight, ("pack", transposed, ISA), lambda matrix: pack(matrix, transposed))
+    return 0 if packed is None else packed.data_ptr()

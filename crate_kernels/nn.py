@@ -82,8 +82,8 @@ class MSSA(nn.Module):
 
     @property
     def fusible(self) -> bool:
-        """Whether the fused half-step computes this module: neither dropout nor an option that it does not know."""
-        return self.one_operand and not (self.training and self.dropout)
+        """Whether the fused half-step computes this module: no dropout, no option that it does not know, no hook."""
+        return self.one_operand and not (self.training and self.dropout) and plain(self, self.projection, self.output)
 
     def project(self, x: Tensor) -> Tensor:
         """The tokens in every head's subspace: ``x (B, N, d)`` -> ``w (B, N, H, p)``."""
@@ -270,8 +270,8 @@ class ISTA(KeepsFolded):
 
     @property
     def fusible(self) -> bool:
-        """Whether the fused half-step computes this module."""
-        return not self.learns_step
+        """Whether the fused half-step computes this module: a fixed step size and no hook."""
+        return not self.learns_step and plain(self)
 
     def forward(self, x: Tensor) -> Tensor:
         """``x (..., d)`` -> ``(..., d)``."""
@@ -287,8 +287,8 @@ class ISTA(KeepsFolded):
 class CrateBlock(nn.Module):
     """One CRATE layer: ``z' = z + MSSA(LN z)`` compresses the tokens, ``z" = ISTA(LN z')`` sparsifies them.
 
-    Both halves run as fused operators; with dropout in training, and with options that the operators do not know, they
-    run as modules.
+    The layer is one fused operator. It runs as modules with dropout in training, with options that the operator does
+    not know, and while somebody watches or replaces one of its modules (see :func:`plain`).
 
     Args:
         dim, heads, dim_head, dropout, causal, output_bias: see :class:`MSSA`.
@@ -337,7 +337,7 @@ class CrateBlock(nn.Module):
     def sparsify(self, z: Tensor) -> Tensor:
         """The second half-step: ``ISTA(LN z)``; ``z (B, N, d)``."""
         norm, ista = self.ista_norm, self.ista
-        if not ista.fusible:
+        if not ista.fusible or not plain(norm):
             return ista(norm(z))
         return ops.ista_block(
             z,
@@ -357,10 +357,11 @@ class CrateBlock(nn.Module):
         """
         if z.dim() == 4:
             return _as_map(self.forward(_as_tokens(z), lengths), z)
-        mssa, ista = self.mssa, self.ista
-        if not self._one_operator or self.shrink or not mssa.fusible or not ista.fusible:
+        mssa, ista, first, second = self.mssa, self.ista, self.mssa_norm, self.ista_norm
+        whole = self._one_operator and mssa.fusible and ista.fusible and plain(first, second)
+        if self.shrink or not whole:
             return self.sparsify(self.compress(z, lengths))
-        first, second, output = self.mssa_norm, self.ista_norm, mssa.output
+        output = mssa.output
         linear = not isinstance(output, nn.Identity)
         return ops.crate_layer(
             z,
@@ -513,11 +514,29 @@ class CrateDecoderBlock(nn.Module):
         return mssa_half_step(self.mssa_norm, self.mssa, y, lengths, step_size=-1.0)
 
 
+PLAIN = frozenset((nn.LayerNorm, nn.Linear, nn.Identity, TransposedProjection, MSSA, ISTA))
+"""The classes whose forward an operator computes from their parameters."""
+
+
+def plain(*modules: nn.Module) -> bool:
+    """Whether an operator may read the modules' parameters and pass their ``forward`` by.
+
+    False for a module with a hook, with a ``forward`` of its own, or of a class that somebody put in place of ours (an
+    adapter, a quantized layer, a parametrized or sharded one).
+    """
+    return all(
+        type(m) in PLAIN
+        and not (m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks)
+        and "forward" not in m.__dict__
+        for m in modules
+    )
+
+
 def mssa_half_step(
     norm: nn.LayerNorm, mssa: MSSA, z: Tensor, lengths: Tensor | None = None, step_size: float = 1.0
 ) -> Tensor:
     """``z + step_size·MSSA(LN z)``: fused where the module is, or as modules; ``z (B, N, d)``."""
-    if not mssa.fusible:
+    if not mssa.fusible or not plain(norm):
         return z + step_size * mssa(norm(z), lengths)
     linear = not isinstance(mssa.output, nn.Identity)
     return ops.mssa_block(

@@ -49,13 +49,13 @@ def test_a_layer_with_gradients_is_one_node_of_the_graph():
     parameters = sum(1 for _ in model.parameters())
     found = events(lambda: torch.autograd.grad(model(z).sum(), [z, *model.parameters()]))
     for name in ("CrateCrateLayer", "CrateCrateLayerBackward"):
-        assert found[name] == LAYERS
+        assert found[name] == LAYERS, found
     # A layer has nine results and, in the backward, a gradient for each of its parameters and for its tokens. The sum
     # has a result, too.
     assert found["aten::empty"] == 9 * LAYERS + parameters + LAYERS + 1
-    others = {name for name in found if name.startswith("aten::")} - {"aten::empty"}
-    assert others <= {"aten::sum", "aten::fill_", "aten::ones_like", "aten::empty_like", "aten::empty_strided",
-                      "aten::expand", "aten::as_strided", "aten::_sum", "aten::squeeze"}, others  # fmt: skip
+    # What the sum and its gradient cost, which does not grow with the layers.
+    others = sum(count for name, count in found.items() if name.startswith("aten::")) - found["aten::empty"]
+    assert others <= 15, found
 
 
 def test_an_eager_layer_calls_no_more_operators_than_before():
@@ -64,7 +64,7 @@ def test_an_eager_layer_calls_no_more_operators_than_before():
         found = events(lambda: inference(model, z))
     assert found["aten::native_layer_norm"] == 2 * LAYERS
     assert found["aten::mm"] + found["aten::addmm"] == 4 * LAYERS  # projection, output projection, two of the ISTA step
-    assert sum(found.values()) <= 105 * LAYERS
+    assert sum(found.values()) <= 106 * LAYERS
 
 
 def test_a_compiled_layer_is_one_operator():
@@ -101,15 +101,38 @@ def test_activation_checkpoints_change_no_bit(reentrant, autocast):
         assert torch.equal(a, b)
 
 
-def test_a_hook_between_the_halves_sees_its_tokens():
+MODULES = ("mssa_norm", "mssa", "mssa.projection", "mssa.output", "ista_norm", "ista")
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_a_hook_inside_a_layer_is_called(name):
     block, z = layers()[0], torch.randn(2, 5, 32, requires_grad=True)
     expected = block(z)
-    grads = torch.autograd.grad(expected.sum(), z)
-    seen = []
-    handle = block.ista_norm.register_forward_hook(lambda module, given, out: seen.append((given[0], out)))
-    watched = block(z)
-    handle.remove()
-    assert len(seen) == 1
-    torch.testing.assert_close(seen[0][0], block.compress(z))
-    torch.testing.assert_close(watched, expected)
-    torch.testing.assert_close(torch.autograd.grad(watched.sum(), z), grads)
+    gradient = torch.autograd.grad(expected.sum(), z)
+    module, seen = block.get_submodule(name), []
+    for register in ("register_forward_pre_hook", "register_forward_hook", "register_full_backward_hook"):
+        handle = getattr(module, register)(lambda *given: seen.append(given[-1]))
+        watched = block(z)
+        torch.testing.assert_close(torch.autograd.grad(watched.sum(), z), gradient)
+        handle.remove()
+        torch.testing.assert_close(watched, expected)
+    assert len(seen) == 3
+    doubled = module.register_forward_hook(lambda module, given, out: 2 * out)
+    assert not torch.allclose(block(z), expected)
+    doubled.remove()
+    assert torch.equal(block(z), expected)
+
+
+@pytest.mark.parametrize("name", ["mssa.projection", "mssa.output"])
+def test_a_module_in_the_place_of_a_linear_is_called(name):
+    class Adapter(torch.nn.Linear):
+        def forward(self, x):
+            return super().forward(x) + 1
+
+    block, z = layers()[0], torch.randn(2, 5, 32)
+    linear = block.get_submodule(name)
+    adapter = Adapter(linear.in_features, linear.out_features, linear.bias is not None)
+    adapter.load_state_dict(linear.state_dict())
+    expected = block(z)
+    block.set_submodule(name, adapter)
+    assert not torch.allclose(block(z), expected)

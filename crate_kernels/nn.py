@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from . import ops
 from .ops import checks
+from .ops.subspace_attention.masks import finite_where_hidden
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -146,15 +147,18 @@ class MSSA(nn.Module):
         maps = ops.attention_maps(self.directions(w, positions), self.scale, self.causal, lengths)
         if edit is not None:
             maps = edit(maps)
+        w = finite_where_hidden(w, lengths)
         o = (nn.functional.dropout(maps, self.dropout, self.training) @ w.transpose(1, 2)).transpose(1, 2)
         return nn.functional.dropout(self.output(o.flatten(2)), self.dropout, self.training)
 
     def _cross(self, w: Tensor, context: Tensor, lengths: Tensor | None) -> Tensor:
         if self.causal or self.rotary is not None:
             raise ValueError("context: queries and context have no common order; build with causal=False, rotary=None")
-        values = self.project(context)
+        values = finite_where_hidden(self.project(context), lengths)
         visible = None
         if lengths is not None:
+            checks.lengths(lengths, len(values), values)
+            checks.length_values(lengths, values.shape[1])
             index = torch.arange(values.shape[1], device=values.device)
             visible = (index < lengths[:, None])[:, None, None]
         return nn.functional.scaled_dot_product_attention(
@@ -200,6 +204,14 @@ def rotate(w: Tensor, positions: Tensor | None = None, base: float = 10000.0) ->
     cos, sin = angles.cos(), angles.sin()
     a, b = w.to(dtype).chunk(2, dim=-1)
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(w.dtype)
+
+
+def residual_stream(z: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """The tokens between layers, ``z``, in ``dtype`` while autocast is on. None, or no autocast, leaves them alone.
+
+    The half-steps keep the dtype of the tokens that they are given: a stream that is cast once stays as it is.
+    """
+    return z if dtype is None or z.dtype == dtype or not ops.backends.autocast_is_on(z) else z.to(dtype)
 
 
 class KeepsFolded(nn.Module):
@@ -299,6 +311,9 @@ class CrateBlock(nn.Module):
         mssa_options: ``scale``, ``tied_output``, ``qk_norm``, ``rotary``; see :class:`MSSA`.
     """
 
+    residual_dtype: torch.dtype | None = None
+    """Of the residual stream under autocast, see :attr:`crate_kernels.models.CrateModel.residual_dtype`."""
+
     def __init__(
         self,
         dim: int,
@@ -338,7 +353,7 @@ class CrateBlock(nn.Module):
         """The second half-step: ``ISTA(LN z)``; ``z (B, N, d)``."""
         norm, ista = self.ista_norm, self.ista
         if not ista.fusible or not plain(norm):
-            return ista(norm(z))
+            return ista(norm(z)).to(z.dtype)
         return ops.ista_block(
             z,
             norm.weight,
@@ -357,6 +372,7 @@ class CrateBlock(nn.Module):
         """
         if z.dim() == 4:
             return _as_map(self.forward(_as_tokens(z), lengths), z)
+        z = residual_stream(z, self.residual_dtype)
         mssa, ista, first, second = self.mssa, self.ista, self.mssa_norm, self.ista_norm
         whole = self._one_operator and mssa.fusible and ista.fusible and plain(first, second)
         if self.shrink or not whole:

@@ -230,8 +230,8 @@ class _SplitISTA(ISTA):
 
     def forward(self, x: Tensor) -> Tensor:
         mesh, weight = self.weight.device_mesh, self.weight.to_local()
-        x, weight = backends.cast(backends.autocast_dtype(x), x, weight)
-        shared, rows = _shared(x, mesh), weight.shape[0]
+        low, weight = backends.cast(backends.autocast_dtype(x), x, weight)  # the sum keeps the dtype of x
+        shared, rows = _shared(low, mesh), weight.shape[0]
         residual = shared.narrow(-1, mesh.get_local_rank() * rows, rows) - shared @ weight.T
         return torch.relu(x + self.step_size * (_summed(residual @ weight, mesh) - self.lambd))
 

@@ -54,7 +54,7 @@ def fuse(model: nn.Module, *, residual_dtype: torch.dtype | None = None) -> Fuse
         model: any ``nn.Module``.
         residual_dtype: of the residual stream in fused layers and stacks under autocast. None keeps the dtype that it
             has in the model's own code: float32 for float32 parameters. ``torch.bfloat16`` saves memory and rounds the
-            stream after each half of a layer; see ``docs/fuse.md`` for both errors. It has no effect without autocast.
+            stream after each half of a layer; ``docs/numerics.md`` has both errors. It has no effect without autocast.
 
     Returns:
         A printable :class:`FuseReport` of what was fused, and of what was left alone and why.
@@ -63,8 +63,7 @@ def fuse(model: nn.Module, *, residual_dtype: torch.dtype | None = None) -> Fuse
         TypeError: ``model`` is not an ``nn.Module``, or ``residual_dtype`` no floating dtype.
     """
     _check(model)
-    if residual_dtype is not None and residual_dtype not in checks.FLOATING:
-        raise TypeError(f"residual_dtype: expected None or a floating dtype of torch, got {residual_dtype!r}")
+    checks.residual_dtype(residual_dtype)
     report, known = FuseReport(), Known()
     reasons: dict[str, str] = {}
     # Children first: a layer is recognized by the parts that were recognized in it.

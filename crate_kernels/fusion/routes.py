@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 
 from .. import ops
+from ..nn import residual_stream
 from ..ops.backends import autocast_is_on
 from .description import is_number
 from .look import Look
@@ -226,7 +227,8 @@ class _ISTABlock:
         weights: list[Any] = [read() for read in self.weights]
         if _ordinary(z, *weights):
             try:
-                z = _stream(z, self.residual_dtype or weights[0].dtype)
+                # A public layer gives what its LayerNorm gives: the dtype of the norm's weight, even if z is narrower.
+                z = residual_stream(z, self.residual_dtype or weights[0].dtype)
                 return ops.ista_block(z, *weights, folded=self.ista.folded(), **self.options)
             except REFUSED:
                 pass
@@ -247,7 +249,7 @@ class _WholeLayer:
         weights: list[Any] = [read() for read in self.weights]
         if _ordinary(z, *weights) and not _too_long(z, self.first.longest):
             try:
-                z = _stream(z, self.second.residual_dtype or weights[0].dtype)
+                z = residual_stream(z, self.second.residual_dtype or weights[0].dtype)
                 return ops.crate_layer(z, *weights, folded=self.second.ista.folded(), **self.options)
             except REFUSED:
                 pass
@@ -422,7 +424,7 @@ class _Halves:
         self.halves, self.residual_dtype = halves, residual_dtype
 
     def __call__(self, module: Any, x: Tensor) -> Tensor:
-        x = _stream(x, self.residual_dtype)
+        x = residual_stream(x, self.residual_dtype)
         for half in self.halves:
             x = half(x)
         return x
@@ -508,14 +510,6 @@ def _ordinary(*tensors: Tensor | None) -> bool:
 
 def _too_long(x: Tensor, longest: int | None) -> bool:
     return longest is not None and x.dim() == 3 and x.shape[1] > longest
-
-
-def _stream(z: Tensor, dtype: torch.dtype | None) -> Tensor:
-    """``z`` in the residual stream's dtype, which autocast makes different from that of ``z``.
-
-    A public layer gives what its LayerNorm gives: the dtype of the norm's weight, even if ``z`` is narrower.
-    """
-    return z.to(dtype) if dtype is not None and z.dtype != dtype and autocast_is_on(z) else z
 
 
 def _leaves(module: Any, look: Look) -> Iterator[Any]:

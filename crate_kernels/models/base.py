@@ -6,9 +6,11 @@ import os
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Self
 
+import torch
 from torch import Tensor, nn
 
-from ..nn import prepare_for_inference
+from ..nn import CrateBlock, prepare_for_inference
+from ..ops import checks
 from . import checkpoint
 
 
@@ -32,6 +34,26 @@ class CrateModel(nn.Module):
     def __init__(self, config: Mapping[str, Any]):
         super().__init__()
         self.config = {name: _plain(value) for name, value in config.items()}
+
+    @property
+    def residual_dtype(self) -> torch.dtype | None:
+        """The dtype of the residual stream, the tokens between layers, under autocast; settable at any time.
+
+        None keeps the dtype that the embedding gives, as the public code does: float32 for float32 parameters.
+        ``torch.bfloat16`` saves memory, and each half of a layer then rounds the stream: ``docs/numerics.md`` has both
+        errors. Without autocast it has no effect, and files do not record it.
+
+        Raises:
+            TypeError: (when set) it is neither None nor a floating dtype.
+        """
+        return next((m.residual_dtype for m in self.modules() if isinstance(m, CrateBlock)), None)
+
+    @residual_dtype.setter
+    def residual_dtype(self, dtype: torch.dtype | None) -> None:
+        checks.residual_dtype(dtype)
+        for module in self.modules():
+            if isinstance(module, CrateBlock):
+                module.residual_dtype = dtype
 
     def load_state_dict(self, state_dict: Mapping[str, Tensor], strict: bool = True, assign: bool = False):
         """As :meth:`torch.nn.Module.load_state_dict`, and takes the family's public layout and wrapper prefixes too.

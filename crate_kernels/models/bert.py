@@ -61,6 +61,7 @@ class CrateBert(CrateModel):
         emb_dropout: dropout after the embeddings.
         num_classes: 0 for the masked-language head, None for none; otherwise the first token is pooled (linear, tanh)
             and classified.
+        residual_dtype: see :attr:`CrateModel.residual_dtype`.
     """
 
     layout = KeyMap(
@@ -89,6 +90,7 @@ class CrateBert(CrateModel):
         dropout: float = 0.0,
         emb_dropout: float = 0.1,
         num_classes: int | None = 0,
+        residual_dtype: torch.dtype | None = None,
     ):
         super().__init__(
             dict(
@@ -121,6 +123,7 @@ class CrateBert(CrateModel):
             self.classifier = nn.Linear(dim, num_classes)
         elif num_classes == 0:
             self.head = MaskedLanguageHead(dim, vocab_size)
+        self.residual_dtype = residual_dtype
         self.reset_parameters()
 
     def reset_parameters(self):
@@ -154,6 +157,8 @@ class CrateBert(CrateModel):
         None) and of types (``(B, N)``, 0 if None) are added."""
         if positions is None:
             positions = torch.arange(tokens.shape[1], device=tokens.device)
+        else:
+            checks.values_within("positions", positions, 0, self.max_length - 1, "the last learned position")
         if token_types is None:
             token_types = torch.zeros(tokens.shape[:2], dtype=torch.int64, device=tokens.device)
         tokens = tokens + self.position_embedding(positions) + self.type_embedding(token_types)

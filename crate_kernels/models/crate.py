@@ -25,6 +25,7 @@ class CRATE(VisionModel):
         channels: of the images.
         emb_dropout: dropout after the embedding.
         ista: step size of the ISTA steps.
+        residual_dtype: see :attr:`CrateModel.residual_dtype`.
     """
 
     layout: KeyMap | None = KeyMap(
@@ -63,6 +64,7 @@ class CRATE(VisionModel):
         dropout: float = 0.0,
         emb_dropout: float = 0.0,
         ista: float = 0.1,
+        residual_dtype: torch.dtype | None = None,
     ):
         super().__init__(
             dict(
@@ -90,6 +92,7 @@ class CRATE(VisionModel):
         )
         self.norm = nn.LayerNorm(dim)
         self.head = nn.Linear(dim, num_classes) if num_classes else nn.Identity()
+        self.residual_dtype = residual_dtype
 
     def embed(self, images: Tensor) -> Tensor:
         """``(B, C, H, W)`` -> the first layer's tokens ``(B, 1 + patches, dim)``, class token first."""

@@ -69,10 +69,19 @@ class CrateDINO(CrateModel):
 
     Args:
         hidden, bottleneck, prototypes: of both heads, see :class:`ProjectionHead`.
+        residual_dtype: see :attr:`CrateModel.residual_dtype`.
         backbone: arguments of :class:`crate_kernels.models.CRATE`.
     """
 
-    def __init__(self, *, hidden: int = 2048, bottleneck: int = 256, prototypes: int = 65536, **backbone):
+    def __init__(
+        self,
+        *,
+        hidden: int = 2048,
+        bottleneck: int = 256,
+        prototypes: int = 65536,
+        residual_dtype: torch.dtype | None = None,
+        **backbone,
+    ):
         checks.positive_ints(hidden=hidden, bottleneck=bottleneck)
         checks.integer("prototypes", prototypes)
         backbone = dict(backbone, num_classes=0)
@@ -80,6 +89,7 @@ class CrateDINO(CrateModel):
         network = CRATE(**backbone)
         self.student = Branch(network, ProjectionHead(network.num_features, hidden, bottleneck, prototypes))
         self.teacher = copy.deepcopy(self.student).requires_grad_(False)
+        self.residual_dtype = residual_dtype
 
     @property
     def backbone(self) -> CRATE:

@@ -69,11 +69,13 @@ class CrateGPT(CrateModel):
 
     Args:
         config: sizes; or give its fields by name.
+        residual_dtype: see :attr:`CrateModel.residual_dtype`. Overcomplete layers end with a product, so that autocast
+            makes their output narrow in any case, as in the public code.
     """
 
     layout = _layout("weight")
 
-    def __init__(self, config: CrateGPTConfig | None = None, **options):
+    def __init__(self, config: CrateGPTConfig | None = None, *, residual_dtype: torch.dtype | None = None, **options):
         if config is not None and options:
             raise TypeError("give either a CrateGPTConfig or its fields, not both")
         config = config or CrateGPTConfig(**options)
@@ -97,6 +99,7 @@ class CrateGPT(CrateModel):
         layers = (make(**sizes, dropout=config.dropout, causal=True) for _ in range(config.n_layer))
         self.blocks: Any = nn.ModuleList(layers)
         self.norm = nn.LayerNorm(config.n_embd) if config.overcomplete else nn.Identity()
+        self.residual_dtype = residual_dtype
         self.reset_parameters()
 
     def reset_parameters(self):
@@ -127,6 +130,8 @@ class CrateGPT(CrateModel):
             if idx.shape[1] > self.block_size:
                 raise ValueError(f"idx: {idx.shape[1]} tokens, but block_size is {self.block_size}")
             positions = torch.arange(idx.shape[1], device=idx.device)
+        else:
+            checks.values_within("positions", positions, 0, self.block_size - 1, "the last learned position")
         return self.token_embedding(idx) + self.position_embedding(positions)
 
     def upstream_state_dict(self) -> dict[str, Tensor]:

@@ -30,6 +30,8 @@ class CrateMAE(VisionModel):
         decoder_embed_dim, decoder_depth, decoder_num_heads: of the decoder; it shares the encoder's width.
         norm_pix_loss: predict each patch standardised by its own mean and variance.
         lambd: sparsity weight of the ISTA steps.
+        residual_dtype: of the encoder, see :attr:`CrateModel.residual_dtype`. A decoder layer begins with a product, so
+            autocast makes its stream narrow in any case, as in the public code.
     """
 
     layout = KeyMap(
@@ -72,6 +74,7 @@ class CrateMAE(VisionModel):
         decoder_num_heads: int | None = None,
         norm_pix_loss: bool = False,
         lambd: float = 0.5,
+        residual_dtype: torch.dtype | None = None,
     ):
         decoder_embed_dim = embed_dim if decoder_embed_dim is None else decoder_embed_dim
         decoder_num_heads = num_heads if decoder_num_heads is None else decoder_num_heads
@@ -114,6 +117,7 @@ class CrateMAE(VisionModel):
         )
         self.decoder_norm = nn.LayerNorm(embed_dim, eps=1e-6)
         self.prediction = nn.Linear(embed_dim, in_chans * patch_size[0] * patch_size[1])
+        self.residual_dtype = residual_dtype
         self.reset_parameters()
 
     def reset_parameters(self):

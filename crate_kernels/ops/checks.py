@@ -96,6 +96,12 @@ def dropout(name: str, value):
         raise ValueError(f"{name}: expected a probability in 0..1, got {value}")
 
 
+def residual_dtype(value):
+    """``value`` is None or a floating dtype."""
+    if value is not None and value not in FLOATING:
+        raise TypeError(f"residual_dtype: expected None or a floating dtype of torch, got {value!r}")
+
+
 def flag(name: str, value) -> bool:
     """``value`` is True or False; a number or a string would be read as True by mistake."""
     if not isinstance(value, bool):
@@ -105,7 +111,8 @@ def flag(name: str, value) -> bool:
 
 def rows(name: str, value) -> Tensor:
     """``value (..., d)`` as a matrix ``(n, d)`` of its rows."""
-    if isinstance(value, Tensor) and not value.is_nested and value.dim() == 2 and value.shape[1] > 0:
+    dense = isinstance(value, Tensor) and value.layout == torch.strided and not value.is_nested
+    if dense and value.dim() == 2 and value.shape[1] > 0:
         return value
     tensor(name, value)
     if value.dim() < 1 or value.shape[-1] < 1:
@@ -114,18 +121,32 @@ def rows(name: str, value) -> Tensor:
 
 
 def lengths(value: Tensor | None, batch: int, like: Tensor):
-    """``lengths`` is None or an integer tensor (B,). Its values are checked where they are on the CPU, see below."""
+    """``lengths`` is None or an integer tensor (B,). :func:`length_values` checks its values."""
     if value is not None:
         tensor("lengths", value, (batch,), like=like, dtypes=INTEGER)
 
 
 def length_values(value: Tensor | None, tokens: int):
-    """1 <= lengths <= N. Called where real values exist, and only on the CPU: elsewhere it would stall the device."""
-    if value is None or value.device.type != "cpu" or value.numel() == 0:
+    """1 <= lengths <= N, see :func:`values_within`."""
+    values_within("lengths", value, 1, tokens, "the number of tokens")
+
+
+def values_within(name: str, value: Tensor | None, least: int, most: int, meaning: str):
+    """The integers in ``value`` lie in ``least..most``. Only on the CPU: elsewhere the question would stall the device.
+
+    A compiled or exported graph asks when it runs. Tensors without values (fake ones, functorch's) are not asked.
+    """
+    if value is None or value.device.type != "cpu":
         return
-    low, high = value.aminmax()
-    if int(low) < 1 or int(high) > tokens:
-        raise ValueError(f"lengths: values must lie in 1..{tokens} (the number of tokens), got {int(low)}..{int(high)}")
+    if torch.compiler.is_compiling():
+        inside = ((value >= least) & (value <= most)).all()
+        torch._assert_async(inside, f"{name}: values must be at least {least} and at most {meaning}")
+        return
+    if type(value) is not Tensor or torch._C._functorch.peek_interpreter_stack() is not None or not value.numel():
+        return
+    low, high = (int(v) for v in value.aminmax())
+    if low < least or high > most:
+        raise ValueError(f"{name}: values must lie in {least}..{most} ({meaning}), got {low}..{high}")
 
 
 def norm(z: Tensor, norm_weight: Tensor, norm_bias: Tensor, eps: float, prefix: str = ""):

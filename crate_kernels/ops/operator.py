@@ -41,6 +41,16 @@ def traced() -> bool:
     )
 
 
+def transformed() -> bool:
+    """Whether the call is inside of ``torch.func`` (``grad``, ``vmap``, ``jvp``) or a forward-mode derivative.
+
+    torch can transform its own operations, but no operator that is registered with a backward alone.
+    """
+    return not torch.compiler.is_compiling() and (
+        torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
+    )
+
+
 class Plan:
     """What a kind of call comes to: the checked numbers, the backend and its functions."""
 
@@ -169,7 +179,16 @@ class Operator:
         dtype = backends.autocast_dtype(tensors[0])
         cast = self._cast(tensors, dtype)
         name = self._choose(backend, cast, scalars)
+        if name != "reference" and transformed():
+            if backend is not None or backends.requested_backend() is not None:
+                raise RuntimeError(
+                    f"backend {name!r} cannot run these inputs: torch.func and forward-mode derivatives transform the "
+                    "reference equations; request the backend 'reference', or none"
+                )
+            name = "reference"
         if name == "reference":
+            if self._lengths is not None:
+                checks.length_values(tensors[self._lengths], tensors[0].shape[1])
             return self.reference(*tensors, *scalars)
         narrow = self._narrow(name, tensors[0].dtype, dtype)
         out = self._registered(*self._cast(tensors, dtype, narrow), *scalars, name)
@@ -339,9 +358,8 @@ class _Direct(torch.autograd.Function):
         outputs = (out,) if operator._single else out
         ctx.plan = plan
         ctx.set_materialize_grads(False)
-        # Without autocast the two are the same tensors; with it, only a second derivative needs those before the cast.
-        before = () if plan.dtype is None else tensors
-        ctx.save_for_backward(*cast, *[outputs[i] for i in operator._saves], *before)
+        # The casts are made again in the backward: weights that are kept twice cost more memory than that costs time.
+        ctx.save_for_backward(*tensors, *[outputs[i] for i in operator._saves])
         return outputs[0].to(tensors[0].dtype) if plan.narrow else outputs[0]
 
     @staticmethod
@@ -352,18 +370,17 @@ class _Direct(torch.autograd.Function):
         if grad is None:
             return (None,) * (tensors + 1)
         saved = ctx.saved_tensors  # read once: under activation checkpointing each read would run the layer again
+        given, results = saved[:tensors], saved[tensors:]
         if torch.is_grad_enabled():
-            given = saved[:tensors] if plan.dtype is None else saved[-tensors:]
             return None, *operator._differentiable_backward(grad, given, plan.scalars, plan.autocast, plan.dtype)
-        if plan.dtype is not None:
-            saved = saved[:-tensors]
+        cast = operator._cast(given, plan.dtype, plan.narrow)
         if plan.narrow:
             grad = grad.to(plan.dtype)
         if traced():  # compiled autograd
-            found = operator._registered_backward(grad, *saved, *plan.backward_scalars, plan.backend)
+            found = operator._registered_backward(grad, *cast, *results, *plan.backward_scalars, plan.backend)
         else:
-            found = backends.run(plan.backward, grad, *saved, *plan.backward_scalars)
-        return None, *operator._gradients(found, saved)
+            found = backends.run(plan.backward, grad, *cast, *results, *plan.backward_scalars)
+        return None, *operator._gradients(found, given)
 
 
 def _autocast(device: str) -> torch.dtype | None:

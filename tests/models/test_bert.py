@@ -155,6 +155,9 @@ def test_exports(num_classes):
 def test_errors():
     with pytest.raises(ValueError, match=r"N in 1..16, got \(1, 17\)"):
         small()(torch.zeros(1, 17, dtype=torch.long))
+    model = small()
+    with pytest.raises(ValueError, match=r"positions: values must lie in 0\.\.15 \(the last learned .*, got 16\.\.16"):
+        model.add_embeddings(torch.zeros(1, 1, model.config["dim"]), torch.tensor([[16]]))
     with pytest.raises(ValueError, match="heads: 5 does not divide"):
         small(heads=5)
     with pytest.raises(ValueError, match=r"lengths: values must lie in 1\.\.11"):

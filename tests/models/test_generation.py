@@ -1,3 +1,5 @@
+import re
+
 import pytest
 import torch
 
@@ -39,6 +41,23 @@ def test_cached_attention_is_the_last_rows_of_causal_attention(dtype):
         ops.cached_subspace_attention(new, w[:, :, :2], positions)
     with pytest.raises(TypeError, match="positions: dtype"):
         ops.cached_subspace_attention(new, w, positions.double())
+    for shift, found in ((1, "5..9"), (-5, "-1..3")):
+        message = f"positions: values must lie in 0..8 (the last place of the cache), got {found}"
+        with pytest.raises(ValueError, match=re.escape(message)):
+            ops.cached_subspace_attention(new, w, positions + shift)
+
+
+def test_positions_that_the_model_has_not_learned_are_an_error():
+    model, idx = small(), torch.zeros(1, 4, dtype=torch.int64)
+    message = re.escape("positions: values must lie in 0..23 (the last learned position), got ")
+    for first, found in ((21, "21..24"), (-1, "-1..2")):
+        with pytest.raises(ValueError, match=message + re.escape(found)):
+            model.embed(idx, torch.arange(first, first + 4)[None])
+    cache = model.new_cache(1, capacity=30)
+    for _ in range(6):
+        model.step(idx, cache)
+    with pytest.raises(ValueError, match=message + "24..27"):
+        model.step(idx, cache)
 
 
 @VARIANTS

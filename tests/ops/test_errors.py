@@ -42,6 +42,7 @@ def test_subspace_attention(arguments, options, error, message):
         ((torch.tensor(1.0), DICTIONARY), {}, ValueError, r"x: expected shape \(\.\.\., d\)"),
         ((X, DICTIONARY), dict(step_size=-0.1), ValueError, r"step_size: expected at least 0\.0, got -0\.1"),
         ((X, DICTIONARY), dict(lambd=torch.tensor(0.1)), TypeError, r"lambd: expected a number, got Tensor"),
+        ((X.to_sparse(), DICTIONARY), {}, TypeError, r"x: expected a dense tensor, got a sparse_coo one"),
         ((X, DICTIONARY), dict(folded=DICTIONARY[0]), ValueError, r"folded: expected shape \(6, 6\)"),
     ],
 )

@@ -24,4 +24,5 @@ def ista_block(
 ) -> Tensor:
     """``ista_step(LN(z))``; ``z (n, d)`` -> ``(n, d)``."""
     x = torch.nn.functional.layer_norm(z, z.shape[-1:], norm_weight.to(z.dtype), norm_bias.to(z.dtype), eps)
+    x = x.to(z.dtype)  # autocast on GPUs normalizes in float32
     return ista_step(x, weight, folded, step_size, lambd)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from .. import checks
+from . import reference
 from .op import operator
 
 
@@ -31,8 +32,8 @@ def subspace_attention(
             ``rope(w), w``).
         scale: factor of the scores; ``p ** -0.5`` if None.
         causal: token i sees only tokens j <= i.
-        lengths: ``(B,)`` int32 or int64 in 1..N; keys at ``lengths[b]`` and beyond are hidden from every query.
-            Outputs at those positions are defined (they attend to the visible keys) but rarely of use.
+        lengths: ``(B,)`` int32 or int64 in 1..N; keys at ``lengths[b]`` and beyond are hidden from every query. Hidden
+            tokens may hold anything, NaN too. They attend to the visible keys, but their outputs are rarely of use.
         backend: ``"reference"``, ``"eager"``, ``"triton"``, ``"cuda"``, or None for the automatic choice.
 
     Returns:
@@ -40,10 +41,25 @@ def subspace_attention(
 
     Raises:
         TypeError: an argument is of a wrong type or dtype, or dtypes differ.
-        ValueError: a shape, device or value does not fit.
+        ValueError: a shape, device or value does not fit. Values of ``lengths`` are checked on the CPU alone, because
+            reading them would stall a GPU; in a compiled graph the error is a RuntimeError.
         RuntimeError: the backend asked for cannot run these inputs; the message says why.
     """
     return operator(_check, backend, (w, value, lengths), (scale, causal))
+
+
+def attention_maps(w: Tensor, scale: float, causal: bool = False, lengths: Tensor | None = None) -> Tensor:
+    """``softmax(scale · w wᵀ)`` written out in stock PyTorch: ``w (B, N, H, p)`` -> ``(B, H, N, N)``. Differentiable.
+
+    Args:
+        w, scale, causal, lengths: as for :func:`subspace_attention`.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as for :func:`subspace_attention`.
+    """
+    _check(w, None, lengths, scale, causal)
+    checks.length_values(lengths, w.shape[1])
+    return reference.attention_maps(w, scale, causal, lengths)
 
 
 def _check(w, value, lengths, scale, causal) -> tuple[float, bool]:

@@ -34,6 +34,7 @@ def cached_subspace_attention(w: Tensor, cache: Tensor, positions: Tensor, *, sc
     checks.tensor("cache", cache, (batch, "N", heads, width), like=w)
     checks.same_dtype(w.dtype, cache=cache)
     checks.tensor("positions", positions, (batch, tokens), like=w, dtypes=(torch.int64,))
+    checks.values_within("positions", positions, 0, cache.shape[1] - 1, "the last place of the cache")
     scale = width**-0.5 if scale is None else checks.number("scale", scale)
     w, cache = backends.cast(backends.autocast_dtype(w), w, cache)
     visible = torch.arange(cache.shape[1], device=w.device) <= positions[..., None]

@@ -10,9 +10,8 @@ import torch
 from torch import Tensor
 
 from ..backends import accumulation_dtype
-from ..checks import length_values
 from .blocked import blocked_backward, blocked_forward
-from .masks import forbidden
+from .masks import finite_where_hidden, forbidden
 
 SHORT_SEQUENCE = 256
 """Up to here the backward on the CPU runs bfloat16 and float16 in float32. In bfloat16 torch's flash kernel takes six
@@ -27,15 +26,14 @@ def forward(
     w: Tensor, value: Tensor | None, lengths: Tensor | None, scale: float, causal: bool
 ) -> tuple[Tensor, Tensor]:
     """-> ``o (B, N, H, p)`` contiguous, and the log-normaliser ``lse (B, H, N)`` of the softmax rows in float32."""
-    length_values(lengths, w.shape[1])
-    value = w if value is None else value
+    w, value = _operands(w, value, lengths)
     batch, tokens, heads, _ = w.shape
     if batch == 0:
         return torch.empty_like(w, memory_format=torch.contiguous_format), w.new_empty(
             (batch, heads, tokens), dtype=accumulation_dtype(w.dtype)
         )
     q, v = w.transpose(1, 2), value.transpose(1, 2)
-    if w.device.type == "cpu":
+    if _has_flash(w):
         # torch's kernel takes either its causal flag or a mask, so both together become one mask.
         mask = _additive_mask(w, lengths, causal) if lengths is not None else None
         o, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
@@ -60,13 +58,13 @@ def backward(
     ``dS = P∘(g valueᵀ − rowsum(g∘o))``, ``dw = scale·(dS + dSᵀ) w + Pᵀg``.
     """
     shared = value is None
-    value = w if value is None else value
+    w, value = _operands(w, value, lengths)
     if w.shape[0] == 0:
         return torch.zeros_like(w, memory_format=torch.contiguous_format), None if shared else torch.zeros_like(
             value, memory_format=torch.contiguous_format
         )
     q, v, g = w.transpose(1, 2), value.transpose(1, 2), grad.transpose(1, 2)
-    if w.device.type == "cpu":
+    if _has_flash(w):
         dtype = lse.dtype if w.shape[1] <= SHORT_SEQUENCE else w.dtype
         g, q, v, attended = (t.to(dtype) for t in (g, q, v, o.transpose(1, 2)))
         mask = _additive_mask(w, lengths, causal).to(dtype) if lengths is not None else None
@@ -80,6 +78,16 @@ def backward(
         return dw, None if shared else dv
     dw, dv = blocked_backward(grad, w, value, lengths, o, lse, scale, causal)
     return (dw + dv, None) if shared else (dw, dv)
+
+
+def _has_flash(w: Tensor) -> bool:
+    """Whether torch has a flash kernel that also gives the log-normalizer."""
+    return w.device.type == "cpu"
+
+
+def _operands(w: Tensor, value: Tensor | None, lengths: Tensor | None) -> tuple[Tensor, Tensor]:
+    w = finite_where_hidden(w, lengths)
+    return w, w if value is None else finite_where_hidden(value, lengths)
 
 
 def _additive_mask(w: Tensor, lengths: Tensor | None, causal: bool) -> Tensor:

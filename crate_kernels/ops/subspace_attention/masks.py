@@ -1,4 +1,4 @@
-"""Which keys a query may not see: the one rule that the reference and the eager backend share."""
+"""Which keys a query may not see: the rules that the reference and the eager backend share."""
 
 from __future__ import annotations
 
@@ -14,3 +14,14 @@ def forbidden(tokens: int, lengths: Tensor | None, causal: bool, device: torch.d
         return future
     padding = (index[None, :] >= lengths[:, None])[:, None, None]
     return padding if future is None else padding | future
+
+
+def finite_where_hidden(w: Tensor, lengths: Tensor | None) -> Tensor:
+    """``w (B, N, H, p)`` with zeros in place of NaN and inf at ``lengths[b]`` and beyond.
+
+    Hidden tokens have the weight zero, but zero times NaN is NaN: they would reach every row.
+    """
+    if lengths is None:
+        return w
+    hidden = torch.arange(w.shape[1], device=w.device) >= lengths[:, None]
+    return w.masked_fill(hidden[..., None, None] & ~w.isfinite(), 0)

@@ -155,20 +155,25 @@ class MSSA(nn.Module):
         if self.causal or self.rotary is not None:
             raise ValueError("context: queries and context have no common order; build with causal=False, rotary=None")
         values = finite_where_hidden(self.project(context), lengths)
-        visible = None
-        if lengths is not None:
-            checks.lengths(lengths, len(values), values)
-            checks.length_values(lengths, values.shape[1])
-            index = torch.arange(values.shape[1], device=values.device)
-            visible = (index < lengths[:, None])[:, None, None]
-        return nn.functional.scaled_dot_product_attention(
-            self.directions(w).transpose(1, 2),
-            self.directions(values).transpose(1, 2),
-            values.transpose(1, 2),
-            attn_mask=visible,
-            dropout_p=self.dropout if self.training else 0.0,
-            scale=self.scale,
-        ).transpose(1, 2)
+        if self.training and self.dropout:
+            visible = None
+            if lengths is not None:
+                checks.lengths(lengths, len(values), values)
+                checks.length_values(lengths, values.shape[1])
+                index = torch.arange(values.shape[1], device=values.device)
+                visible = (index < lengths[:, None])[:, None, None]
+            return nn.functional.scaled_dot_product_attention(
+                self.directions(w).transpose(1, 2),
+                self.directions(values).transpose(1, 2),
+                values.transpose(1, 2),
+                attn_mask=visible,
+                dropout_p=self.dropout,
+                scale=self.scale,
+            ).transpose(1, 2)
+        if self.one_operand:
+            return ops.subspace_cross_attention(w, values, scale=self.scale, lengths=lengths)
+        directions = self.directions(w), self.directions(values)
+        return ops.subspace_cross_attention(*directions, values, scale=self.scale, lengths=lengths)
 
 
 class TransposedProjection(nn.Module):

@@ -110,8 +110,11 @@ def _end_with_parent() -> None:
     The server that forked this process is no help: it lives as long as any process that it forked.
     """
 
+    parent = multiprocessing.parent_process()
+    assert parent is not None  # this runs in a process that multiprocessing started
+
     def watch() -> None:
-        multiprocessing.parent_process().join()
+        parent.join()
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()

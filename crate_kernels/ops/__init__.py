@@ -11,6 +11,7 @@ from .overcomplete_ista import overcomplete_ista as overcomplete_ista
 from .subspace_attention import attention_maps as attention_maps
 from .subspace_attention import cached_subspace_attention as cached_subspace_attention
 from .subspace_attention import subspace_attention as subspace_attention
+from .subspace_cross_attention import subspace_cross_attention as subspace_cross_attention
 
 OPERATORS = ("subspace_attention", "mssa_block", "ista_step", "ista_block", "overcomplete_ista")
-"""The operators that have several backends."""
+"""The operators that ``crate-kernels info`` reports and ``crate-kernels bench`` measures."""

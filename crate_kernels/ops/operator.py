@@ -90,6 +90,7 @@ class Operator:
             stream is cast as well, and their result is cast back.
         sizes: the tensors -> ``(size, rows)``, by which the measured order of the backends is looked up.
         fake: what ``forward`` returns, as empty tensors.
+        keys: which tensor has the tokens that ``lengths`` counts.
         optional: whether ``forward`` takes a last argument ``save``, False where nobody will ask for a gradient.
     """
 
@@ -106,6 +107,7 @@ class Operator:
         sizes: Callable[..., tuple[int, int]],
         fake: Callable[..., Any],
         optional: bool = False,
+        keys: int = 0,
     ):
         self.name = package.rpartition(".")[2]
         self.implementations: dict[str, Any] = backends.implementations(package)
@@ -122,6 +124,7 @@ class Operator:
         self._single = len(outputs) == 1
         self._sizes = sizes
         self._optional = optional
+        self._keys = keys
         self._plans: dict[tuple, Plan] = {}
         self._register(fields, outputs, saves, passes, fake)
         self._function: Any = type("Crate" + self.name.title().replace("_", ""), (_Direct,), {})
@@ -156,7 +159,7 @@ class Operator:
         if not plan.direct:
             return self._dispatched(check, backend, tensors, options)
         if self._lengths is not None and tensors[self._lengths] is not None:
-            checks.length_values(tensors[self._lengths], tensors[0].shape[1])
+            checks.length_values(tensors[self._lengths], tensors[self._keys].shape[1])
         if plan.backward is None:
             return plan.forward(*tensors, *plan.scalars)
         if torch.is_grad_enabled():
@@ -188,7 +191,7 @@ class Operator:
             name = "reference"
         if name == "reference":
             if self._lengths is not None:
-                checks.length_values(tensors[self._lengths], tensors[0].shape[1])
+                checks.length_values(tensors[self._lengths], tensors[self._keys].shape[1])
             return self.reference(*tensors, *scalars)
         narrow = self._narrow(name, tensors[0].dtype, dtype)
         out = self._registered(*self._cast(tensors, dtype, narrow), *scalars, name)
@@ -296,7 +299,7 @@ class Operator:
         def forward(*given):
             *arguments, backend = given
             if self._lengths is not None:
-                checks.length_values(arguments[self._lengths], arguments[0].shape[1])
+                checks.length_values(arguments[self._lengths], arguments[self._keys].shape[1])
             if self._optional:
                 arguments.append(True)
             return backends.run(self.implementations[backend].forward, *arguments)

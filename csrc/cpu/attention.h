@@ -5,6 +5,7 @@
 // E_ij = exp(scale w_i w_j - c_i - c_j) is symmetric and at most 1, and with u_j = exp(c_j - max c)
 //   o_i = sum_j E_ij u_j v_j / sum_j E_ij u_j.
 // Heads whose c_i differ by too much, and queries that are no visible keys, take the softmax with a row maximum instead.
+// Cross-attention is a head whose first tokens are keys only and whose other tokens are queries only.
 //
 // A head is cut into blocks of kTokens. A block E_IJ stays in the cache while it serves both of its roles. Nothing of size
 // N x N exists, and one thread does a whole head: no two threads add to one output.
@@ -25,7 +26,8 @@ struct Head {
     int64_t batch, index;
 
     int64_t visible() const {
-        return shape.lengths == nullptr ? shape.tokens : static_cast<const int64_t*>(shape.lengths)[batch];
+        if (shape.lengths != nullptr) return static_cast<const int64_t*>(shape.lengths)[batch];
+        return shape.first_query > 0 ? shape.first_query : shape.tokens;
     }
     Source rows(const Heads& h) const {
         Source s;
@@ -300,14 +302,15 @@ inline void attend(const Head& head, Frame& frame, const AttentionForward& call)
         most = mosts[l] > most ? mosts[l] : most;
         least = leasts[l] < least ? leasts[l] : least;
     }
-    const bool bounded = finite && scale > 0 && most - least <= kRange;
+    const int64_t first_query = head.shape.first_query;  // the symmetric softmax is for queries that are keys
+    const bool bounded = finite && scale > 0 && most - least <= kRange && first_query == 0;
     for (int64_t i = 0; i < padded; ++i) log_u[i] = u[i] = 0;
     for (int64_t i = 0; i < visible; ++i) log_u[i] = bounded ? c[i] - most : 0.0f;
     for (int64_t i = 0; i < visible; i += kLanes) store(u + i, exp2(load(log_u + i)));
     fill_values(v_source, visible, width, u, 1.0f, w.values);
 
     if (!bounded) {
-        attend_rows(head, w, w.values, visible, 0, tokens, visible, scale, log_u, u, call.out, lse);
+        attend_rows(head, w, w.values, visible, first_query, tokens, visible, scale, log_u, u, call.out, lse);
         return;
     }
     const int64_t row = round_up(width, kColumns), stride = padded_stride(kTokens);
@@ -412,7 +415,7 @@ inline void attend_backward(const Head& head, Frame& frame, const AttentionBackw
     const Ints lanes = lane_numbers();
 
     // Tokens from `visible` on are queries only: their blocks begin anew there.
-    for (int64_t I = 0; I < tokens;) {
+    for (int64_t I = head.shape.first_query; I < tokens;) {
         const bool hidden = I >= visible;
         const int64_t end = hidden ? tokens : visible;
         const int64_t i_count = end - I < kTokens ? end - I : kTokens;

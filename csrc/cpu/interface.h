@@ -35,11 +35,12 @@ struct AttentionShape {
     int64_t causal;
     double scale;
     int64_t low_precision;  // 1: products may round their operands to bfloat16
+    int64_t first_query;    // cross-attention: tokens before it are keys only, and `lengths` or it ends the keys; else 0
 };
 
 struct AttentionForward {
     AttentionShape shape;
-    Heads w, value, out;  // value.data null: the value is w
+    Heads w, value, out;  // value.data null: the value is w; rows of `out` before the first query are not touched
     float* lse;           // (batch, heads, tokens)
 };
 

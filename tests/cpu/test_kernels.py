@@ -74,6 +74,20 @@ def test_results_are_bitwise_the_same_for_any_number_of_threads(name, threads):
             assert torch.equal(got, want)
 
 
+@pytest.mark.parametrize("backend", ["reference", "eager", "cpu"])
+def test_hidden_keys_of_any_value_reach_no_query(backend):
+    w, context, value = (torch.randn(2, n, 2, 8, generator=torch.Generator().manual_seed(n)) for n in (5, 9, 10))
+    lengths, results = torch.tensor([4, 9]), []
+    for bad in (0.0, float("nan"), float("inf")):
+        context[0, 4:], value[0, 4:9] = bad, bad
+        leaves = [t.clone().requires_grad_() for t in (w, context, value[:, :9])]
+        out = ops.subspace_cross_attention(*leaves, lengths=lengths, backend=backend)
+        results.append((out.detach(), *torch.autograd.grad(out.square().sum(), leaves)))
+    for clean, *poisoned in zip(*results, strict=True):
+        assert clean.isfinite().all()
+        assert all(torch.equal(clean, other) for other in poisoned)
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 @pytest.mark.parametrize(
     "name", ["attention-N2", "ista-50x8", "ista-7x8", "overcomplete-7x8", "mssa-plain", "layer-plain"]

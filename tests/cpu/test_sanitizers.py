@@ -1,4 +1,7 @@
-"""The CPU kernels under the compiler's sanitizers: random shapes, types and strides, one to four threads."""
+"""The CPU kernels in a program of their own: random shapes, types and strides, one to four threads.
+
+Under the compiler's sanitizers for this processor, and in an emulator for ARM.
+"""
 
 import platform
 import shutil
@@ -22,6 +25,14 @@ SANITIZERS = {
 }
 
 
+def build_command(compiler, isa, program, *flags):
+    return [
+        compiler, "-std=c++17", "-fno-math-errno", *flags, *FLAGS[isa], f"-I{SOURCES}", f"-DCRATE_ISA={isa}",
+        f"-DCRATE_ISAS=CRATE_EACH({isa})", str(SOURCES / "kernels.cpp"), str(SOURCES / "library.cpp"),
+        str(Path(__file__).with_name("fuzz.cpp")), "-pthread", "-o", str(program),
+    ]  # fmt: skip
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SANITIZERS)
 def test_random_calls_touch_no_foreign_memory_and_do_not_race(name, tmp_path):
@@ -30,11 +41,7 @@ def test_random_calls_touch_no_foreign_memory_and_do_not_race(name, tmp_path):
     fastest, sanitizer = SANITIZERS[name]
     for isa in (fastest, "avx512", "avx2") if platform.machine() in ("x86_64", "AMD64") else ("neon",):
         program = tmp_path / "fuzz"
-        command = [
-            COMPILER, "-std=c++17", "-O1", "-g", "-fno-math-errno", *sanitizer, *FLAGS[isa], f"-I{SOURCES}",
-            f"-DCRATE_ISA={isa}", f"-DCRATE_ISAS=CRATE_EACH({isa})", str(SOURCES / "kernels.cpp"),
-            str(SOURCES / "library.cpp"), str(Path(__file__).with_name("fuzz.cpp")), "-pthread", "-o", str(program),
-        ]  # fmt: skip
+        command = build_command(COMPILER, isa, program, "-O1", "-g", *sanitizer)
         built = subprocess.run(command, capture_output=True, text=True)
         if built.returncode and isa != "avx2":  # an older compiler
             continue
@@ -45,3 +52,16 @@ def test_random_calls_touch_no_foreign_memory_and_do_not_race(name, tmp_path):
             assert done.stdout.startswith(f"{isa}: 60 rounds")
             return
     pytest.skip("the processor runs none of the instruction sets")
+
+
+@pytest.mark.slow
+def test_neon_computes_the_equations_in_an_emulator(tmp_path):
+    compiler, emulator = shutil.which("aarch64-linux-gnu-g++"), shutil.which("qemu-aarch64-static")
+    if compiler is None or emulator is None:
+        pytest.skip("needs the Debian packages g++-aarch64-linux-gnu and qemu-user-static")
+    program = tmp_path / "fuzz"
+    built = subprocess.run(build_command(compiler, "neon", program, "-O2", "-static"), capture_output=True, text=True)
+    assert built.returncode == 0, built.stderr[-3000:]
+    done = subprocess.run([emulator, str(program), "neon", "20"], capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout == "neon: 20 rounds\n"

@@ -35,7 +35,7 @@ class Case:
 
     def has_kinks(self) -> bool:
         """Whether the gradients pass a ReLU."""
-        return self.operator not in (ops.subspace_attention, ops.mssa_block)
+        return self.operator not in (ops.subspace_attention, ops.subspace_cross_attention, ops.mssa_block)
 
     def largest_score(self) -> float:
         """The largest score an attention in this call takes the exponential of, ``scale·max‖w‖²``; 0 without one."""
@@ -43,8 +43,8 @@ class Case:
             z, norm_weight, norm_bias, u_weight, *_ = self.tensors
             x = torch.nn.functional.layer_norm(z, z.shape[-1:], norm_weight, norm_bias, self.options.get("eps", 1e-5))
             w = (x @ u_weight.T).unflatten(-1, (self.options["heads"], -1))
-        elif self.operator is ops.subspace_attention:
-            w = self.tensors[0]
+        elif self.operator in (ops.subspace_attention, ops.subspace_cross_attention):
+            w = torch.cat([t for t in self.tensors[:2] if t is not None], 1)
         else:
             return 0.0
         return self.options.get("scale", w.shape[-1] ** -0.5) * w.square().sum(-1).max().item()
@@ -80,6 +80,18 @@ def cases() -> list[Case]:
     attention("empty", 0, 9, 2, 8)
     strided = normal(2, 3, 17, 8).transpose(1, 2)
     found.append(Case("attention-strided", ops.subspace_attention, (strided, None)))
+
+    def cross(name, batch, queries, keys, heads, width, value=False, **options):
+        w, *rest = (normal(batch, tokens, heads, width) for tokens in (queries, keys, keys))
+        found.append(
+            Case(f"cross-{name}", ops.subspace_cross_attention, (w, rest[0], rest[1] if value else None), options)
+        )
+
+    cross("one", 1, 1, 3, 1, 4)
+    cross("few-queries", 2, 5, 130, 2, 8)
+    cross("few-keys", 2, 130, 5, 1, 16, scale=0.4)
+    cross("value-lengths", 3, 21, 19, 2, 7, value=True, lengths=torch.tensor([4, 1, 19]))
+    cross("empty", 0, 3, 4, 2, 8)
 
     for rows, width in ((1, 8), (7, 8), (8, 8), (50, 8), (33, 17)):
         shape = f"{rows}x{width}"
@@ -136,8 +148,8 @@ def cases() -> list[Case]:
 CASES = {case.name: case for case in cases()}
 
 SMALL = [
-    "attention-N2", "attention-odd-width", "attention-value-causal-lengths", "ista-7x8", "ista-50x8",
-    "overcomplete-7x8", "overcomplete-decoupled", "mssa-decoder", "mssa-identity-output", "mssa-causal-lengths",
-    "ista_block-2x33x12", "layer-odd", "layer-identity-output",
+    "attention-N2", "attention-odd-width", "attention-value-causal-lengths", "cross-value-lengths", "ista-7x8",
+    "ista-50x8", "overcomplete-7x8", "overcomplete-decoupled", "mssa-decoder", "mssa-identity-output",
+    "mssa-causal-lengths", "ista_block-2x33x12", "layer-odd", "layer-identity-output",
 ]  # fmt: skip
 """A smaller list, still one of every operator and option, for what is slow."""

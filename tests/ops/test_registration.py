@@ -13,6 +13,7 @@ from .oracle import skip_without
 
 OPERATORS = {
     ops.subspace_attention: torch.ops.crate.subspace_attention,
+    ops.subspace_cross_attention: torch.ops.crate.subspace_cross_attention,
     ops.ista_step: torch.ops.crate.ista_step,
     ops.overcomplete_ista: torch.ops.crate.overcomplete_ista,
     ops.mssa_block: torch.ops.crate.mssa_block,

@@ -32,7 +32,7 @@ ISA: str | None = None
 """The instruction set that runs."""
 
 # The structures of interface.h as formats of the module struct: q is an integer or a pointer, d a double.
-_ATTENTION_SHAPE = "qqqqqqdq"
+_ATTENTION_SHAPE = "qqqqqqdqq"
 _HEADS = "qqqqq"
 _ARRAY = "qqq"
 _NORM = _ARRAY + _ARRAY + "d"
@@ -182,7 +182,7 @@ def attention_forward(
     o = torch.empty((batch, tokens, heads, width), dtype=w.dtype)
     lse = torch.empty((batch, heads, tokens), dtype=torch.float32)
     _attention_forward(
-        batch, tokens, heads, width, _pointer(lengths), causal, scale, low_precision(w.dtype),
+        batch, tokens, heads, width, _pointer(lengths), causal, scale, low_precision(w.dtype), 0,
         *_heads(w), *_heads(value), *_heads(o), lse.data_ptr(),
     )  # fmt: skip
     return o, lse
@@ -205,10 +205,70 @@ def attention_backward(
     dw = torch.empty((batch, tokens, heads, width), dtype=w.dtype)
     dvalue = None if value is None else torch.empty_like(dw)
     _attention_backward(
-        batch, tokens, heads, width, _pointer(lengths), causal, scale, low_precision(w.dtype),
+        batch, tokens, heads, width, _pointer(lengths), causal, scale, low_precision(w.dtype), 0,
         *_heads(w), *_heads(value), *_heads(grad), *_heads(o), lse.data_ptr(), *_heads(dw), *_heads(dvalue),
     )  # fmt: skip
     return dw, dvalue
+
+
+def cross_attention_forward(
+    w: Tensor, context: Tensor, value: Tensor | None, lengths: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor]:
+    """``w (B, N, H, p)``, ``context, value (B, M, H, p)`` -> ``o (B, N, H, p)`` and ``lse (B, H, M + N)`` float32.
+
+    The kernel takes the keys and the queries as one sequence. The first M columns of ``lse`` are zeros.
+    """
+    tokens, value = torch.cat([context, w], 1), _after(value, w)
+    batch, length, heads, width = tokens.shape
+    keys, lengths = context.shape[1], _int64(lengths)
+    o = torch.empty(w.shape, dtype=w.dtype)
+    lse = torch.zeros((batch, heads, length), dtype=torch.float32)
+    _attention_forward(
+        batch, length, heads, width, _pointer(lengths), False, scale, low_precision(w.dtype), keys,
+        *_heads(tokens), *_heads(value), *_from_row(o, -keys), lse.data_ptr(),
+    )  # fmt: skip
+    return o, lse
+
+
+def cross_attention_backward(
+    grad: Tensor,
+    w: Tensor,
+    context: Tensor,
+    value: Tensor | None,
+    lengths: Tensor | None,
+    o: Tensor,
+    lse: Tensor,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """-> ``(dw, dcontext, dvalue)``; ``dvalue`` is None without a separate value, its part is then in ``dcontext``."""
+    keys, queries = context.shape[1], w.shape[1]
+    tokens, lengths = torch.cat([context, w], 1), _int64(lengths)
+    batch, length, heads, width = tokens.shape
+    value, grad, o = _after(value, w), _behind(grad, keys), _behind(o, keys)
+    dtokens = torch.empty_like(tokens)
+    dvalue = None if value is None else torch.empty_like(tokens)
+    _attention_backward(
+        batch, length, heads, width, _pointer(lengths), False, scale, low_precision(w.dtype), keys,
+        *_heads(tokens), *_heads(value), *_heads(grad), *_heads(o), lse.data_ptr(), *_heads(dtokens), *_heads(dvalue),
+    )  # fmt: skip
+    dcontext, dw = dtokens.split([keys, queries], 1)
+    return dw.contiguous(), dcontext.contiguous(), None if dvalue is None else dvalue[:, :keys].contiguous()
+
+
+def _after(value: Tensor | None, w: Tensor) -> Tensor | None:
+    """Values of the keys, and zeros behind them for the queries, which have none."""
+    return None if value is None else torch.cat([value, w.new_zeros(w.shape)], 1)
+
+
+def _behind(t: Tensor, keys: int) -> Tensor:
+    """Rows of the queries behind zeros for the keys."""
+    return torch.nn.functional.pad(t, (0, 0, 0, 0, keys, 0))
+
+
+def _from_row(t: Tensor, row: int) -> tuple[int, int, int, int, int]:
+    """:func:`_heads` of a tensor whose token 0 is called ``-row``."""
+    pointer, *rest = _heads(t)
+    return pointer + row * t.stride(1) * t.element_size(), *rest
 
 
 def _inner_rows(t: Tensor | None, inner: int) -> tuple[int, int, int]:
@@ -265,7 +325,8 @@ def layer_forward(
         mean_2 = torch.empty((batch, tokens), dtype=torch.float32)
         rstd_2 = torch.empty((batch, tokens), dtype=torch.float32)
     _layer_forward(
-        batch, tokens, heads, inner // heads, _pointer(lengths), causal, scale, low_precision(compute), width, *steps,
+        batch, tokens, heads, inner // heads, _pointer(lengths), causal, scale, low_precision(compute), 0,
+        width, *steps,
         *_weight_fields(weights, eps), *packed, attention + 2 * ista,
         *_rows(z), *_inner_rows(w, inner), *_inner_rows(o, inner), _pointer(lse), *_rows(between), *_rows(out),
         _pointer(mean_1), _pointer(rstd_1), _pointer(mean_2), _pointer(rstd_2),
@@ -302,7 +363,8 @@ def layer_backward(
     gradients += [None if t is None else torch.empty(t.shape, dtype=t.dtype) for t in weights[:8]]
     compute = (weights[2] if attention else weights[7]).dtype
     _layer_backward(
-        batch, tokens, heads, inner // heads, _pointer(lengths), causal, scale, low_precision(compute), width, *steps,
+        batch, tokens, heads, inner // heads, _pointer(lengths), causal, scale, low_precision(compute), 0,
+        width, *steps,
         *_weight_fields(weights, eps), 0, 0, 0, attention + 2 * ista,
         *_rows(grad), *_rows(out), *_rows(z), *_inner_rows(w, inner), *_inner_rows(o, inner), _pointer(lse),
         *_rows(between if attention else z), _pointer(mean_1), _pointer(rstd_1), _pointer(mean_2), _pointer(rstd_2),

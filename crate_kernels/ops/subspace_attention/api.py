@@ -34,7 +34,7 @@ def subspace_attention(
         causal: token i sees only tokens j <= i.
         lengths: ``(B,)`` int32 or int64 in 1..N; keys at ``lengths[b]`` and beyond are hidden from every query. Hidden
             tokens may hold anything, NaN too. They attend to the visible keys, but their outputs are rarely of use.
-        backend: ``"reference"``, ``"eager"``, ``"triton"``, ``"cuda"``, or None for the automatic choice.
+        backend: ``"reference"``, ``"eager"``, ``"cpu"``, ``"triton"``, ``"cuda"``, or None for the automatic choice.
 
     Returns:
         ``(B, N, H, p)``, contiguous, in the dtype of ``w`` (autocast's dtype under autocast).

@@ -1,0 +1,1 @@
+from .api import subspace_cross_attention as subspace_cross_attention

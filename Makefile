@@ -1,5 +1,8 @@
 # The common jobs. PYTHON is the interpreter of an environment in which `make install` may install.
 PYTHON ?= python
+# Processes that run tests at the same time. A file's tests stay in one of them, so that they share fixtures.
+WORKERS ?= 2
+PYTEST = OMP_WAIT_POLICY=passive $(PYTHON) -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 .PHONY: install lint test docs test-oldest bench
 
@@ -13,8 +16,8 @@ lint:
 
 # Twice, because Triton decides when kernels are defined whether they are compiled or interpreted.
 test: lint
-	$(PYTHON) -m pytest --durations=15
-	TRITON_INTERPRET=1 $(PYTHON) -m pytest tests/triton --durations=5
+	$(PYTEST) --durations=15
+	TRITON_INTERPRET=1 $(PYTEST) tests/triton --durations=5
 
 # The documentation site, in build/docs.
 docs:

@@ -44,9 +44,13 @@ class HalfSteps:
     lam: float
 
     def published(self) -> Layerwise:
-        """All layers but a decoder's in the published convention: R^c before the layer, non-zeros after it."""
+        """All layers but a decoder's in the published convention: R^c before the layer, non-zeros after it.
+
+        R^c after the attention is there, too.
+        """
         encoder = [i for i, name in enumerate(self.layers) if not name.startswith("decoder")]
-        return Layerwise(self.values["subspace_coding_rate"][encoder, 0], self.values["nonzero"][encoder, 2])
+        rates, nonzeros = self.values["subspace_coding_rate"][encoder], self.values["nonzero"][encoder]
+        return Layerwise(rates[:, 0], nonzeros[:, 2], rates[:, 1])
 
     def summary(self) -> dict:
         """Mean and standard deviation over the samples of every quantity at every point, ready for JSON."""

@@ -20,23 +20,54 @@ class Layerwise:
 
     ``coding_rate (L, B)``: R^c of the tokens in their subspaces, ``w = LN(z) Uᵀ``, entering each layer's attention.
     ``sparsity (L, B)``: the non-zero fraction of each layer's output.
+    ``compressed_rate (L, B)``: R^c of the tokens that leave each layer's attention, in the subspaces of the same layer.
+    Only :func:`crate_kernels.analysis.half_steps` measures it; otherwise it is empty.
     """
 
     coding_rate: Tensor = field(default_factory=lambda: torch.empty(0, 0))
     sparsity: Tensor = field(default_factory=lambda: torch.empty(0, 0))
+    compressed_rate: Tensor = field(default_factory=lambda: torch.empty(0, 0))
 
     def summary(self) -> dict[str, list[float]]:
         """Mean and standard deviation over the samples, a list entry per layer, ready for JSON."""
         return {
             f"{name}_{statistic}": values.tolist()
-            for name, samples in (("coding_rate", self.coding_rate), ("sparsity", self.sparsity))
+            for name, samples in (
+                ("coding_rate", self.coding_rate),
+                ("sparsity", self.sparsity),
+                ("compressed_rate", self.compressed_rate),
+            )
+            if samples.numel()
             for statistic, values in (("mean", samples.mean(dim=1)), ("std", samples.std(dim=1, correction=0)))
         }
 
     def __add__(self, other: Layerwise) -> Layerwise:
         """The measurements of two batches as one."""
         return Layerwise(
-            torch.cat([self.coding_rate, other.coding_rate], dim=1), torch.cat([self.sparsity, other.sparsity], dim=1)
+            torch.cat([self.coding_rate, other.coding_rate], dim=1),
+            torch.cat([self.sparsity, other.sparsity], dim=1),
+            torch.cat([self.compressed_rate, other.compressed_rate], dim=1),
+        )
+
+    def compression(self) -> str:
+        """What the curves of R^c show, in a sentence or two. Empty if ``compressed_rate`` was not measured."""
+        if not self.compressed_rate.numel():
+            return ""
+        before, after = self.coding_rate.mean(dim=1), self.compressed_rate.mean(dim=1)
+        falls, layers = (before - after).tolist(), len(before)
+        if min(falls) > 0:
+            spans = f"{min(falls):.1f} nats" if layers == 1 else f"{min(falls):.1f} to {max(falls):.1f} nats"
+            text = f"Attention lowers the coding rate R^c in every layer, by {spans}: it compresses the tokens."
+        else:
+            text = f"Attention lowers the coding rate R^c in {sum(fall > 0 for fall in falls)} of {layers} layers."
+        if layers == 1:
+            return text
+        first, last = before[0].item(), before[-1].item()
+        if last < first:
+            return f"{text} R^c falls from {first:.0f} nats in the first layer to {last:.0f} in the last."
+        return (
+            f"{text} From the first layer to the last R^c does not fall ({first:.0f} to {last:.0f} nats): every layer "
+            "measures it in subspaces of its own."
         )
 
 

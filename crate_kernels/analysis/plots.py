@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import textwrap
 from pathlib import Path
 
 import torch
@@ -15,8 +16,12 @@ COLOURS = ("#4477aa", "#cc6677", "#228833")
 
 
 def plot_layerwise(measurement: Layerwise, path: str | os.PathLike, title: str | None = None) -> Path:
-    """Draw both layer-wise curves, mean and spread over the samples, as a PNG (or what ``path`` ends in)."""
-    figure = new_figure(9, 3.6)
+    """Draw both layer-wise curves, mean and spread over the samples, as a PNG (or what ``path`` ends in).
+
+    Where ``compressed_rate`` was measured, R^c after the attention is drawn beside R^c before it, and
+    :meth:`Layerwise.compression` stands below.
+    """
+    figure = new_figure(9, 3.6 if not measurement.compressed_rate.numel() else 4.0)
     panels = (
         (measurement.coding_rate, "subspace coding rate $R^c$ (nats)", "compression: tokens entering attention", "C0"),
         (measurement.sparsity, "non-zero fraction", "sparsification: output of the ISTA step", "C1"),
@@ -25,6 +30,13 @@ def plot_layerwise(measurement: Layerwise, path: str | os.PathLike, title: str |
         _curve(axes, range(1, values.shape[0] + 1), values, colour)
         axes.set(xlabel="layer", ylabel=label, title=name)
         _whole_numbers(axes)
+    if measurement.compressed_rate.numel():
+        axes = figure.axes[0]
+        axes.lines[0].set_label("entering attention (as published)")
+        _curve(axes, range(1, len(measurement.compressed_rate) + 1), measurement.compressed_rate, "C3", "leaving it")
+        axes.set_title("compression: tokens before and after attention")
+        axes.legend(fontsize=8)
+        figure.supxlabel("\n".join(textwrap.wrap(measurement.compression(), 130)), fontsize=8)
     return save(figure, path, title)
 
 

@@ -18,7 +18,7 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from ..analysis import layerwise, plot_layerwise
+from ..analysis import half_steps, plot_layerwise
 from ..data.batches import (
     Normalization,
     TrainingOrder,
@@ -290,7 +290,7 @@ class Trainer(Engine):
         summary |= {"broken_images": list(self.data.broken.found), "loader_images_per_second": loader}
         report.line(f"loader alone: {loader:.0f} images/s; training took {rate:.0f} images/s")
         images, labels = self.example()
-        measurement = layerwise(model, images)
+        measurement = half_steps(model, images).published()
         picture = plot_layerwise(measurement, self.output / "layerwise.png", title=f"{self.data.name}, layer by layer")
         pictures = ", ".join(map(str, [picture, *self.plot_probe()]))
         summary["layerwise"] = measurement.summary()
@@ -298,6 +298,7 @@ class Trainer(Engine):
             f"test accuracy {100 * summary['test_accuracy']:.2f} % (best {100 * self.best['accuracy']:.2f} % "
             f"after epoch {self.best['epoch']})"
         )
+        report.line(f"{picture}: {measurement.compression()}")
         summary["total_seconds"] = time.monotonic() - began
         self.write_summary(summary)  # the run is finished, whatever becomes of the measurement below
         # On the CPU a run in bf16 is compared in float32, too: there the reference may well be faster in float32.

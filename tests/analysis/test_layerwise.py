@@ -1,9 +1,11 @@
 """The layer-wise probe measures what the layers really computed, and leaves the model as it was."""
 
+import re
+
 import pytest
 import torch
 
-from crate_kernels.analysis import layerwise, plot_layerwise, sparsity, subspace_coding_rate
+from crate_kernels.analysis import Layerwise, layerwise, plot_layerwise, sparsity, subspace_coding_rate
 from crate_kernels.models import CRATE
 
 
@@ -46,6 +48,22 @@ def test_batches_add_up(model):
 def test_needs_crate_layers():
     with pytest.raises(ValueError, match="Linear has no CrateBlock to measure"):
         layerwise(torch.nn.Linear(2, 2), torch.randn(1, 2))
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "sentence"),
+    [
+        ([9.0, 7.0], [8.0, 5.0], "in every layer, by 1.0 to 2.0 nats: .* falls from 9 nats in the first layer to 7 "),
+        ([7.0, 9.0], [6.0, 9.5], "in 1 of 2 layers. .* does not fall .7 to 9 nats."),
+        ([7.0], [6.0], "in every layer, by 1.0 nats: it compresses the tokens.$"),
+    ],
+)
+def test_the_sentence_below_the_picture_says_what_the_curves_show(before, after, sentence, tmp_path):
+    before, after = torch.tensor(before)[:, None], torch.tensor(after)[:, None]
+    measured = Layerwise(before, torch.ones_like(before), after)
+    assert re.search(sentence, measured.compression())
+    assert Layerwise(before, torch.ones_like(before)).compression() == ""
+    assert plot_layerwise(measured, tmp_path / "layers.png").is_file()
 
 
 def test_draws_a_picture(model, tmp_path):

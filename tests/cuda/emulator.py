@@ -5,6 +5,7 @@ Objects are kept in ``build/simt``, named by a hash of what they were made from,
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import importlib.machinery
 import importlib.util
@@ -26,7 +27,7 @@ SOURCES = ROOT / "csrc"
 BUILD = ROOT / "build" / "simt"
 UNITS = ("machine", "python", "probes", "matrix_product", "layer_norm", "attention_forward", "attention_backward")
 SHARED_WITH_CUDA = ("interface",)
-SANITIZE = ("-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer")
+SANITIZE = ("-O1", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer")
 
 
 def compiler() -> str:
@@ -60,9 +61,15 @@ def build(flags: tuple[str, ...] = ("-O2",), sources: Path = SOURCES) -> Path:
 
     It is a Python module, and has the C interface of the CUDA library as well.
     """
+    BUILD.mkdir(parents=True, exist_ok=True)
+    with open(BUILD / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # of two processes that run tests, one builds
+        return _build(flags, sources)
+
+
+def _build(flags: tuple[str, ...], sources: Path) -> Path:
     import pybind11
 
-    BUILD.mkdir(parents=True, exist_ok=True)
     includes = [f"-I{d}" for d in (sources, sources / "include", pybind11.get_include(), sysconfig.get_path("include"))]
     options = ["-std=c++20", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-missing-field-initializers"]
     options += [*flags, "-Werror"]
@@ -89,6 +96,19 @@ def build(flags: tuple[str, ...] = ("-O2",), sources: Path = SOURCES) -> Path:
         subprocess.run([compiler(), "-shared", *flags, *objects, "-o", partial], check=True)
         partial.rename(module)
     return module
+
+
+def in_bfloat16(folder: Path, widths: tuple[int, ...] = ()) -> Path:
+    """A copy of the sources in ``folder`` whose attention is built for bfloat16 alone, and for few widths if given."""
+    sources = folder / "csrc"
+    shutil.copytree(SOURCES, sources)
+    dispatch = sources / "include" / "crate" / "dispatch.h"
+    lines = dispatch.read_text().splitlines()
+    kept = [n for n in lines if not widths or "case " not in n or any(f"case {width}:" in n for width in widths)]
+    text = "\n".join(kept) + "\n"
+    assert text.count("by_width.template operator()<fp16>()") == 1
+    dispatch.write_text(text.replace("by_width.template operator()<fp16>()", "false"))
+    return sources
 
 
 def load(path: Path) -> ModuleType:

@@ -1,7 +1,6 @@
 """The emulated machine against its specification: the fragment layouts of the PTX ISA, and the faults it must catch."""
 
 import re
-import shutil
 import subprocess
 import sys
 
@@ -168,16 +167,12 @@ def planted(simt, tmp_path):
     """Build the kernels with ``old`` replaced in one file, and run a head; only width 48 in bfloat16, to be quick."""
 
     def build_and_run(file, old, new):
-        sources = tmp_path / "csrc"
-        shutil.copytree(emulator.SOURCES, sources)
-        dispatch = sources / "include" / "crate" / "dispatch.h"
-        lines = [line for line in dispatch.read_text().splitlines() if "case " not in line or "case 48" in line]
-        dispatch.write_text("\n".join(lines).replace("by_width.template operator()<fp16>()", "false") + "\n")
+        sources = emulator.in_bfloat16(tmp_path, (48,))
         target = sources / "include" / "crate" / file
         text = target.read_text()
         assert text.count(old) == 1
         target.write_text(text.replace(old, new))
-        module = emulator.build(("-O1",), sources)
+        module = emulator.build(sources=sources)
         w, grad = head()
         o, lse, _ = simt.attention(w)
         torch.save([w, grad, o, lse], tmp_path / "in")

@@ -1,4 +1,4 @@
-"""Modules of the CRATE layer: they hold the parameters and take the fused route; ``crate_kernels.ops`` computes."""
+"""Modules of the CRATE layer. They hold the parameters; the operators of ``crate_kernels.ops`` compute."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Model = TypeVar("Model", bound=nn.Module)
 
 
 class MSSA(nn.Module):
-    """Multi-head subspace self-attention: one projection serves as query, key and value.
+    """Multi-head subspace self-attention. One projection is query, key and value.
 
     ``MSSA(x) = [softmax(scale · w wᵀ) w] W_outᵀ + b`` with ``w = x Uᵀ`` per head (arXiv 2306.01129, equation 11).
 
@@ -24,13 +24,13 @@ class MSSA(nn.Module):
         dim: d, width of the tokens.
         heads: H.
         dim_head: p, width of a head; ``dim // heads`` if None.
-        dropout: after the attention map and after the output projection, in training.
-        causal: token i sees only tokens j <= i.
-        output_bias: whether the output projection has a bias. With one head of width d there is no output projection.
-        scale: factor of the scores, ``dim_head ** -0.5`` if None; the papers' equations have 1.
-        tied_output: ``W_out = Uᵀ``, the papers' literal equation 11: no parameters beside U.
-        qk_norm: RMSNorm with a learned gain per channel of a head, before the scores; the values stay as they are.
-        rotary: base of rotary position embeddings of the scores' operand (10000 is usual); None for none.
+        dropout: probability, on the attention maps and on the output projection, in training.
+        causal: token i attends only to tokens j <= i.
+        output_bias: whether the output projection has a bias. One head of width d has no output projection.
+        scale: factor of the scores, ``dim_head ** -0.5`` if None. The papers' equations have 1.
+        tied_output: ``W_out = Uᵀ``, as equation 11 of the paper has it. There are no parameters beside U.
+        qk_norm: RMSNorm with a learned gain per channel of a head, before the scores. The values are not normalized.
+        rotary: base of rotary position embeddings of queries and keys (10000 is usual); None for none.
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class MSSA(nn.Module):
             dim_head = dim // heads
         checks.positive_int("dim_head", dim_head)
         if rotary is not None and dim_head % 2:
-            raise ValueError(f"rotary: turns pairs of channels, so dim_head must be even; got {dim_head}")
+            raise ValueError(f"rotary: rotates pairs of channels, so dim_head must be even; got {dim_head}")
         self.heads = heads
         self.scale = dim_head**-0.5 if scale is None else scale
         self.causal = causal
@@ -91,13 +91,13 @@ class MSSA(nn.Module):
         return self.projection(x).unflatten(-1, (self.heads, -1))
 
     def directions(self, w: Tensor, positions: Tensor | None = None) -> Tensor:
-        """What the scores are made of: ``w (B, N, H, p)``, normalised and rotated where that is asked for."""
+        """Queries and keys: ``w (B, N, H, p)``, normalized with ``qk_norm`` and rotated with ``rotary``."""
         if self.qk_norm is not None:
             w = self.qk_norm(w.to(self.qk_norm.weight.dtype)).to(w.dtype)
         return w if self.rotary is None else rotate(w, positions, self.rotary)
 
     def attention(self, x: Tensor, lengths: Tensor | None = None, positions: Tensor | None = None) -> Tensor:
-        """The attention maps ``softmax(scale · w wᵀ)``, written out: ``x (B, N, d)`` -> ``(B, H, N, N)``."""
+        """The attention maps ``softmax(scale · w wᵀ)``: ``x (B, N, d)`` -> ``(B, H, N, N)``."""
         return ops.attention_maps(self.directions(self.project(x), positions), self.scale, self.causal, lengths)
 
     def forward(
@@ -111,10 +111,11 @@ class MSSA(nn.Module):
         """``x (B, N, d)`` -> ``(B, N, d)``, or a feature map ``(B, d, rows, columns)`` -> the same.
 
         Args:
-            lengths: ``(B,)``, hides padded tokens (of ``context`` where that is given).
-            context: ``(B, M, d)`` or a feature map. Cross-attention: the tokens of ``x`` are queries only, keys and
-                values are the tokens of ``context``: ``softmax(scale · w_x w_cᵀ) w_c``, both projected by the same U.
-                One tensor then still serves as key and value. Neither causal nor rotary.
+            lengths: ``(B,)``, the number of real tokens; the padding behind them is masked. With ``context`` it counts
+                the tokens of ``context``.
+            context: ``(B, M, d)`` or a feature map, for cross-attention ``softmax(scale · w_x w_cᵀ) w_c``. The tokens
+                of ``x`` are the queries, those of ``context`` are keys and values; U projects both. Not with causal
+                or rotary.
             positions: ``(N,)`` or ``(B, N)``, for rotary embeddings; 0 to N - 1 if None.
         """
         if x.dim() == 4:
@@ -139,9 +140,9 @@ class MSSA(nn.Module):
         *,
         edit: Callable[[Tensor], Tensor] | None = None,
     ) -> Tensor:
-        """The output ``(B, N, d)`` by way of the attention maps; arguments as for :meth:`forward`.
+        """The output ``(B, N, d)``, computed through the attention maps; arguments as for :meth:`forward`.
 
-        ``edit`` is given the maps ``(B, H, N, N)`` before dropout; what it returns is used in their place.
+        ``edit`` maps the attention maps ``(B, H, N, N)``, before dropout, to the maps that are used instead.
         """
         w = self.project(x)
         maps = ops.attention_maps(self.directions(w, positions), self.scale, self.causal, lengths)
@@ -177,15 +178,15 @@ class MSSA(nn.Module):
 
 
 class TransposedProjection(nn.Module):
-    """``o (..., H·p)`` -> ``(..., d)`` by another Linear's weight the other way round: no parameter of its own."""
+    """``o (..., H·p)`` -> ``(..., d)`` by the transposed weight of another Linear; no parameters of its own."""
 
     def __init__(self, projection: nn.Linear):
         super().__init__()
-        self._projection = (projection,)  # in a tuple, so that its weight keeps one name in the state dict
+        self._projection = (projection,)  # a tuple hides it from state_dict, where its weight has a name already
 
     @property
     def weight(self) -> Tensor:
-        """``(d, H·p)``, as a Linear's."""
+        """``(d, H·p)``, like the weight of a Linear."""
         return self._projection[0].weight.T
 
     bias = None
@@ -195,10 +196,10 @@ class TransposedProjection(nn.Module):
 
 
 def rotate(w: Tensor, positions: Tensor | None = None, base: float = 10000.0) -> Tensor:
-    """Rotary position embedding (arXiv 2104.09864): channels ``(i, i + p/2)`` turn by ``position · base^(−2i/p)``.
+    """Rotary position embedding (arXiv 2104.09864): rotates channels ``(i, i + p/2)`` by ``position · base^(−2i/p)``.
 
     ``w (B, N, H, p)`` with p even, ``positions (N,)`` or ``(B, N)``, 0 to N - 1 if None -> ``(B, N, H, p)`` in the
-    dtype of ``w``; the angles are float32, or float64 beside float64.
+    dtype of ``w``. The angles are float32; float64 if ``w`` is.
     """
     half = w.shape[-1] // 2
     dtype = torch.float64 if w.dtype == torch.float64 else torch.float32
@@ -220,9 +221,9 @@ def residual_stream(z: Tensor, dtype: torch.dtype | None) -> Tensor:
 
 
 class KeepsFolded(nn.Module):
-    """Base of a module with a dictionary ``weight (d, d)``: keeps ``W − WᵀW`` between calls, once asked to.
+    """Base of a module with a dictionary ``weight (d, d)``. It can cache ``W − WᵀW`` between calls.
 
-    The matrix is computed again whenever the weight is another tensor, has moved, or has been written to since.
+    The cached matrix is computed again when the weight is another tensor, has moved, or was written to.
     """
 
     weight: nn.Parameter
@@ -230,7 +231,7 @@ class KeepsFolded(nn.Module):
     _folded: tuple[tuple, Tensor, Tensor] | None = None
 
     def __getstate__(self):
-        # A copy's weight lies elsewhere: the kept matrix would not be its own.
+        # A copy has another weight, so it must not inherit the cached matrix.
         state = super().__getstate__()
         return {name: value for name, value in state.items() if name != "_folded"} if isinstance(state, dict) else state
 
@@ -240,15 +241,15 @@ class KeepsFolded(nn.Module):
         return super().train(mode)
 
     def folded(self) -> Tensor | None:
-        """The kept ``W − WᵀW``, made anew if the weight has changed; None where none may be kept."""
+        """The cached ``W − WᵀW``, computed again if the weight has changed; None where caching is not allowed."""
         weight = self.weight
-        # A compiled graph cannot look at the version counter each time it runs, and inference tensors have none.
+        # A compiled graph cannot check the version counter in every call, and inference tensors have none.
         if not self.keep_folded or self.training or torch.compiler.is_compiling() or weight.is_inference():
             return None
         state = (weight._version, weight.data_ptr(), weight.dtype, weight.device, tuple(weight.stride()))
         if self._folded is None or self._folded[0] != state:
-            # A matrix made in inference mode could not be used where gradients are wanted later. The alias keeps the
-            # storage alive, so that no other weight can come to lie at the same address.
+            # A matrix computed in inference mode could not be used later where gradients are needed. The detached
+            # weight keeps the storage alive, so that no other weight can get the same address.
             with torch.inference_mode(False):
                 self._folded = (state, ops.fold(weight), weight.detach())
         return self._folded[1]
@@ -257,14 +258,14 @@ class KeepsFolded(nn.Module):
 class ISTA(KeepsFolded):
     """One ISTA step against a complete dictionary: ``relu(x + step_size·(x W − x Wᵀ W) − step_size·lambd)``.
 
-    In evaluation, after :func:`prepare_for_inference`, the folded matrix ``W − WᵀW`` is computed once and kept.
+    In evaluation, after :func:`prepare_for_inference`, the folded matrix ``W − WᵀW`` is computed once and cached.
 
     Args:
         dim: d; ``weight`` is ``(d, d)``, kaiming-uniform.
         step_size, lambd: see :func:`crate_kernels.ops.ista_step`.
-        learnable: ``"scalar"`` or ``"channel"`` makes parameters of both, ``()`` or ``(d,)``, that start at the given
-            values. The operators take numbers, so the step then runs in stock torch: the same products, with a few
-            more elementwise passes.
+        learnable: ``"scalar"`` or ``"channel"`` makes both learnable parameters, ``()`` or ``(d,)``, which start at the
+            given values. The operators take only numbers, so the step then runs in stock PyTorch: the same products
+            and a few more elementwise passes.
     """
 
     def __init__(self, dim: int, *, step_size: float = 0.1, lambd: float = 0.1, learnable: str | None = None):
@@ -294,7 +295,7 @@ class ISTA(KeepsFolded):
         """``x (..., d)`` -> ``(..., d)``."""
         if self.learns_step:
             weight, shifted = self.weight, x - self.step_size * self.lambd
-            # As in the operator: fold the dictionary where that is less work. A compiled graph does so at any size.
+            # As in the operator: fold the dictionary where that is less work. A compiled graph always folds.
             if torch.compiler.is_compiling() or x.numel() >= weight.numel():
                 return torch.relu(shifted + self.step_size * (x @ (weight - weight.T @ weight)))
             return torch.relu(shifted + self.step_size * ((x - x @ weight.T) @ weight))
@@ -311,8 +312,8 @@ class CrateBlock(nn.Module):
         dim, heads, dim_head, dropout, causal, output_bias: see :class:`MSSA`.
         step_size, lambd, learnable: see :class:`ISTA`.
         eps: of both LayerNorms.
-        mssa_step_size, shrink: ``z' = (1 − shrink)·z + mssa_step_size·MSSA(LN z)``. The paper's literal gradient step
-            on the coding rate has ``κ·p/(N·ε²)`` for both (arXiv 2306.01129); its code has 1 and 0.
+        mssa_step_size, shrink: ``z' = (1 − shrink)·z + mssa_step_size·MSSA(LN z)``. The gradient step on the coding
+            rate has ``κ·p/(N·ε²)`` for both (arXiv 2306.01129); the public code has 1 and 0.
         mssa_options: ``scale``, ``tied_output``, ``qk_norm``, ``rotary``; see :class:`MSSA`.
     """
 
@@ -371,9 +372,9 @@ class CrateBlock(nn.Module):
         )
 
     def forward(self, z: Tensor, lengths: Tensor | None = None) -> Tensor:
-        """``z (B, N, d)`` -> ``(B, N, d)``; ``lengths (B,)`` hides padded tokens from the attention.
+        """``z (B, N, d)`` -> ``(B, N, d)``; ``lengths (B,)`` masks padded tokens in the attention.
 
-        A feature map ``(B, d, rows, columns)`` is taken as its tokens and given back as a map.
+        A feature map ``(B, d, rows, columns)`` is processed as its tokens and returned as a map.
         """
         if z.dim() == 4:
             return _as_map(self.forward(_as_tokens(z), lengths), z)
@@ -408,9 +409,9 @@ class CrateBlock(nn.Module):
 
     @property
     def _one_operator(self) -> bool:
-        """Whether both half-steps are this class's own, so that one operator may stand for them.
+        """Whether both half-steps are the ones of this class, so that one operator can replace them.
 
-        A subclass may define another half-step, and a caller may put a watching one on an instance.
+        A subclass may define another half-step, and a caller may replace one on an instance.
         """
         own = self.__dict__
         cls = type(self)
@@ -423,14 +424,14 @@ class CrateBlock(nn.Module):
 
 
 class OvercompleteISTA(nn.Module):
-    """Two ISTA steps against an overcomplete dictionary, decoded again: the sparse coding of CRATE-alpha and CRATE-LM.
+    """Two ISTA steps against an overcomplete dictionary, then decoding: the sparse coding of CRATE-alpha and CRATE-LM.
 
     Args:
         dim: d, width of the tokens.
         expansion: the dictionary ``D`` is ``(d, expansion·d)``.
         tied: decode with ``D`` itself; otherwise with a second dictionary ``D1`` of the same shape.
         step_size, lambd: see :func:`crate_kernels.ops.overcomplete_ista`.
-        learnable: as for :class:`ISTA`; ``"channel"`` gives every atom of the dictionary its own.
+        learnable: as for :class:`ISTA`; ``"channel"`` gives every atom of the dictionary its own values.
     """
 
     def __init__(
@@ -470,7 +471,7 @@ class OvercompleteISTA(nn.Module):
 
 
 class OvercompleteCrateBlock(CrateBlock):
-    """A CRATE layer whose second half codes against an overcomplete dictionary.
+    """A CRATE layer whose second half uses an overcomplete dictionary.
 
     ``z" = z' + ODL(LN z')`` in CRATE-alpha (``tied=False, residual=True``), ``z" = ODL(LN z')`` in the overcomplete
     language model (``tied=True, residual=False``).
@@ -478,7 +479,7 @@ class OvercompleteCrateBlock(CrateBlock):
     Args:
         dim, heads, dim_head, options: see :class:`CrateBlock`.
         expansion, tied: see :class:`OvercompleteISTA`.
-        residual: add the half-step's input to its output.
+        residual: add the input of the half-step to its output.
     """
 
     def __init__(
@@ -504,7 +505,7 @@ class OvercompleteCrateBlock(CrateBlock):
 
 
 class CrateDecoderBlock(nn.Module):
-    """CRATE-MAE's decoder layer, the encoder's steps undone in reverse: ``y = LN(z) Wᵀ``, ``z' = y − MSSA(LN y)``.
+    """Decoder layer of CRATE-MAE. It inverts the encoder's steps: ``y = LN(z) Wᵀ``, ``z' = y − MSSA(LN y)``.
 
     Args:
         dim, heads, dim_head, dropout, output_bias: see :class:`MSSA`.
@@ -556,7 +557,7 @@ def plain(*modules: nn.Module) -> bool:
 def mssa_half_step(
     norm: nn.LayerNorm, mssa: MSSA, z: Tensor, lengths: Tensor | None = None, step_size: float = 1.0
 ) -> Tensor:
-    """``z + step_size·MSSA(LN z)``: fused where the module is, or as modules; ``z (B, N, d)``."""
+    """``z + step_size·MSSA(LN z)``, by the operator where it computes this module; ``z (B, N, d)``."""
     if not mssa.fusible or not plain(norm):
         return z + step_size * mssa(norm(z), lengths)
     linear = not isinstance(mssa.output, nn.Identity)
@@ -601,12 +602,13 @@ def _as_map(tokens: Tensor, like: Tensor) -> Tensor:
 
 
 def prepare_for_inference(model: Model) -> Model:
-    """Put ``model`` in evaluation mode and let its ISTA modules keep their folded matrix between calls.
+    """Put ``model`` in evaluation mode and let its ISTA modules cache their folded matrix. Return ``model``.
 
-    ``model`` is one of this package, or any on which :func:`crate_kernels.fuse` found ISTA modules.
+    ``model`` is one of this package, or any model in which :func:`crate_kernels.fuse` found ISTA modules.
 
-    The cache notices changed weights (in-place writes, ``load_state_dict``, ``.to``) and is dropped by ``train()``.
-    Writes that torch itself cannot see (through ``weight.data`` in place, or a NumPy view) need another call.
+    The cache follows changes of the weights (in-place writes, ``load_state_dict``, ``.to``), and ``train()`` drops it.
+    torch does not see some writes (in place through ``weight.data``, or through a NumPy view). Call this function
+    again after such a write.
     """
     model.eval()
     for module in model.modules():

@@ -1,4 +1,4 @@
-"""The modules against literal torch code: values and every gradient in float64, and what people do with modules."""
+"""The modules against reference torch code: values and every gradient in float64, and what people do with modules."""
 
 import copy
 import io
@@ -24,7 +24,7 @@ from crate_kernels.nn import (
 F = nn.functional
 
 
-# -- literal code --------------------------------------------------------------------------------------------------
+# -- the reference, in plain torch -----------------------------------------------------------------------------------
 
 
 def norm(layer, x):
@@ -115,9 +115,9 @@ def with_gradients(function, module, *inputs, **arguments):
     return {"out": out.detach(), **dict(zip([*range(len(leaves)), *parameters], gradients, strict=True))}
 
 
-def agree(module, literal, *inputs, **arguments):
+def agree(module, reference, *inputs, **arguments):
     got = with_gradients(module, module, *inputs, **arguments)
-    want = with_gradients(lambda *x, **a: literal(module, *x, **a), module, *inputs, **arguments)
+    want = with_gradients(lambda *x, **a: reference(module, *x, **a), module, *inputs, **arguments)
     assert got.keys() == want.keys()
     for name in want:
         assert (got[name] is None) == (want[name] is None), name
@@ -152,7 +152,7 @@ MODULES = [
     pytest.param(lambda: CrateDecoderBlock(12, 3, 4, eps=1e-6), decoder_block, id="decoder-block"),
     *[pytest.param(lambda o=o: MSSA(12, 3, 4, **o), mssa, id="mssa-" + "-".join(o)) for o in VARIANTS],
     *[pytest.param(lambda o=o: CrateBlock(12, 3, 4, **o), crate_block, id="block-" + "-".join(o)) for o in VARIANTS],
-    pytest.param(lambda: CrateBlock(12, 3, 4, mssa_step_size=0.3, shrink=0.3), crate_block, id="block-literal-step"),
+    pytest.param(lambda: CrateBlock(12, 3, 4, mssa_step_size=0.3, shrink=0.3), crate_block, id="block-gradient-step"),
     pytest.param(lambda: CrateBlock(12, 3, 4, learnable="channel"), crate_block, id="block-learnable"),
     *[pytest.param(lambda o=o: ISTA(12, lambd=0.3, learnable=o), ista, id=f"ista-{o}") for o in ("scalar", "channel")],
     *[pytest.param(lambda o=o: OvercompleteISTA(12, expansion=2, learnable=o), overcomplete, id=f"tied-{o}")
@@ -163,22 +163,22 @@ MODULES = [
 
 
 @pytest.mark.parametrize("tokens", [1, 7, 16])
-@pytest.mark.parametrize(("build", "literal"), MODULES)
-def test_values_and_gradients(build, literal, tokens):
+@pytest.mark.parametrize(("build", "reference"), MODULES)
+def test_values_and_gradients(build, reference, tokens):
     torch.manual_seed(0)
     module = double(build())
-    agree(module, literal, torch.randn(2, tokens, 12, dtype=torch.float64))
+    agree(module, reference, torch.randn(2, tokens, 12, dtype=torch.float64))
 
 
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize(
-    ("build", "literal"), [(MSSA, mssa), (CrateBlock, crate_block), (OvercompleteCrateBlock, overcomplete_block)]
+    ("build", "reference"), [(MSSA, mssa), (CrateBlock, crate_block), (OvercompleteCrateBlock, overcomplete_block)]
 )
-def test_lengths(build, literal, causal):
+def test_lengths(build, reference, causal):
     torch.manual_seed(0)
     module = double(build(12, 3, 4, causal=causal))
     x, lengths = torch.randn(3, 6, 12, dtype=torch.float64), torch.tensor([6, 1, 4])
-    agree(module, literal, x, lengths=lengths)
+    agree(module, reference, x, lengths=lengths)
     # What lies behind the length changes nothing before it.
     changed = x.clone()
     changed[2, 4:] = 7
@@ -253,7 +253,7 @@ def test_rotation_depends_on_distances_alone():
 @pytest.mark.parametrize("options", [{}, dict(qk_norm=True, tied_output=True)])
 @pytest.mark.parametrize("lengths", [None, torch.tensor([9, 4])])
 def test_cross_attention(options, lengths):
-    def literal(m, x, context):
+    def reference(m, x, context):
         w, c = (m.project(t).transpose(1, 2) for t in (x, context))
         scores = m.scale * directions(m, w) @ directions(m, c).mT
         if lengths is not None:
@@ -264,7 +264,7 @@ def test_cross_attention(options, lengths):
     module = double(MSSA(12, 3, 4, **options))
     x, context = torch.randn(2, 4, 12, dtype=torch.float64), torch.randn(2, 9, 12, dtype=torch.float64)
     got = with_gradients(lambda x, c: module(x, lengths, context=c), module, x, context)
-    want = with_gradients(lambda x, c: literal(module, x, c), module, x, context)
+    want = with_gradients(lambda x, c: reference(module, x, c), module, x, context)
     for name in want:
         torch.testing.assert_close(got[name], want[name], rtol=1e-10, atol=1e-10)
     # Tokens that are their own context attend as they do without one.
@@ -335,8 +335,8 @@ def test_dropout_acts_in_training_only(build):
     first, second = module(z), module(z)
     assert not torch.equal(first, second)
     module.eval()
-    literal = {CrateBlock: crate_block, OvercompleteCrateBlock: overcomplete_block, CrateDecoderBlock: decoder_block}
-    agree(module, literal[build], z)
+    reference = {CrateBlock: crate_block, OvercompleteCrateBlock: overcomplete_block, CrateDecoderBlock: decoder_block}
+    agree(module, reference[build], z)
 
 
 def test_dropout_of_maps_and_of_the_output():
@@ -355,8 +355,8 @@ def test_dropout_of_maps_and_of_the_output():
 # -- what people do with modules -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("build", "literal"), MODULES)
-def test_state_dict_round_trip(build, literal):
+@pytest.mark.parametrize(("build", "reference"), MODULES)
+def test_state_dict_round_trip(build, reference):
     first, second = build(), build()
     x = torch.randn(2, 5, 12)
     assert not torch.equal(first(x), second(x))
@@ -371,8 +371,8 @@ def test_state_dict_round_trip(build, literal):
     assert torch.equal(first(x), loaded(x))
 
 
-@pytest.mark.parametrize(("build", "literal"), MODULES)
-def test_autocast_gives_the_dtype_of_the_reference(build, literal):
+@pytest.mark.parametrize(("build", "reference"), MODULES)
+def test_autocast_gives_the_dtype_of_the_reference(build, reference):
     torch.manual_seed(0)
     module = build()
     x = torch.randn(2, 20, 12, requires_grad=True)
@@ -409,7 +409,7 @@ def test_compiles_without_breaks_for_any_number_of_tokens(build):
             torch.testing.assert_close(got, want)
 
 
-# -- the kept folded matrix ----------------------------------------------------------------------------------------
+# -- the saved folded matrix ----------------------------------------------------------------------------------------
 
 
 class Prepared:

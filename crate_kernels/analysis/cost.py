@@ -1,7 +1,7 @@
 """What measuring costs: ``python -m crate_kernels.analysis.cost``.
 
-The smaller of the two determinants against the literal N×N one, on the shapes of CRATE models; and the probe at its
-default period against the training steps between two of its measurements.
+The first table compares the smaller of the two determinants with the N×N one of the definition, on the shapes of CRATE
+models. The second compares the probe, at its default period, with the training steps between two measurements.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ SHAPES = {
 """(B, H, N, p)"""
 
 
-def literal_rate(w: Tensor, eps: float = 0.1) -> Tensor:
+def reference_rate(w: Tensor, eps: float = 0.1) -> Tensor:
     """``Σ_h ½ logdet(I_N + p/(N·eps²) w_h w_hᵀ)`` as it is written, in float64."""
     tokens, width = w.shape[-2:]
     unit = normalize(w.double(), dim=-1)
@@ -37,17 +37,17 @@ def literal_rate(w: Tensor, eps: float = 0.1) -> Tensor:
 
 def determinants(repeats: int = 5) -> None:
     """Print milliseconds of both routes, after comparing their values."""
-    print("| shape (B, H, N, p) | literal N×N, ms | smaller, ms | times as fast |\n|---|---|---|---|")
+    print("| shape (B, H, N, p) | N×N as defined, ms | smaller, ms | times as fast |\n|---|---|---|---|")
     for name, shape in SHAPES.items():
         w = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-        torch.testing.assert_close(subspace_coding_rate(w), literal_rate(w), rtol=1e-5, atol=1e-3)
+        torch.testing.assert_close(subspace_coding_rate(w), reference_rate(w), rtol=1e-5, atol=1e-3)
         times = medians(
-            {"literal": partial(literal_rate, w), "smaller": partial(subspace_coding_rate, w)},
+            {"definition": partial(reference_rate, w), "smaller": partial(subspace_coding_rate, w)},
             torch.device("cpu"),
             repeats,
         )
-        ratio = times["literal"] / times["smaller"]
-        print(f"| {name} {shape} | {1e3 * times['literal']:.1f} | {1e3 * times['smaller']:.1f} | {ratio:.1f} |")
+        ratio = times["definition"] / times["smaller"]
+        print(f"| {name} {shape} | {1e3 * times['definition']:.1f} | {1e3 * times['smaller']:.1f} | {ratio:.1f} |")
 
 
 def probe(repeats: int = 9) -> None:

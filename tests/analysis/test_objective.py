@@ -1,4 +1,4 @@
-"""Coding rate, subspace coding rate and sparsity against their literal definitions."""
+"""Coding rate, subspace coding rate and sparsity against their reference definitions."""
 
 import pytest
 import torch
@@ -14,8 +14,8 @@ def normal(*shape, dtype=torch.float64):
 def test_coding_rate(tokens, width):
     z = normal(2, 3, tokens, width)
     identity = torch.eye(tokens, dtype=torch.float64)
-    literal = 0.5 * torch.logdet(identity + width / (tokens * 0.3**2) * z @ z.mT)
-    torch.testing.assert_close(coding_rate(z, eps=0.3), literal)
+    reference = 0.5 * torch.logdet(identity + width / (tokens * 0.3**2) * z @ z.mT)
+    torch.testing.assert_close(coding_rate(z, eps=0.3), reference)
 
 
 @pytest.mark.parametrize(("tokens", "width"), [(50, 8), (6, 16)])

@@ -10,7 +10,7 @@ from crate_kernels.agreement import judge
 
 
 def attention(w: Tensor, grad: Tensor, **options) -> tuple[Tensor, Tensor]:
-    """The literal reference in the dtype of ``w``: output and gradient."""
+    """The reference in the dtype of ``w``: output and gradient."""
     leaf = w.clone().requires_grad_()
     o = ops.subspace_attention(leaf, **options, backend="reference")
     return o.detach(), torch.autograd.grad(o, leaf, grad)[0]

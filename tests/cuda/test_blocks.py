@@ -22,7 +22,7 @@ def normal(*shape, spread=1.0, seed=0):
     return spread * torch.randn(*shape, generator=torch.Generator().manual_seed(seed + sum(shape)), dtype=torch.float64)
 
 
-def literal(operator, tensors, grad, dtype, **options):
+def by_torch(operator, tensors, grad, dtype, **options):
     """The reference's output and gradients in ``dtype``."""
     leaves = [None if t is None else t.to(dtype).requires_grad_() for t in tensors]
     out = operator(*leaves, **options, backend="reference")
@@ -31,8 +31,8 @@ def literal(operator, tensors, grad, dtype, **options):
 
 def compare(got, operator, tensors, grad, **options):
     dtype = got[0].dtype
-    exact = literal(operator, tensors, grad, torch.float64, **options)
-    reference = literal(operator, tensors, grad, dtype, **options)
+    exact = by_torch(operator, tensors, grad, torch.float64, **options)
+    reference = by_torch(operator, tensors, grad, dtype, **options)
     assert len(got) == len(exact)
     for g, e, r in zip(got, exact, reference, strict=True):
         assert g.shape == e.shape

@@ -89,12 +89,12 @@ BLOCKS = {
 def test_blocks(name, dtype):
     """By the benchmarks' gate: among so many units a few lie within rounding of their threshold, on either side."""
     case = BLOCKS[name].to(dtype)
-    exact, literal, got = (
+    exact, reference, got = (
         run(case, backend, kind)
         for backend, kind in (("reference", torch.float64), ("reference", dtype), ("cuda", dtype))
     )
     score = case.to(torch.float64).largest_score() if case.tensors[0].numel() else 0.0
-    verdict = agreement.judge(got, exact, literal, dtype, kinks=case.operator is not ops.mssa_block, score=score)
+    verdict = agreement.judge(got, exact, reference, dtype, kinks=case.operator is not ops.mssa_block, score=score)
     assert verdict.passed, verdict.detail
 
 
@@ -166,8 +166,8 @@ def test_a_model_under_autocast(model):
     images = IMAGES.cuda()
     exact = logits_and_gradients(copy.deepcopy(model).double(), images.double(), "reference")
     with torch.autocast("cuda", BRAIN):
-        literal, got = (logits_and_gradients(model, images, backend) for backend in ("reference", "cuda"))
-    assert_within_budget(got, literal, exact, BRAIN)
+        reference, got = (logits_and_gradients(model, images, backend) for backend in ("reference", "cuda"))
+    assert_within_budget(got, reference, exact, BRAIN)
 
 
 def test_compiled_without_a_graph_break(model):

@@ -17,7 +17,7 @@ def small(**options):
     return CrateAlpha(**defaults | options)
 
 
-def literal(model, images):
+def reference(model, images):
     """CRATE-alpha written out in plain torch."""
     x = model.patch_embedding.projection(images).flatten(2).transpose(1, 2)
     x = torch.cat([model.cls_token.expand(len(x), -1, -1), x], dim=1) + model.position_embedding
@@ -50,7 +50,7 @@ def test_huge_has_heads_of_width_80():
 def test_model_equals_the_literal_equations(backend, options):
     model = small(**options).double()
     actual = outputs_and_gradients(model, lambda m: m(IMAGES.double()), backend)
-    assert_same(actual, outputs_and_gradients(model, lambda m: literal(m, IMAGES.double())))
+    assert_same(actual, outputs_and_gradients(model, lambda m: reference(m, IMAGES.double())))
 
 
 def test_backends_agree():

@@ -30,7 +30,7 @@ def test_parameter_count():
     assert sum(p.numel() for p in model.parameters()) == 60_912_729
 
 
-def literal_tokens(model, idx, lengths, types):
+def reference_tokens(model, idx, lengths, types):
     """The encoder of the public description, written out with the public keys."""
     state = model.upstream_state_dict()
     heads, width = model.config["heads"], model.config["dim"]
@@ -58,7 +58,7 @@ def literal_tokens(model, idx, lengths, types):
 def test_forward_is_the_public_architecture(num_classes):
     model = small(num_classes)
     idx, lengths, types, targets = batch(num_classes)
-    tokens, state = literal_tokens(model, idx, lengths, types), model.upstream_state_dict()
+    tokens, state = reference_tokens(model, idx, lengths, types), model.upstream_state_dict()
     if num_classes:
         pooled = torch.tanh(tokens[:, 0] @ state["crate.pooler.dense.weight"].T + state["crate.pooler.dense.bias"])
         wanted = pooled @ state["classifier.weight"].T + state["classifier.bias"]

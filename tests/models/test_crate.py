@@ -19,7 +19,7 @@ def small(**options):
 IMAGES = torch.randn(2, 3, 8, 12, generator=torch.Generator().manual_seed(1))
 
 
-def literal(model, images):
+def reference(model, images):
     """The equations of the paper in plain torch, written apart from the package's operators."""
     p1, p2 = model.patch_embedding.patch_size
     batch, _, height, width = images.shape
@@ -77,7 +77,7 @@ def test_model_equals_the_literal_equations(backend, options):
     parameters = list(model.parameters())
     with ops.use_backend(backend):
         logits = model(images)
-    expected = literal(model, images)
+    expected = reference(model, images)
     torch.testing.assert_close(logits, expected, rtol=1e-10, atol=1e-10)
     gradients = torch.autograd.grad(logits.square().sum(), parameters)
     for got, want in zip(gradients, torch.autograd.grad(expected.square().sum(), parameters), strict=True):

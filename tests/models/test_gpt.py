@@ -47,7 +47,7 @@ def test_initialisation(overcomplete):
     assert dictionary.abs().max().item() == pytest.approx((6 / 256) ** 0.5, rel=0.01)
 
 
-def literal_logits(model, idx):
+def reference_logits(model, idx):
     """The forward pass of the public description, written out with the public keys."""
     state, layers = model.upstream_state_dict(), model.config["n_layer"]
     heads, width = model.config["n_head"], model.config["n_embd"]
@@ -82,7 +82,7 @@ def test_forward_is_the_public_architecture(overcomplete):
     targets = tokens(seed=2)
     targets[0, :4] = -1
     logits, loss = model(idx, targets)
-    wanted = literal_logits(model, idx)
+    wanted = reference_logits(model, idx)
     torch.testing.assert_close(logits, wanted, rtol=0, atol=1e-12)
     asked = targets != -1
     torch.testing.assert_close(loss, -wanted.log_softmax(-1)[asked].gather(1, targets[asked][:, None]).mean())
@@ -169,7 +169,7 @@ def test_save_and_load(tmp_path, overcomplete):
 def test_one_head_still_has_an_output_projection():
     model = small(n_head=1)
     assert model.blocks[0].mssa.output.weight.shape == (8, 8)
-    torch.testing.assert_close(model(tokens(), tokens())[0], literal_logits(model, tokens()), rtol=0, atol=1e-12)
+    torch.testing.assert_close(model(tokens(), tokens())[0], reference_logits(model, tokens()), rtol=0, atol=1e-12)
 
 
 def test_dropout_acts_in_training_only():

@@ -21,7 +21,7 @@ def small(**options):
     return CrateMAE(**defaults | dict(decoder_depth=3, lambd=0.05) | options)
 
 
-def literal(model, noise=NOISE, ratio=0.75):
+def reference(model, noise=NOISE, ratio=0.75):
     """Masked autoencoding written out in plain torch, patch by patch."""
     images = IMAGES.double()
     patches = torch.stack(
@@ -72,8 +72,8 @@ def test_parameter_counts(size, trainable, total):
 def test_model_equals_the_literal_equations(backend, options):
     model = small(**options).double()
     actual = outputs_and_gradients(model, lambda m: m(IMAGES.double(), noise=NOISE)[:2], backend)
-    assert_same(actual, outputs_and_gradients(model, lambda m: literal(m)[:2]), UNUSED)
-    torch.testing.assert_close(model(IMAGES.double(), noise=NOISE)[2], literal(model)[2])
+    assert_same(actual, outputs_and_gradients(model, lambda m: reference(m)[:2]), UNUSED)
+    torch.testing.assert_close(model(IMAGES.double(), noise=NOISE)[2], reference(model)[2])
 
 
 def test_backends_agree():

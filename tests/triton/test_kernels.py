@@ -72,8 +72,8 @@ def test_product_behind_a_norm(dtype, offset):
     close(rstd, (wide.var(1, correction=0) + 1e-5).rsqrt(), eps=2e-5 if offset else 2e-6)
     x = layer_norm(wide, (37,), gamma.double(), beta.double(), 1e-5)
     exact = x @ matrix.double()
-    literal = layer_norm(z, (37,), gamma.to(dtype), beta.to(dtype), 1e-5) @ matrix
-    verdict = judge([out], [exact], [literal], dtype, kinks=False)
+    reference = layer_norm(z, (37,), gamma.to(dtype), beta.to(dtype), 1e-5) @ matrix
+    verdict = judge([out], [exact], [reference], dtype, kinks=False)
     assert verdict.passed, verdict.detail
 
 

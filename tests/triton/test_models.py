@@ -29,17 +29,17 @@ IMAGES = torch.randn(3, 3, 8, 8, generator=torch.Generator().manual_seed(1)).to(
 
 def test_logits_and_all_gradients_in_float32(model):
     exact = logits_and_gradients(copy.deepcopy(model).double(), IMAGES.double(), "reference")
-    literal = logits_and_gradients(model, IMAGES, "reference")
+    reference = logits_and_gradients(model, IMAGES, "reference")
     got = logits_and_gradients(model, IMAGES, "triton")
-    assert_within_budget(got, literal, exact, torch.float32)
+    assert_within_budget(got, reference, exact, torch.float32)
 
 
 def test_logits_and_all_gradients_under_bfloat16_autocast(model):
     exact = logits_and_gradients(copy.deepcopy(model).double(), IMAGES.double(), "reference")
     with torch.autocast(DEVICE, torch.bfloat16):
-        literal = logits_and_gradients(model, IMAGES, "reference")
+        reference = logits_and_gradients(model, IMAGES, "reference")
         got = logits_and_gradients(model, IMAGES, "triton")
-    assert_within_budget(got, literal, exact, torch.bfloat16)
+    assert_within_budget(got, reference, exact, torch.bfloat16)
 
 
 def assert_same(got, expected):

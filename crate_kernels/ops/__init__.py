@@ -1,4 +1,4 @@
-"""The operators of CRATE's layers as differentiable functions; a folder each: api, op, and a file per backend."""
+"""The operators of CRATE's layers as differentiable functions; one folder each, with api, op and a file per backend."""
 
 from .backends import requested_backend as requested_backend
 from .backends import use_backend as use_backend

@@ -1,9 +1,9 @@
-"""Which implementation of an operator runs, and why another one does not.
+"""The choice of the backend that runs an operator, and the reasons why others cannot.
 
-Every operator's folder holds one file per backend. ``implementations`` finds them, ``resolve`` picks one for given
-inputs: an explicit request (argument, ``use_backend``, ``CRATE_KERNELS_BACKEND``; in that order) is obeyed or refused
-with the reason, never replaced; without one, the first backend that accepts the inputs is taken, in the order that
-``measured.py`` holds for the device or else that of ``AUTOMATIC``.
+Every operator's folder holds one file per backend. ``implementations`` finds them. ``resolve`` chooses one for given
+inputs. A request comes from the argument, from ``use_backend`` or from ``CRATE_KERNELS_BACKEND``, in this order. It is
+followed or refused with the reason; another backend never replaces it. Without a request the first backend that accepts
+the inputs runs. The order is the one measured for the device (``measured.py``), else that of ``AUTOMATIC``.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ BACKENDS = ("cuda", "triton", "cpu", "eager", "reference")
 """The names of the backends. The file of that name beside an operator's ``op.py`` implements it."""
 
 AUTOMATIC = {"cuda": ("triton", "cuda", "eager"), "cpu": ("cpu", "eager")}
-"""Device type -> order of the automatic choice where nothing was measured. Any other device takes ``eager``.
+"""Device type -> order of the automatic choice where nothing was measured. All other devices use ``eager``.
 
-The CUDA kernels have run under the emulator only; until hardware has verified them they are taken on request, and where
-Triton is missing."""
+The CUDA kernels have run only in the emulator. Until hardware has verified them they run on request, and where Triton
+is missing."""
 
 ENVIRONMENT_VARIABLE = "CRATE_KERNELS_BACKEND"
 
@@ -43,8 +43,8 @@ def _checked_name(name: str | None, source: str) -> str | None:
 
 _default = _checked_name(os.environ.get(ENVIRONMENT_VARIABLE) or None, ENVIRONMENT_VARIABLE)
 
-# A plain threading.local: Dynamo guards its attribute, so that a compiled function follows use_backend. Of a subclass
-# with a class attribute, Dynamo would keep the value of the first call.
+# A plain threading.local: Dynamo guards its attribute, so that a compiled function follows use_backend. With a subclass
+# that has a class attribute, Dynamo would reuse the value of the first call.
 _request = threading.local()
 _request.name = _default
 
@@ -69,7 +69,7 @@ def requested_backend() -> str | None:
 
 
 def implementations(package: str) -> dict[str, ModuleType | str]:
-    """Import the backend files of an operator's package; a missing one is given as the reason why it is missing."""
+    """Backend name -> module of an operator's package, or the reason, as a string, why the module is missing."""
     found: dict[str, ModuleType | str] = {}
     operator = package.rpartition(".")[2]
     for backend in BACKENDS:
@@ -122,7 +122,7 @@ def automatic_order(found: Mapping[str, Any], tensor: Tensor, size: int, rows: i
         dtype = str(tensor.dtype).removeprefix("torch.")
         for most, most_rows, ranking in measured.ORDER.get((capability, operator, dtype, causal), ()):
             if size <= most and rows <= most_rows:
-                # A backend that nobody measured (it refused the measured shapes) is still worth asking.
+                # A backend without a measurement (it refused the measured shapes) may still accept these inputs.
                 return ranking + tuple(name for name in order if name not in ranking)
     return order
 
@@ -133,19 +133,19 @@ def automatic_order(found: Mapping[str, Any], tensor: Tensor, size: int, rows: i
 AUTOCAST_DEVICES = frozenset(
     device for device in ("cpu", "cuda", "xpu", "mps", "hpu", "mtia", "xla") if torch.amp.is_autocast_available(device)
 )
-"""Asked once: in a traced function torch 2.11 cannot follow the question."""
+"""Evaluated once, because torch 2.11 cannot trace the call."""
 
 
 def autocast_is_on(tensor: Tensor) -> bool:
-    """Whether autocast is on for the tensor's device; devices that know none (meta) answer no."""
+    """Whether autocast is on for the tensor's device. False for devices without autocast (meta)."""
     device = tensor.device.type
     return device in AUTOCAST_DEVICES and torch.is_autocast_enabled(device)
 
 
 def autocast_dtype(tensor: Tensor) -> torch.dtype:
-    """The dtype an operator computes in: autocast's where autocast is on for a floating tensor's device, else its own.
+    """The dtype in which an operator computes: autocast's where autocast is on for the device, else the tensor's own.
 
-    float64 is left alone, as torch's own autocast does.
+    float64 stays float64, as in torch's own autocast.
     """
     if tensor.dtype != torch.float64 and autocast_is_on(tensor):
         return torch.get_autocast_dtype(tensor.device.type)
@@ -153,12 +153,12 @@ def autocast_dtype(tensor: Tensor) -> torch.dtype:
 
 
 def cast(dtype: torch.dtype, *tensors: Tensor | None) -> list[Any]:
-    """``tensors`` in ``dtype``; differentiable, and free where nothing changes."""
+    """``tensors`` in ``dtype``; differentiable. Tensors of this dtype are returned as they are."""
     return [None if t is None else t.to(dtype) for t in tensors]
 
 
 def run(function, tensor: Tensor, *arguments):
-    """Call ``function(tensor, *arguments)`` with autocast off: dtypes are already decided when a kernel runs."""
+    """Call ``function(tensor, *arguments)`` with autocast off, because the dtypes are already decided."""
     if autocast_is_on(tensor):
         return without_autocast(tensor.device.type, function, tensor, *arguments)
     return function(tensor, *arguments)

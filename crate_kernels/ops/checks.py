@@ -1,4 +1,4 @@
-"""Argument checks shared by the operators: each names the argument, what was got and what is accepted."""
+"""Argument checks that the operators share. Every message names the argument, its value and what is accepted."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def tensor(
 ):
     """``value`` is a tensor of one of ``dtypes`` and of ``shape``, on the device of ``like``.
 
-    In ``shape`` an integer is an exact size and a string names a free one; ``None`` leaves the rank open.
+    In ``shape`` an integer is an exact size and a string names a free size. ``None`` accepts any shape.
     """
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: expected a torch.Tensor, got {type(value).__name__}")
@@ -44,7 +44,8 @@ def tensor(
 def same_dtype(dtype: torch.dtype, also: tuple[torch.dtype, ...] = (), **values: Tensor | None):
     """All given tensors have ``dtype`` (or one of ``also``); nothing is promoted silently.
 
-    Under autocast any mix will do, since it decides the dtype: one operator's bfloat16 output meets float32 weights.
+    Under autocast any mixture is accepted, because autocast decides the dtype. The bfloat16 output of one operator may
+    meet the float32 weights of the next.
     """
     for name, value in values.items():
         if value is None or backends.autocast_is_on(value):
@@ -103,7 +104,7 @@ def residual_dtype(value):
 
 
 def flag(name: str, value) -> bool:
-    """``value`` is True or False; a number or a string would be read as True by mistake."""
+    """``value`` is True or False. A number or a string would count as True by mistake."""
     if not isinstance(value, bool):
         raise TypeError(f"{name}: expected True or False, got {value!r}")
     return value
@@ -150,9 +151,9 @@ def values_within(name: str, value: Tensor | None, least: int, most: int, meanin
 
 
 def norm(z: Tensor, norm_weight: Tensor, norm_bias: Tensor, eps: float, prefix: str = ""):
-    """``z (..., d)`` and the LayerNorm parameters ``(d,)`` beside it, which may be float32 under a narrower ``z``.
+    """``z (..., d)`` and LayerNorm parameters ``(d,)``, which may be float32 while ``z`` has lower precision.
 
-    ``prefix`` stands before the names of the parameters in messages.
+    Messages put ``prefix`` before the names of the parameters.
     """
     tensor("z", z)
     if z.dim() < 1 or z.shape[-1] < 1:

@@ -1,4 +1,4 @@
-"""What a weight alone decides (its cast, its packed form): made once, and made again when the weight has changed."""
+"""Cache of values that depend on one weight alone (its cast, its packed form), valid until the weight changes."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 _made: dict[tuple[int, Hashable], tuple[weakref.ref, tuple, Tensor]] = {}
-"""What was made, by the identity of the weight and by purpose; an entry ends with its weight."""
+"""The cached values by identity of the weight and by purpose. An entry is removed with its weight."""
 
 
 def kept(weight: Tensor, purpose: Hashable, make: Callable[[Tensor], Tensor]) -> Tensor | None:
-    """``make(weight)``, from an earlier call if the weight has not changed since.
+    """``make(weight)``, from the cache if the weight has not changed.
 
-    None for a tensor that does not stay from call to call, or that has no version counter to tell a change by.
+    None for a tensor that does not persist between calls, or that has no version counter to show changes.
     """
     if weight.is_inference() or not (isinstance(weight, torch.nn.Parameter) or weight.is_leaf):
         return None

@@ -1,4 +1,4 @@
-"""LayerNorm with its row statistics, forward and backward, in stock PyTorch: the piece both block operators share."""
+"""LayerNorm with its row statistics, forward and backward, in stock PyTorch. Both block operators use it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from .backends import accumulation_dtype
 
 
 def layer_norm(z: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Normalise the last axis: ``z (..., d)`` -> ``(LN(z) (..., d), mean (...), rstd (...))``, statistics in float32
+    """Normalize the last axis: ``z (..., d)`` -> ``(LN(z) (..., d), mean (...), rstd (...))``, statistics in float32
     (float64 for float64). ``LN(z) = torch.nn.functional.layer_norm(z, (d,), weight, bias, eps)``."""
     weight, bias = _norm_parameters(z, weight, bias)
     x, mean, rstd = torch.native_layer_norm(z, z.shape[-1:], weight, bias, eps)

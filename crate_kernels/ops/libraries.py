@@ -20,7 +20,7 @@ class Missing(Exception):
 
 
 def record() -> dict[str, dict]:
-    """What the build wrote down, by library: ``{}`` if the package was never built.
+    """The record of the build, by library; ``{}`` if the package was never built.
 
     Each entry holds ``missing`` (the reason, or None) and what the library was built for.
     """
@@ -31,7 +31,7 @@ def record() -> dict[str, dict]:
 
 
 def report() -> dict[str, str]:
-    """What was built, by library, in words: compiler, instruction sets or architectures, and why a part is missing."""
+    """Library -> one sentence: compiler, instruction sets or architectures, and why a part is missing."""
     built = record()
     if not built:
         return {name: f"not built: {UNBUILT}" for name in ("cpu", "cuda")}
@@ -60,7 +60,7 @@ def load(name: str, interface: int, functions: dict[str, tuple]) -> ctypes.CDLL:
 
 
 def open_library(path: Path, name: str, interface: int, functions: dict[str, tuple]) -> ctypes.CDLL:
-    """As ``load``, for a library that lies elsewhere."""
+    """As ``load``, for a library in another place."""
     try:
         library = ctypes.CDLL(str(path))
         built = getattr(library, f"crate_{name}_interface")()

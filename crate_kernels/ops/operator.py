@@ -1,12 +1,12 @@
-"""The way from a public function to an implementation, the same for every operator.
+"""How a public function calls its implementation; the same for every operator.
 
 A call takes one of two routes:
 
-- Outside tracing it reaches the implementation directly: through one ``torch.autograd.Function`` if a gradient is
-  wanted, through a plain function call if none is. Arguments are checked and a backend is chosen once per kind of call:
-  the result, a :class:`Plan`, is kept under the metadata of the tensors and the options.
-- While somebody records or transforms the call (``torch.compile``, export, fake tensors, dispatch modes, functorch,
-  tensor subclasses), it goes through the operator ``crate::<name>`` that is registered with ``torch.library``.
+- Outside tracing the implementation is called directly: through one ``torch.autograd.Function`` if a gradient is
+  needed, else as a plain function. Arguments are checked and a backend is chosen once per kind of call. The result, a
+  :class:`Plan`, is cached by the metadata of the tensors and by the options.
+- While torch records or transforms the call (``torch.compile``, export, fake tensors, dispatch modes, functorch, tensor
+  subclasses), it goes through the operator ``crate::<name>``, which is registered with ``torch.library``.
 
 Both routes run the same ``forward`` and ``backward`` of the implementation.
 """
@@ -24,14 +24,14 @@ from . import backends, checks
 from .kept import kept
 
 MOST_PLANS = 512
-"""An operator that holds this many plans forgets them all and starts anew."""
+"""Largest number of cached plans per operator. A full cache is emptied."""
 
 PLAIN = (Tensor, torch.nn.Parameter)
-"""The direct route takes these types. Every other subclass of Tensor may have its own idea of an operator."""
+"""The tensor types of the direct route. Any other subclass of Tensor may override operators."""
 
 
 def traced() -> bool:
-    """Whether somebody records calls or transforms them, so that operators must go through torch's dispatcher."""
+    """Whether torch records or transforms calls, so that operators must go through its dispatcher."""
     return (
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack() > 0
@@ -52,7 +52,7 @@ def transformed() -> bool:
 
 
 class Plan:
-    """What a kind of call comes to: the checked numbers, the backend and its functions."""
+    """The prepared form of one kind of call: checked numbers, backend, and the functions of the backend."""
 
     __slots__ = (
         "autocast", "backend", "backward", "backward_scalars", "direct", "dtype", "forward", "narrow", "operator",
@@ -86,8 +86,8 @@ class Operator:
         passes: the numbers of ``arguments`` that ``backward`` takes, after those.
         constants: tensor arguments that have no gradient.
         casts: tensor arguments that autocast casts. If the first one is not among them, it is the stream of a layer,
-            which keeps its dtype. An implementation that takes such a mix says so by ``MIXED = True``; for others the
-            stream is cast as well, and their result is cast back.
+            which keeps its dtype. An implementation that accepts both dtypes sets ``MIXED = True``. For others the
+            stream is cast as well, and the result is cast back.
         sizes: the tensors -> ``(size, rows)``, by which the measured order of the backends is looked up.
         fake: what ``forward`` returns, as empty tensors.
         keys: which tensor has the tokens that ``lengths`` counts.
@@ -134,8 +134,8 @@ class Operator:
     def __call__(self, check: Callable[..., tuple], backend: str | None, tensors: tuple, options: tuple) -> Tensor:
         """Run the operator on ``tensors`` (in the schema's order; None for an absent one) with ``options``.
 
-        ``check(*tensors, *options)`` raises where an argument does not fit, looking at metadata alone, and returns the
-        numbers of the schema.
+        ``check(*tensors, *options)`` looks at metadata alone. It raises an error for an argument that does not fit, and
+        returns the numbers of the schema.
         """
         if traced():
             return self._dispatched(check, backend, tensors, options)
@@ -173,7 +173,7 @@ class Operator:
         return out.to(tensors[0].dtype) if plan.narrow else out
 
     def forget(self) -> None:
-        """Drop all plans, so that the next call of each kind chooses its backend anew."""
+        """Empty the cache of plans, so that the next call of each kind chooses its backend again."""
         self._plans.clear()
 
     def _dispatched(self, check: Callable[..., tuple], backend: str | None, tensors: tuple, options: tuple) -> Tensor:
@@ -203,7 +203,7 @@ class Operator:
         return self._streams and stream != dtype and not getattr(self.implementations[backend], "MIXED", False)
 
     def reference(self, *arguments) -> Tensor:
-        """The reference equations, differentiated by torch itself: not through the gradient that the kernels share."""
+        """The reference equations, differentiated by torch itself and not by the gradient that the kernels share."""
         return getattr(self.implementations["reference"], self.name)(*arguments)
 
     # -- plans -------------------------------------------------------------------------------------------------------
@@ -224,7 +224,7 @@ class Operator:
         else:
             implementation = self.implementations[plan.backend]
             plan.forward, plan.backward = implementation.forward, implementation.backward
-        # Empty tensors stand for data elsewhere on the meta device.
+        # Tensors on the meta device have no data that a kernel could read.
         plan.direct = tensors[0].device.type != "meta" and all(t is None or type(t) in PLAIN for t in tensors)
         return plan
 
@@ -238,7 +238,7 @@ class Operator:
     def _cast(
         self, tensors: Sequence[Tensor | None], dtype: torch.dtype | None, narrow: bool = False, stay: bool = False
     ) -> Sequence[Tensor | None]:
-        """The tensors as autocast wants them. With ``stay``, casts of weights are kept from call to call."""
+        """The tensors in autocast's dtype. With ``stay``, casts of weights are cached between calls."""
         if dtype is None:
             return tensors
         cast: list[Any] = list(tensors)
@@ -271,7 +271,7 @@ class Operator:
     ) -> list[Tensor | None]:
         """Gradients that can be differentiated again, from the reference equations."""
         with torch.enable_grad():
-            # A new name for each tensor: else a gradient would also run through other arguments that depend on it.
+            # A view of each tensor: otherwise a gradient would also flow through other arguments that depend on it.
             named: list[Any] = [t if t is None else t.view_as(t) for t in tensors]
             if autocast is None:
                 out = self.reference(*named, *scalars)
@@ -351,7 +351,7 @@ class Operator:
 
 
 class _Direct(torch.autograd.Function):
-    """An operator's entry in the autograd graph on the direct route."""
+    """The node of an operator in the autograd graph on the direct route."""
 
     @staticmethod
     def forward(ctx, plan: Plan, *tensors):

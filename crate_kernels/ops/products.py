@@ -1,9 +1,9 @@
-"""Products of matrices for the eager backend, from the faster of the two libraries that torch carries for the CPU.
+"""Matrix products for the eager backend on the CPU, by the faster of two libraries that PyTorch bundles.
 
-torch gives float32 products to MKL, which takes its AVX-512 kernels on Intel's processors alone; oneDNN generates them
-for any. On an EPYC (Zen 5) it is 2.2 times as fast at these models' sizes, and where the processor has no more than
-AVX2 both are equal. It adds up in longer chains than MKL: over 384 to 768 terms it is off by 3.6e-7 in relative norm
-where MKL is by 2.5e-7, over 1,500 and more by 5.7e-7; cut into pieces as here, by 4e-7.
+PyTorch computes float32 products with MKL, which uses AVX-512 only on Intel's processors. oneDNN uses it on all. On an
+EPYC (Zen 5) oneDNN is 2.2 times as fast at the sizes of these models; on processors with AVX2 only, both are equally
+fast. oneDNN adds longer sums in one piece. Its relative error is 3.6e-7 for 384 to 768 terms, where MKL's is 2.5e-7, and
+5.7e-7 for 1,500 terms and more. Sums cut into pieces, as below, have 4e-7.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 WORTH = 1 << 22
-"""Multiplications from which on a product goes to oneDNN: below, finding its kernel costs more than it saves."""
+"""Smallest number of multiplications for oneDNN. Below it, finding the kernel costs more time than it saves."""
 
 LONGEST = 1024
-"""Terms of a sum that oneDNN adds up in one piece."""
+"""Most terms of a sum that oneDNN adds in one piece."""
 
 
 def _faster_with_onednn() -> bool:
@@ -24,19 +24,19 @@ def _faster_with_onednn() -> bool:
     try:
         with open("/proc/cpuinfo") as processors:
             intel = "GenuineIntel" in processors.read(1024)
-    except OSError:  # not Linux: who made the processor stays unknown, and torch's choice stands
+    except OSError:  # not Linux: the vendor is unknown, so PyTorch's choice stays
         return False
     return not intel and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
 FASTER_WITH_ONEDNN = _faster_with_onednn()
-"""Whether this processor's float32 products are oneDNN's; ``torch.backends.mkldnn.enabled = False`` overrules."""
+"""Whether oneDNN computes float32 products on this processor; ``torch.backends.mkldnn.enabled = False`` prevents it."""
 
 
 def multiply(a: Tensor, b: Tensor, start: Tensor | None = None, alpha: float = 1.0) -> Tensor:
     """``start + alpha·a b`` for ``a (m, k)``, ``b (k, n)``, ``start (m, n)`` or None, of one dtype -> new ``(m, n)``.
 
-    Equivalent to ``torch.addmm(start, a, b, alpha=alpha)``. ``start`` and with it the result may be of a wider dtype.
+    Equivalent to ``torch.addmm(start, a, b, alpha=alpha)``. ``start`` may have a wider dtype, which the result then has, too.
     """
     if start is not None and start.dtype != a.dtype:
         return torch.add(start, multiply(a, b), alpha=alpha)
@@ -52,12 +52,12 @@ def multiply(a: Tensor, b: Tensor, start: Tensor | None = None, alpha: float = 1
             start = multiply(a[:, part], b[part], start, alpha)
         assert start is not None
         return start
-    if alpha != 1:  # where it is cheapest: the smallest of the three matrices
+    if alpha != 1:  # scale the smallest of the three matrices
         if start is None and a.shape[0] * b.shape[1] <= min(a.numel(), b.numel()):
             return multiply(a, b).mul_(alpha)
         a, b = (alpha * a, b) if a.numel() < b.numel() else (a, alpha * b)
-    # The operator is torch.compile's own for linear layers. It takes bᵀ in any dense layout; of any other, oneDNN has
-    # only a kernel written for comparison.
+    # torch.compile uses this operator for linear layers. It takes bᵀ in any dense layout; for other layouts oneDNN has
+    # only a slow reference kernel.
     weight = b.T if b.is_contiguous() or b.T.is_contiguous() else b.T.contiguous()
     if start is None:
         return torch.ops.mkldnn._linear_pointwise(a, weight, None, "none", [], "")

@@ -1,4 +1,4 @@
-"""LayerNorm and one ISTA step in stock PyTorch; the normalised rows are recomputed in the backward, not kept."""
+"""LayerNorm and one ISTA step in stock PyTorch; the backward recomputes the normalized rows."""
 
 from __future__ import annotations
 

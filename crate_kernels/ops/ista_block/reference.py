@@ -1,4 +1,4 @@
-"""LayerNorm and one ISTA step, literally: the specification and the test oracle."""
+"""LayerNorm and one ISTA step: the specification and the test oracle."""
 
 from __future__ import annotations
 

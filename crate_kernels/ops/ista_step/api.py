@@ -32,7 +32,7 @@ def ista_step(
         lambd: non-negative weight of the l1 penalty; upstream's ``lambd``.
         folded: ``fold(weight)`` if the caller has it already. It is a cache, not a second parameter: the result and
             the gradient of ``weight`` are those without it, and it must be of the present ``weight``.
-        backend: ``"reference"``, ``"eager"``, ``"triton"``, ``"cuda"``, or None for the automatic choice.
+        backend: ``"reference"``, ``"eager"``, ``"cpu"``, ``"triton"``, ``"cuda"``, or None for the automatic choice.
 
     Returns:
         ``(..., d)``, non-negative, in the dtype of ``x`` (autocast's dtype under autocast).

@@ -1,4 +1,4 @@
-"""One ISTA step against a complete dictionary, literally: the specification and the test oracle."""
+"""One ISTA step against a complete dictionary: the specification and the test oracle."""
 
 from __future__ import annotations
 

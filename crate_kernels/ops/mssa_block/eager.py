@@ -1,6 +1,6 @@
 """LayerNorm, subspace attention, output projection and residual in stock PyTorch.
 
-Kept for the backward: ``z``, the projected tokens ``w``, the attended tokens ``o`` and scalars per row; the normalised
+Saved for backward: ``z``, the projected tokens ``w``, the attended tokens ``o`` and scalars per row. The normalized
 rows are recomputed.
 """
 

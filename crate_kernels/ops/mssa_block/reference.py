@@ -1,4 +1,4 @@
-"""LayerNorm, subspace attention, output projection and residual, literally: the specification and the test oracle."""
+"""LayerNorm, subspace attention, output projection and residual: the specification and the test oracle."""
 
 from __future__ import annotations
 

@@ -34,7 +34,7 @@ def overcomplete_ista(
         D1: ``(d, m)``, the dictionary that decodes; ``D`` if None.
         step_size: positive; upstream's ``eta``.
         lambd: non-negative weight of the l1 penalty; upstream's ``lmbda``.
-        backend: ``"reference"``, ``"eager"``, ``"triton"``, ``"cuda"``, or None for the automatic choice.
+        backend: ``"reference"``, ``"eager"``, ``"cpu"``, ``"triton"``, ``"cuda"``, or None for the automatic choice.
 
     Returns:
         ``(..., d)`` in the dtype of ``x`` (autocast's dtype under autocast).

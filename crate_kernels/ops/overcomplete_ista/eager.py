@@ -1,7 +1,7 @@
 """Two overcomplete ISTA steps in stock PyTorch.
 
 With the residual ``r = z1 Dᵀ − x`` the second step is ``z2 = relu(z1 − step·r D − step·lambd)``: ``x D`` is needed for
-the first step only and is not kept. The backward keeps the two codes and recomputes ``r``.
+the first step only. The two codes are saved for backward; ``r`` is recomputed.
 """
 
 from __future__ import annotations

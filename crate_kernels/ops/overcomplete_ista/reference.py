@@ -1,4 +1,4 @@
-"""Two ISTA steps against an overcomplete dictionary, literally: the specification and the test oracle."""
+"""Two ISTA steps against an overcomplete dictionary: the specification and the test oracle."""
 
 from __future__ import annotations
 

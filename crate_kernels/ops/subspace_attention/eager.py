@@ -1,7 +1,7 @@
 """Subspace attention in stock PyTorch, with one gradient for the one operand.
 
 On the CPU, torch's flash kernels do both directions and the three gradients are summed. Elsewhere the softmax is
-recomputed from its log-normaliser in bounded blocks of queries, so that nothing of size N x N outlives a block.
+recomputed from its log-normaliser in bounded blocks of queries, so that memory does not grow with N².
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from .blocked import blocked_backward, blocked_forward
 from .masks import finite_where_hidden, forbidden
 
 SHORT_SEQUENCE = 256
-"""Up to here the backward on the CPU runs bfloat16 and float16 in float32. In bfloat16 torch's flash kernel takes six
-times as long at 17 tokens and 1.3 times at 197; from 785 tokens on it is the faster one."""
+"""Largest N for which the CPU backward computes bfloat16 and float16 in float32. In bfloat16 torch's flash kernel takes
+six times as long at 17 tokens and 1.3 times as long at 197; from 785 tokens on bfloat16 is faster."""
 
 
 def why_not(w: Tensor, *_) -> None:

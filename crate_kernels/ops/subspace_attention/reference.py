@@ -1,4 +1,4 @@
-"""Subspace attention, literally: the specification and the test oracle."""
+"""Subspace attention: the specification and the test oracle."""
 
 from __future__ import annotations
 

@@ -2,8 +2,8 @@
 
 PyTorch computes float32 products with MKL, which uses AVX-512 only on Intel's processors. oneDNN uses it on all. On an
 EPYC (Zen 5) oneDNN is 2.2 times as fast at the sizes of these models; on processors with AVX2 only, both are equally
-fast. oneDNN adds longer sums in one piece. Its relative error is 3.6e-7 for 384 to 768 terms, where MKL's is 2.5e-7, and
-5.7e-7 for 1,500 terms and more. Sums cut into pieces, as below, have 4e-7.
+fast. oneDNN adds longer sums in one piece. Its relative error is 3.6e-7 for 384 to 768 terms, where MKL's is 2.5e-7,
+and 5.7e-7 for 1,500 terms and more. Sums that are cut into pieces, as below, have 4e-7.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def _faster_with_onednn() -> bool:
 
 
 FASTER_WITH_ONEDNN = _faster_with_onednn()
-"""Whether oneDNN computes float32 products on this processor; ``torch.backends.mkldnn.enabled = False`` prevents it."""
+"""Whether oneDNN computes float32 products here; ``torch.backends.mkldnn.enabled = False`` prevents it."""
 
 
 def multiply(a: Tensor, b: Tensor, start: Tensor | None = None, alpha: float = 1.0) -> Tensor:

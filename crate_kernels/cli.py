@@ -19,7 +19,7 @@ COMMANDS = {
     "train-dino": ("crate_kernels.training.dino", "pre-train a CRATE backbone by self-distillation"),
     "train-text": ("crate_kernels.training.text", "train a CRATE language model on a text file"),
     "prepare-text": ("crate_kernels.data.prepare_text", "write text files as token shards for train-text"),
-    "prepare-images": ("crate_kernels.data.prepare_images", "write labelled images as shards for train"),
+    "prepare-images": ("crate_kernels.data.prepare_images", "write labeled images as shards for train"),
     "analyze": ("crate_kernels.analysis.command", "measure coding rate and sparsity, layer by layer"),
     "segment": ("crate_kernels.analysis.segment", "segment images by the attention of a trained model"),
     "report": ("crate_kernels.analysis.report", "write one run as a single HTML file"),

@@ -32,10 +32,10 @@ def image_root(tmp_path):
     from PIL import Image
 
     root = tmp_path / "photos"
-    for name, colour in (("blue", (0, 0, 220)), ("red", (220, 0, 0))):
+    for name, color in (("blue", (0, 0, 220)), ("red", (220, 0, 0))):
         (root / name).mkdir(parents=True)
         for i in range(10):
-            image = Image.new("RGB", (40 + i, 30), colour)
+            image = Image.new("RGB", (40 + i, 30), color)
             image = image.convert("P") if i == 3 else image
             image.save(root / name / f"{i}.png")
     return root

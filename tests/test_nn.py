@@ -52,7 +52,7 @@ def mssa(m, x, lengths=None):
 
 
 def directions(m, w):
-    """Query and key ``(B, H, N, p)``: w itself, or normalised, then rotated as complex numbers."""
+    """Query and key ``(B, H, N, p)``: w itself, or normalized, then rotated as complex numbers."""
     if m.qk_norm is not None:
         eps = torch.finfo(w.dtype).eps
         w = w * (w.square().mean(-1, keepdim=True) + eps).rsqrt() * m.qk_norm.weight

@@ -1,4 +1,4 @@
-"""White-box measurement: the objective that CRATE's layers optimise, layer by layer, and what their attention finds."""
+"""White-box measurement: the objective that CRATE's layers optimize, layer by layer, and what their attention finds."""
 
 from .half_steps import HalfSteps as HalfSteps
 from .half_steps import half_steps as half_steps

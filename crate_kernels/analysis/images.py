@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..models.vision import VisionModel
-from .inputs import normalisation
+from .inputs import normalization
 
 
 class ImageError(ValueError):
@@ -18,7 +18,7 @@ class ImageError(ValueError):
 
 
 def read_image(path: str | os.PathLike, channels: int):
-    """A Pillow image in RGB, or in grey for one channel; transparent parts become white.
+    """A Pillow image in RGB, or in gray for one channel; transparent parts become white.
 
     Raises:
         ImageError: the file is missing, no image, damaged, or has more than eight bits a channel.
@@ -45,7 +45,7 @@ def read_image(path: str | os.PathLike, channels: int):
 
 
 def model_input(image, model: VisionModel, metadata: dict, size: int | None = None) -> Tensor:
-    """``(1, C, H, W)`` float32, normalised, in the image's own shape as far as whole patches allow.
+    """``(1, C, H, W)`` float32, normalized, in the image's own shape as far as whole patches allow.
 
     Args:
         image: a Pillow image.
@@ -63,5 +63,5 @@ def model_input(image, model: VisionModel, metadata: dict, size: int | None = No
     )
     pixels = np.asarray(image.resize((width, height), Image.Resampling.BICUBIC))
     tensor = torch.from_numpy(pixels.copy()).view(height, width, -1).permute(2, 0, 1)
-    mean, std = normalisation(model, metadata)
+    mean, std = normalization(model, metadata)
     return ((tensor.float() / 255 - mean) / std).unsqueeze(0)

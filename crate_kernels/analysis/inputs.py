@@ -16,7 +16,7 @@ from ..models.tokenizers import create_tokenizer
 from ..models.vision import VisionModel
 
 
-def normalisation(model: VisionModel, metadata: dict) -> tuple[Tensor, Tensor]:
+def normalization(model: VisionModel, metadata: dict) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation per channel ``(C, 1, 1)`` of pixels in 0..1, as the file records them.
 
     Without a record: ImageNet's, or their average for one channel.
@@ -48,7 +48,7 @@ def real_inputs(
         text: a UTF-8 text file for a language model, whose last tenth is read; Python's manual if None.
 
     Returns:
-        ``(samples, C, H, W)`` float32, normalised; or tokens ``(samples, N)`` int64.
+        ``(samples, C, H, W)`` float32, normalized; or tokens ``(samples, N)`` int64.
 
     Raises:
         ValueError: the data is not there, or does not fit the model.
@@ -81,7 +81,7 @@ def _images(model, metadata, samples, data, root) -> tuple[Tensor, str]:
         count += len(batch)
         if count >= samples:
             break
-    mean, std = normalisation(model, metadata)
+    mean, std = normalization(model, metadata)
     batch = (torch.cat(parts)[:samples].float() / 255 - mean) / std
     return batch, f"{len(batch)} test images of {images.name}, {size[0]} x {size[1]}"
 

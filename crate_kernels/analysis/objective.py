@@ -94,7 +94,7 @@ def subspace_coherence(weight: Tensor, heads: int) -> Tensor:
 
 def _half_logdet(z: Tensor, alpha: float) -> Tensor:
     # I + alpha·Z Zᵀ and I + alpha·Zᵀ Z have the same determinant: take the smaller one. Its eigenvalues reach from 1
-    # to alpha·‖Z‖², too far for float32 as soon as eps is small, so it is formed and factorised in float64.
+    # to alpha·‖Z‖², too far for float32 as soon as eps is small, so it is formed and factorized in float64.
     wide = z.to(_measuring_dtype(z))
     gram = _smaller_gram(wide)
     identity = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)

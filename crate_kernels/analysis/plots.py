@@ -11,8 +11,8 @@ import torch
 from .half_steps import POINTS, HalfSteps
 from .layerwise import Layerwise
 
-COLOURS = ("#4477aa", "#cc6677", "#228833")
-"""Of the three points of a layer; told apart by colour-blind readers, too."""
+COLORS = ("#4477aa", "#cc6677", "#228833")
+"""Of the three points of a layer; told apart by color-blind readers, too."""
 
 
 def plot_layerwise(measurement: Layerwise, path: str | os.PathLike, title: str | None = None) -> Path:
@@ -26,8 +26,8 @@ def plot_layerwise(measurement: Layerwise, path: str | os.PathLike, title: str |
         (measurement.coding_rate, "subspace coding rate $R^c$ (nats)", "compression: tokens entering attention", "C0"),
         (measurement.sparsity, "non-zero fraction", "sparsification: output of the ISTA step", "C1"),
     )
-    for axes, (values, label, name, colour) in zip(figure.subplots(1, 2), panels, strict=True):
-        _curve(axes, range(1, values.shape[0] + 1), values, colour)
+    for axes, (values, label, name, color) in zip(figure.subplots(1, 2), panels, strict=True):
+        _curve(axes, range(1, values.shape[0] + 1), values, color)
         axes.set(xlabel="layer", ylabel=label, title=name)
         _whole_numbers(axes)
     if measurement.compressed_rate.numel():
@@ -59,10 +59,10 @@ def plot_half_steps(measurement: HalfSteps, path: str | os.PathLike, title: str 
     layers = range(1, len(measurement.layers) + 1)
     decoder = sum(not name.startswith("decoder") for name in measurement.layers) + 0.5
     for axes, (name, label, heading) in zip(grid.flat, panels, strict=False):
-        for point, (where, colour) in enumerate(zip(POINTS, COLOURS, strict=True)):
+        for point, (where, color) in enumerate(zip(POINTS, COLORS, strict=True)):
             as_published = published.get(name) == point
             label_of_curve = f"{where} (as published)" if as_published else where
-            _curve(axes, layers, measurement.values[name][:, point], colour, label_of_curve, 2.2 if as_published else 1)
+            _curve(axes, layers, measurement.values[name][:, point], color, label_of_curve, 2.2 if as_published else 1)
         axes.set(xlabel="layer", ylabel=label, title=heading)
         if name in published or name == "coding_rate":
             axes.legend(fontsize=7, framealpha=0.6)
@@ -70,8 +70,8 @@ def plot_half_steps(measurement: HalfSteps, path: str | os.PathLike, title: str 
     heads = measurement.coherence.shape[-1]
     if heads > 1:
         others = measurement.coherence[:, ~torch.eye(heads, dtype=torch.bool)]
-        _curve(axes, layers, others, COLOURS[0], "two heads, mean and spread")
-        axes.axhline(measurement.chance, color="grey", linestyle="--", linewidth=1, label="random subspaces, p/d")
+        _curve(axes, layers, others, COLORS[0], "two heads, mean and spread")
+        axes.axhline(measurement.chance, color="gray", linestyle="--", linewidth=1, label="random subspaces, p/d")
         axes.legend(fontsize=7)
     else:
         axes.text(0.5, 0.5, "one head", ha="center", va="center", transform=axes.transAxes)
@@ -127,10 +127,10 @@ def save(figure, path: str | os.PathLike, title: str | None = None) -> Path:
     return path
 
 
-def _curve(axes, layers, values, colour, label: str | None = None, linewidth: float = 1.5) -> None:
+def _curve(axes, layers, values, color, label: str | None = None, linewidth: float = 1.5) -> None:
     mean, spread = values.mean(dim=1), values.std(dim=1, correction=0)
-    axes.fill_between(layers, mean - spread, mean + spread, color=colour, alpha=0.2, linewidth=0)
-    axes.plot(layers, mean, "o-", color=colour, markersize=3.5, linewidth=linewidth, label=label)
+    axes.fill_between(layers, mean - spread, mean + spread, color=color, alpha=0.2, linewidth=0)
+    axes.plot(layers, mean, "o-", color=color, markersize=3.5, linewidth=linewidth, label=label)
 
 
 def _whole_numbers(axes) -> None:

@@ -23,7 +23,7 @@ from ..runs.folder import OPTIONS, SUMMARY, open_model, read_json
 from ..runs.logs import read_records
 from ..version import __version__
 from .command import DataOptions, measure
-from .inputs import normalisation, real_inputs
+from .inputs import normalization, real_inputs
 from .plots import new_figure, plot_half_steps, plot_training, save
 from .segmentation import class_attention
 
@@ -111,7 +111,7 @@ def build(folder: Path, model: CrateModel, metadata: dict, inputs: Tensor | None
         ]
     if inputs is not None and isinstance(model, VisionModel):
         averages = model.config.get("pool") == "mean"
-        images = inputs[:: -(-len(inputs) // 4)]  # spread: neighbours often share a class
+        images = inputs[:: -(-len(inputs) // 4)]  # spread: neighbors often share a class
         sections += [
             "<h2>Attention of the class token</h2>",
             '<p class="note">The last layer, a column per head; bright patches receive most.'
@@ -218,7 +218,7 @@ def plot_curves(metrics: list[dict], path: Path) -> Path:
 def plot_maps(model: VisionModel, metadata: dict, images: Tensor, path: Path) -> Path:
     """A row per image: itself, then every head's class attention in the last layer."""
     attention = class_attention(model, images)
-    mean, std = normalisation(model, metadata)
+    mean, std = normalization(model, metadata)
     pixels = (images * std + mean).clamp(0, 1).permute(0, 2, 3, 1)
     heads = min(attention.shape[1], 12)
     drawing = new_figure(1.5 * (heads + 1), 1.55 * len(images))

@@ -20,7 +20,7 @@ from .images import model_input, read_image
 from .plots import new_figure, save
 from .segmentation import attention_mask, class_attention, enlarge, keys, object_masks, principal_components
 
-MASK_COLOURS = ("#ee6677", "#4477aa", "#ccbb44", "#228833", "#66ccee", "#aa3377")
+MASK_COLORS = ("#ee6677", "#4477aa", "#ccbb44", "#228833", "#66ccee", "#aa3377")
 
 
 @dataclass
@@ -83,7 +83,7 @@ class Segmentation:
     """What was found in one image, on its grid of patches.
 
     ``attention (H, rows, columns)``: of the class token; ``attention_masks`` their thresholded maps, bool.
-    ``masks (objects, rows, columns)``: of the normalised cuts, bool.
+    ``masks (objects, rows, columns)``: of the normalized cuts, bool.
     ``components (rows, columns, 3)``: of the last layer's tokens, 0..1, in axes that all images share.
     """
 
@@ -117,13 +117,13 @@ def segment(
         attention = class_attention(model, image, layer)[0]
         grid = (attention.shape[1], attention.shape[2])
         # Patches that an ISTA step made non-negative share a large mean; without it half of all cosines are negative.
-        masks = object_masks(keys(model, image, layer)[0], grid, count, threshold, centre=True)
+        masks = object_masks(keys(model, image, layer)[0], grid, count, threshold, center=True)
         features.append(model.norm(model.run_blocks(model.embed(image)))[0, 1:])
         found.append((attention, attention_mask(attention, mass), masks))
     components = principal_components(features)
     return [
-        Segmentation(attention, thresholded, masks, colours.unflatten(0, tuple(attention.shape[1:])))
-        for (attention, thresholded, masks), colours in zip(found, components, strict=True)
+        Segmentation(attention, thresholded, masks, colors.unflatten(0, tuple(attention.shape[1:])))
+        for (attention, thresholded, masks), colors in zip(found, components, strict=True)
     ]
 
 
@@ -140,7 +140,7 @@ def result_names(paths: list[str]) -> list[str]:
 
 
 def write_label_image(path: Path, masks: Tensor, size: tuple[int, int]) -> None:
-    """The masks as one grey PNG in the image's size: 0 is background, 1 the first object, 2 the second ..."""
+    """The masks as one gray PNG in the image's size: 0 is background, 1 the first object, 2 the second ..."""
     from PIL import Image
 
     labels = torch.zeros(masks.shape[1:], dtype=torch.uint8)
@@ -151,19 +151,19 @@ def write_label_image(path: Path, masks: Tensor, size: tuple[int, int]) -> None:
 
 
 def overlay(picture, masks: Tensor) -> np.ndarray:
-    """The picture with each mask ``(objects, rows, columns)`` in a colour of its own: ``(H, W, 3)`` in 0..1."""
+    """The picture with each mask ``(objects, rows, columns)`` in a color of its own: ``(H, W, 3)`` in 0..1."""
     from matplotlib.colors import to_rgb
 
     pixels = np.asarray(picture.convert("RGB")) / 255.0
     result = 0.55 * pixels + 0.45 * pixels.mean(axis=2, keepdims=True)  # faded, so that masks stand out
     for number, mask in enumerate(enlarge(masks, pixels.shape[:2]).numpy() if len(masks) else ()):
-        colour = np.array(to_rgb(MASK_COLOURS[number % len(MASK_COLOURS)]))
-        result = np.where(mask[..., None] > 0.5, 0.45 * pixels + 0.55 * colour, result)
+        color = np.array(to_rgb(MASK_COLORS[number % len(MASK_COLORS)]))
+        result = np.where(mask[..., None] > 0.5, 0.45 * pixels + 0.55 * color, result)
     return result
 
 
 def plot_segmentation(picture, result: Segmentation, path: Path, title: str | None = None) -> Path:
-    """One sheet: the picture, its objects, the components as colours, and every head's attention with its mask."""
+    """One sheet: the picture, its objects, the components as colors, and every head's attention with its mask."""
     heads = result.attention.shape[0]
     columns = min(max(3, heads), 6)
     rows = 1 + -(-heads // columns)
@@ -175,7 +175,7 @@ def plot_segmentation(picture, result: Segmentation, path: Path, title: str | No
     extent = (0, width, height, 0)
     panels = (
         ("image", picture.convert("RGB")),
-        (f"normalised cut ({len(result.masks)} objects)", overlay(picture, result.masks)),
+        (f"normalized cut ({len(result.masks)} objects)", overlay(picture, result.masks)),
         ("components of the tokens", result.components.numpy()),
     )
     for axes, (name, image) in zip(grid[0], panels, strict=False):

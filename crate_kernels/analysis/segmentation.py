@@ -56,7 +56,7 @@ def attention_mask(attention: Tensor, mass: float = 0.6) -> Tensor:
 
 
 def normalized_cut(affinity: Tensor) -> Tensor:
-    """The relaxed normalised cut of a graph: the second eigenvector of ``(D − W) x = μ D x``, ``D = diag(Σ_j W_ij)``.
+    """The relaxed normalized cut of a graph: the second eigenvector of ``(D − W) x = μ D x``, ``D = diag(Σ_j W_ij)``.
 
     Signs and values split the nodes in two ("Normalized cuts and image segmentation", Shi and Malik, 2000).
 
@@ -76,9 +76,9 @@ def normalized_cut(affinity: Tensor) -> Tensor:
 
 
 def object_masks(
-    features: Tensor, grid: tuple[int, int], count: int = 3, threshold: float = 0.2, centre: bool = False
+    features: Tensor, grid: tuple[int, int], count: int = 3, threshold: float = 0.2, center: bool = False
 ) -> Tensor:
-    """Up to ``count`` objects, one normalised cut after the other, each without the patches found before.
+    """Up to ``count`` objects, one normalized cut after the other, each without the patches found before.
 
     MaskCut of "Cut and Learn for Unsupervised Object Detection and Instance Segmentation" (arXiv 2301.11320, section
     3.1): patches whose features have a cosine of at least ``threshold`` belong together; of the two sides of a cut
@@ -90,7 +90,7 @@ def object_masks(
         grid: (rows, columns).
         count: the largest number of masks.
         threshold: of the cosine, in -1..1.
-        centre: subtract the mean feature first; features with a common part have all cosines near 1.
+        center: subtract the mean feature first; features with a common part have all cosines near 1.
 
     Returns:
         bool ``(found, rows, columns)``, disjoint; fewer than ``count`` when nothing is left to cut.
@@ -101,7 +101,7 @@ def object_masks(
             f"features: expected shape ({rows * columns}, d) for a grid of {grid}, got {tuple(features.shape)}"
         )
     features = features.double()
-    unit = normalize(features - features.mean(dim=0) if centre else features, dim=-1)
+    unit = normalize(features - features.mean(dim=0) if center else features, dim=-1)
     affinity = (unit @ unit.T >= threshold).double().clamp_min(1e-5)
     affinity.fill_diagonal_(1)
     left = torch.ones(rows * columns, dtype=torch.bool, device=features.device)
@@ -147,7 +147,7 @@ def connected_part(mask: Tensor, seed: int) -> Tensor:
 
 
 def principal_components(features: Sequence[Tensor], count: int = 3) -> list[Tensor]:
-    """The leading components of all images' patches in common axes, each scaled to 0..1, to look at as colours.
+    """The leading components of all images' patches in common axes, each scaled to 0..1, to look at as colors.
 
     Args:
         features: one ``(N_i, d)`` an image; images may differ in size.
@@ -161,7 +161,7 @@ def principal_components(features: Sequence[Tensor], count: int = 3) -> list[Ten
     if min(together.shape) < count:
         raise ValueError(f"count: {tuple(together.shape)} features have no {count} components")
     projected = together @ torch.linalg.svd(together, full_matrices=False).Vh[:count].T
-    # A few extreme patches would leave all others grey.
+    # A few extreme patches would leave all others gray.
     low, high = projected.quantile(0.01, dim=0), projected.quantile(0.99, dim=0)
     scaled = ((projected - low) / (high - low).clamp_min(1e-12)).clamp(0, 1).float()
     return list(scaled.split([len(f) for f in features]))

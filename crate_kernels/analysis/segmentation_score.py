@@ -1,7 +1,7 @@
 """How well attention segments, scored: ``python -m crate_kernels.analysis.segmentation_score``.
 
 Cut-outs whose alpha channel is an exact mask are pasted on real photos. Two models of equal size, a CRATE and timm's
-ViT, learn to tell *which* cut-out they see; masks are never shown. Then the class token's attention and normalised cuts
+ViT, learn to tell *which* cut-out they see; masks are never shown. Then the class token's attention and normalized cuts
 of the keys are compared with the masks, on cut-outs and photos that neither model has seen. The layer, the head and
 the threshold of each method are chosen for each model on validation images.
 
@@ -38,7 +38,7 @@ TEST_PHOTOS = ("astronaut.png", "chelsea.png", "gravel.png", "hubble_deep_field.
 
 MASSES = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
 COSINES = (0.0, 0.2, 0.4, 0.6)
-METHODS = ("attention, best head", "attention, mean of heads", "normalised cut")
+METHODS = ("attention, best head", "attention, mean of heads", "normalized cut")
 
 
 # -- images --------------------------------------------------------------------------------------------------------
@@ -56,7 +56,7 @@ class Composites:
     size: int
 
     def batch(self, count: int, generator: np.random.Generator) -> tuple[Tensor, Tensor, Tensor]:
-        """Normalised images ``(count, 3, size, size)``, which cut-out ``(count,)``, masks ``(count, size, size)``."""
+        """Normalized images ``(count, 3, size, size)``, which cut-out ``(count,)``, masks ``(count, size, size)``."""
         labels = generator.integers(len(self.stamps), size=count)
         images, masks = zip(*(self._paste(self.stamps[label], generator) for label in labels), strict=True)
         images = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float() / 127.5 - 1
@@ -75,7 +75,7 @@ class Composites:
             stamp = stamp[:, ::-1]
         scale = generator.uniform(0.45, 0.8) * size / max(stamp.shape[:2])
         height, width = (max(1, round(length * scale)) for length in stamp.shape[:2])
-        # Colours are averaged with their weight, alpha: transparent pixels may hold any colour.
+        # Colors are averaged with their weight, alpha: transparent pixels may hold any color.
         weighted = np.dstack([stamp[..., :3] * (stamp[..., 3:] / 255.0), stamp[..., 3]]).astype(np.float32)
         small = np.dstack(
             [
@@ -197,13 +197,13 @@ def candidates(model: Any, images: Tensor, method: str) -> Iterator[tuple[dict, 
     size = (images.shape[-2], images.shape[-1])
     for layer in range(len(model.blocks)):
         attention, features = attention_and_keys(model, images, layer)
-        if method == "normalised cut":
+        if method == "normalized cut":
             grid = (attention.shape[2], attention.shape[3])
             for cosine in COSINES:
-                for centred in (False, True):
+                for centered in (False, True):
                     yield (
-                        {"layer": layer, "cosine": cosine, "centred": centred},
-                        partial(cut, features, grid, size, cosine, centred),
+                        {"layer": layer, "cosine": cosine, "centered": centered},
+                        partial(cut, features, grid, size, cosine, centered),
                     )
             continue
         # Maps are enlarged before the threshold, so that outlines are finer than patches.
@@ -213,11 +213,11 @@ def candidates(model: Any, images: Tensor, method: str) -> Iterator[tuple[dict, 
                 yield {"layer": layer, "head": head, "mass": mass}, partial(attention_mask, heat, mass)
 
 
-def cut(features: Tensor, grid: tuple[int, int], size: tuple[int, int], cosine: float, centred: bool) -> Tensor:
+def cut(features: Tensor, grid: tuple[int, int], size: tuple[int, int], cosine: float, centered: bool) -> Tensor:
     """The first object of every image ``(B, *size)``, empty where there is none; ``features (B, N, d)``."""
     masks = torch.zeros(len(features), *grid, dtype=torch.bool)
     for mask, patches in zip(masks, features, strict=True):
-        for found in object_masks(patches, grid, 1, cosine, centred):
+        for found in object_masks(patches, grid, 1, cosine, centered):
             mask.copy_(found)
     return enlarge(masks, size) > 0.5
 
@@ -231,7 +231,7 @@ def score(model: nn.Module, validation: tuple, test: tuple) -> dict[str, dict]:
     """Method -> mean IoU on the test images with the setting that is best on the validation images."""
     result = {}
     for method in METHODS:
-        count = 64 if method == "normalised cut" else len(validation[0])  # one eigenproblem an image
+        count = 64 if method == "normalized cut" else len(validation[0])  # one eigenproblem an image
         images, truth = validation[0][:count], validation[2][:count]
         found = [
             (intersection_over_union(make(), truth).mean().item(), setting)

@@ -67,7 +67,7 @@ class Case:
         )
 
     def tensors(self, device: torch.device, dtype: torch.dtype, seed: int = 0) -> list[Tensor]:
-        """Fresh inputs; normalised tokens for the plain operators, as they come out of LayerNorm and projection."""
+        """Fresh inputs; normalized tokens for the plain operators, as they come out of LayerNorm and projection."""
         generator = torch.Generator(device).manual_seed(seed)
 
         def normal(*shape: int, spread: float = 1.0) -> Tensor:

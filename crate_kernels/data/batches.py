@@ -1,4 +1,4 @@
-"""Batches of labelled images, repeatable from any step.
+"""Batches of labeled images, repeatable from any step.
 
 timm's transforms run in the loader's processes and leave ``uint8``; the training loop normalizes whole batches on its
 device. The order of the images and their augmentation are functions of (seed, epoch, position) alone, so a run can
@@ -299,7 +299,7 @@ def evaluation_batches(
 def _transform(data: ImageData, batching: Batching, size: tuple[int, int], training: bool):
     from timm.data import create_transform
 
-    # use_prefetcher ends in uint8 arrays: a quarter of the bytes between processes, and one normalisation per batch.
+    # use_prefetcher ends in uint8 arrays: a quarter of the bytes between processes, and one normalization per batch.
     common: dict[str, Any] = dict(input_size=(data.channels, *size), mean=data.mean, std=data.std, use_prefetcher=True)
     if not training:
         return create_transform(**common, is_training=False, crop_pct=1.0 if data.image_size else 0.875)

@@ -1,4 +1,4 @@
-"""Labelled images in shards: tar files in WebDataset's layout, or Parquet files, on a disk or behind an fsspec URL.
+"""Labeled images in shards: tar files in WebDataset's layout, or Parquet files, on a disk or behind an fsspec URL.
 
 A folder holds ``manifest.json``, which ``crate-kernels prepare-images`` wrote, and the shards that it names:
 

@@ -1,4 +1,4 @@
-"""Sets of labelled images, from files that are already there; nothing is downloaded.
+"""Sets of labeled images, from files that are already there; nothing is downloaded.
 
 Small sets are ``uint8`` arrays in memory. Folders are lists of files, which ``batches`` reads image by image.
 """
@@ -49,7 +49,7 @@ class ImageSource:
 
 @dataclass
 class Split:
-    """Labelled images: an array ``(N, H, W)`` or ``(N, H, W, 3)`` of ``uint8``, or a list of files."""
+    """Labeled images: an array ``(N, H, W)`` or ``(N, H, W, 3)`` of ``uint8``, or a list of files."""
 
     images: np.ndarray | list[str]
     labels: np.ndarray

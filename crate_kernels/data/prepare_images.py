@@ -1,4 +1,4 @@
-"""``crate-kernels prepare-images``: labelled images to tar or Parquet shards, shuffled, in parallel and resumable.
+"""``crate-kernels prepare-images``: labeled images to tar or Parquet shards, shuffled, in parallel and resumable.
 
 With ``--index`` it only describes shards that are there already, so that ``crate-kernels train --data`` can read them.
 """

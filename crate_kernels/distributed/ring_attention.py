@@ -4,7 +4,7 @@ Every rank holds a run of consecutive tokens, in the order of the ranks. Shards 
 each rank sees every other's tokens once, and holds one other shard at a time.
 
 One operand means one tensor on the wire. Forward: ``w`` travels, where a ring of keys and values sends two tensors.
-Backward: ``w`` and the output's gradient ``g`` travel with two scalars per row (log-normaliser and delta), and every
+Backward: ``w`` and the output's gradient ``g`` travel with two scalars per row (log-normalizer and delta), and every
 rank finishes the gradient of its own tokens (a token is a query and a key to each other token; both parts are computed
 where it lives). A ring of keys and values sends four: k, v and their gradients on the way home.
 """
@@ -45,7 +45,7 @@ def ring_subspace_attention(
 
     Raises:
         TypeError, ValueError: as for :func:`crate_kernels.ops.subspace_attention`.
-        RuntimeError: torch.distributed is not initialised.
+        RuntimeError: torch.distributed is not initialized.
     """
     checks.tensor("w", w, ("B", "n", "H", "p"))
     if value is not None:

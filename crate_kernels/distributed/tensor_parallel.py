@@ -8,7 +8,7 @@ ISTA step multiplies by one matrix twice. With the rows ``W_i`` and the channels
     ODL     z_i = relu(η (x D_i − λ))     r = x − Σ_i z_i D_iᵀ,   out = Σ_i relu(z_i + η (r D_i − λ)) D1_iᵀ
 
 Tokens are whole on every rank, and each Σ_i is one all-reduce of them. Attention runs on the local heads through
-:func:`crate_kernels.ops.subspace_attention`, with its kernels. Parameters become DTensors of torch, so optimisers,
+:func:`crate_kernels.ops.subspace_attention`, with its kernels. Parameters become DTensors of torch, so optimizers,
 FSDP2 on the other dimension of the mesh and torch.distributed.checkpoint know them.
 """
 
@@ -43,7 +43,7 @@ def tensor_parallel(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
     Args:
         model: of any family of this package, or a module that holds :class:`~crate_kernels.nn.MSSA`,
             :class:`~crate_kernels.nn.ISTA` and their relatives. Call this before ``fully_shard`` or DDP and before the
-            optimiser is made.
+            optimizer is made.
         mesh: of one dimension; ``mesh["tensor"]`` of a larger one.
 
     Returns:

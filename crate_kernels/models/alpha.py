@@ -97,7 +97,7 @@ class CrateAlpha(CRATE):
 
     def load_state_dict(self, state_dict: Mapping[str, Tensor], strict: bool = True, assign: bool = False):
         state = checkpoint.strip_prefixes(state_dict)
-        if self._clipa and CLIPA_LAYOUT.recognises(state):
+        if self._clipa and CLIPA_LAYOUT.recognizes(state):
             state = {key: _from_clipa(key, value) for key, value in state.items()}
         return super().load_state_dict(state, strict=strict, assign=assign)
 

@@ -51,7 +51,7 @@ class MaskedLanguageHead(nn.Module):
 class CrateBert(CrateModel):
     """Bidirectional CRATE with a head that names masked tokens or, given ``num_classes``, one that classifies.
 
-    Token, position and type embeddings are added, normalised (eps 1e-12) and dropped out; the layers are those of
+    Token, position and type embeddings are added, normalized (eps 1e-12) and dropped out; the layers are those of
     :class:`crate_kernels.nn.CrateBlock` (eps 1e-5), their output projections without bias. With the masked-language
     head the base size has 60,912,729 parameters.
 

@@ -96,7 +96,7 @@ class KeyMap:
                     raise CheckpointError(f"{key} and {original} differ, but this architecture ties them")
         return state
 
-    def recognises(self, keys: Iterable[str]) -> bool:
+    def recognizes(self, keys: Iterable[str]) -> bool:
         """Whether any key is a public name that is not also one of ours."""
         return any(self.native(key) not in (None, key) for key in keys)
 
@@ -339,7 +339,7 @@ def to_native(state: Mapping[str, Tensor], model: nn.Module, layout: KeyMap | No
     state = strip_prefixes(state)
     wanted = model.state_dict()
     name = dict.fromkeys(wanted)
-    if layout is not None and layout.recognises(state):
+    if layout is not None and layout.recognizes(state):
         name = {key: layout.public(key) for key in wanted}
         state = {key: layout.oriented(key, v) for key, v in layout.untie(state).items() if not layout.ignores(key)}
     else:

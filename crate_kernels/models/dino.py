@@ -37,7 +37,7 @@ class ProjectionHead(nn.Module):
         self.prototypes = nn.Parameter(torch.randn(prototypes, bottleneck)) if prototypes else None
 
     def forward(self, x: Tensor) -> Tensor:
-        # A vector of half precision must not be normalised with a float32 eps below its smallest number.
+        # A vector of half precision must not be normalized with a float32 eps below its smallest number.
         x = normalize(self.layers(x).float() if x.dtype in (torch.float16, torch.bfloat16) else self.layers(x), dim=-1)
         return x if self.prototypes is None else linear(x, normalize(self.prototypes, dim=-1).to(x.dtype))
 
@@ -50,7 +50,7 @@ class Branch(nn.Module):
         self.backbone, self.head = backbone, head
 
     def forward(self, views: Sequence[Tensor]) -> Tensor:
-        """Views ``(B, C, H, W)``, of any sizes -> ``(V, B, K)``. Neighbouring views of one size run as one batch."""
+        """Views ``(B, C, H, W)``, of any sizes -> ``(V, B, K)``. Neighboring views of one size run as one batch."""
         features, start = [], 0
         while start < len(views):
             stop = start + 1
@@ -65,7 +65,7 @@ class CrateDINO(CrateModel):
     """Self-distillation: the student learns to say of every view what the teacher says of the global ones.
 
     The teacher is a moving average of the student and gets no gradient. ``prototypes = 0`` is SimDINO: the heads end
-    in unit vectors, and a coding-rate term replaces centring and sharpening.
+    in unit vectors, and a coding-rate term replaces centering and sharpening.
 
     Args:
         hidden, bottleneck, prototypes: of both heads, see :class:`ProjectionHead`.
@@ -97,7 +97,7 @@ class CrateDINO(CrateModel):
         return self.teacher.backbone
 
     def forward(self, images: Tensor) -> Tensor:
-        """The teacher's features ``(B, dim)`` of ``images (B, C, H, W)``: pooled and normalised."""
+        """The teacher's features ``(B, dim)`` of ``images (B, C, H, W)``: pooled and normalized."""
         return self.backbone(images)
 
     @torch.no_grad()

@@ -144,7 +144,7 @@ class CrateMAE(VisionModel):
         return self.add_positions(tokens, images)
 
     def forward_encoder(self, images: Tensor, mask: Tensor | None = None) -> Tensor:
-        """The encoder's tokens ``(B, 1 + N, d)``, normalised, class token first."""
+        """The encoder's tokens ``(B, 1 + N, d)``, normalized, class token first."""
         return self.finish(self.run_blocks(self.embed(images, mask)))
 
     def finish(self, tokens: Tensor) -> Tensor:

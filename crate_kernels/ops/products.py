@@ -36,7 +36,8 @@ FASTER_WITH_ONEDNN = _faster_with_onednn()
 def multiply(a: Tensor, b: Tensor, start: Tensor | None = None, alpha: float = 1.0) -> Tensor:
     """``start + alpha·a b`` for ``a (m, k)``, ``b (k, n)``, ``start (m, n)`` or None, of one dtype -> new ``(m, n)``.
 
-    Equivalent to ``torch.addmm(start, a, b, alpha=alpha)``. ``start`` may have a wider dtype, which the result then has, too.
+    Equivalent to ``torch.addmm(start, a, b, alpha=alpha)``. The result has the dtype of ``start``, which may
+    be wider.
     """
     if start is not None and start.dtype != a.dtype:
         return torch.add(start, multiply(a, b), alpha=alpha)

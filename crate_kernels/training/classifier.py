@@ -78,7 +78,7 @@ class Trainer(Engine):
     def variants(cls) -> dict[str, Config]:
         return config.variants()
 
-    def initialise(self) -> None:
+    def initialize(self) -> None:
         if self.settings.init is not None:
             initial.load(self.model, self.settings.init, self.settings.new_head)
 
@@ -109,7 +109,7 @@ class Trainer(Engine):
         return self.model if self.ema is None else self.ema.module
 
     def example(self) -> tuple[Tensor, Tensor]:
-        """The first batch of test images, normalised, and its labels: what is measured and drawn."""
+        """The first batch of test images, normalized, and its labels: what is measured and drawn."""
         images, labels = next(iter(evaluation_batches(self.data, self.batching, self.model.image_size, self.device)))
         count = min(self.settings.batch_size, len(labels))
         return self.normalize(images[:count]), labels[:count].to(self.device)

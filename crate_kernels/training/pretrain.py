@@ -178,7 +178,7 @@ class Pretrainer(Engine):
         raise NotImplementedError
 
     def view_loss(self, images: Tensor, generator: torch.Generator) -> Tensor:
-        """The loss of normalised ``images (B, C, H, W)``; whatever is random comes from ``generator``."""
+        """The loss of normalized ``images (B, C, H, W)``; whatever is random comes from ``generator``."""
         raise NotImplementedError
 
     def evaluate(self) -> dict[str, float]:
@@ -208,7 +208,7 @@ class Pretrainer(Engine):
         return self.step / self.steps
 
     def test_images(self, shared: bool = False) -> Iterator[tuple[Tensor, Tensor]]:
-        """Normalised test images and their labels, batch by batch; of each this rank's part if ``shared``."""
+        """Normalized test images and their labels, batch by batch; of each this rank's part if ``shared``."""
         for images, labels in evaluation_batches(self.data, self.batching, self.size, self.device, shared=shared):
             yield self.normalize(images), labels.to(self.device)
 

@@ -316,7 +316,7 @@ class TextTrainer(Engine):
             return False
         figures = self.evaluate()
         self.log.write(step=self.step, **{f"validation_{name}": value for name, value in figures.items()})
-        report.line(f"step {self.step}: {self.judgement(figures)}")
+        report.line(f"step {self.step}: {self.judgment(figures)}")
         return False
 
     def probe_inputs(self, count: int) -> tuple[Tensor, dict[str, Any]]:
@@ -359,7 +359,7 @@ class TextTrainer(Engine):
             f"{self.precision} on {self.device} ({self.precision_reason})"
         )
 
-    def judgement(self, figures: dict[str, float]) -> str:
+    def judgment(self, figures: dict[str, float]) -> str:
         bits = figures["loss"] / math.log(2) / self.corpus.bytes_per_token
         return (
             f"validation loss {figures['loss']:.4f} nats per token ({bits:.3f} bits per byte), "
@@ -382,7 +382,7 @@ class TextTrainer(Engine):
         path = output / "model.safetensors"
         model.save(path, **self.metadata())
         baseline = self.baseline()
-        report.line(self.judgement(figures))
+        report.line(self.judgment(figures))
         report.line(
             f"token frequencies alone: {baseline['loss']:.4f} nats per token, {100 * baseline['accuracy']:.2f} % right"
         )

@@ -3,7 +3,7 @@
 // C = A B is computed in tiles of kRows x kColumns that stay in registers. A and B are copied into the order in which
 // the tile reads them: A row by row, B in panels of kColumns columns. The copy is the place where a norm or a gate is
 // applied and where elements are converted, so that the tile knows one format. An operand of a low-precision product
-// holds pairs of bfloat16 that are neighbours along the depth; a pair takes the place of one float ("unit" below).
+// holds pairs of bfloat16 that are neighbors along the depth; a pair takes the place of one float ("unit" below).
 #pragma once
 
 #if defined(__AVX512BF16__)
@@ -233,7 +233,7 @@ inline void fetch(const Source& s, int64_t row, int64_t column, int64_t count, f
     }
 }
 
-// Rows that a copy will read soon: neighbours in a column lie on different pages, where the processor does not look ahead.
+// Rows that a copy will read soon: neighbors in a column lie on different pages, where the processor does not look ahead.
 inline void prefetch(const Source& s, int64_t row, int64_t column, int64_t count) {
     const char* p = static_cast<const char*>(s.data) + (row * s.stride + column) * bytes_of(s.type);
     for (int64_t byte = 0; byte < count * bytes_of(s.type); byte += 64) __builtin_prefetch(p + byte);
@@ -243,7 +243,7 @@ constexpr int kAhead = 12;
 // Two rows of floats as pairs of bfloat16, the first row in the low half.
 inline Floats pair_up(Floats low, Floats high) { return as_floats(to_bfloat16(low) | (to_bfloat16(high) << 16)); }
 
-// `count` floats of a row as pairs of neighbours. Reads and writes whole vectors of pairs.
+// `count` floats of a row as pairs of neighbors. Reads and writes whole vectors of pairs.
 inline void pair_neighbors(const float* row, int64_t count, float* out) {
     uint16_t* halves = reinterpret_cast<uint16_t*>(out);
     for (int64_t i = 0; i < count; i += kLanes) store_as<kBfloat16>(halves, i, load(row + i));
@@ -373,7 +373,7 @@ inline PackedRows pack_rows(const Source& s, int64_t first, int64_t rows, int64_
 }
 
 // Rows [first, first + rows) of A, where the source holds A transposed: its row k is column `start + k` of A.
-// Floats stay transposed; pairs are turned, because a pair must hold neighbours along the depth.
+// Floats stay transposed; pairs are turned, because a pair must hold neighbors along the depth.
 template <bool kPairs>
 inline PackedRows pack_rows_transposed(const Source& s, int64_t first, int64_t rows, int64_t start, int64_t depth,
                                        float* out) {

@@ -253,7 +253,7 @@ void Block::note_read(uint32_t address, uint32_t bytes) {
     for (uint32_t a = address; a < address + bytes; a += 4) {
         Word& word = words_[a / 4];
         if (word.writer < 0)
-            throw Error("uninitialised: " + name(*current) + " reads shared address " + std::to_string(a));
+            throw Error("uninitialized: " + name(*current) + " reads shared address " + std::to_string(a));
         if (!ordered(word.writer, word.write_epoch, word.write_warp_epoch)) race("reads what was written by", a, word.writer);
         const bool same_epoch = word.reader >= 0 && word.read_epoch == epoch_;
         const bool same_warp = same_epoch && word.reader / 32 == current->index / 32;

@@ -6,7 +6,7 @@
 //   lane to arrive computes the result for all 32. A block barrier waits for every thread of the block.
 // - In order, warps run one after the other, each as far as it can. With `shuffle_seed` the scheduler draws which warp
 //   runs, for how long, and in which lane order, so that code which lacks a barrier computes something else.
-// - Shared memory starts uninitialised. Each 32-bit word remembers who wrote and read it last and in which barrier
+// - Shared memory starts uninitialized. Each 32-bit word remembers who wrote and read it last and in which barrier
 //   epoch: a read of a word never written, and two accesses of different threads, one of them a write, with no barrier
 //   between, are errors (`check_races`). So are out-of-bounds and misaligned accesses.
 // - cp.async lands as late as the program allows: when its group is waited for.

@@ -79,13 +79,13 @@ def test_analyze_refuses(tmp_path):
     ):
         with pytest.raises(error, match=message):
             run("command", *arguments)
-    save_vision(tmp_path / "colour.safetensors", channels=3)
+    save_vision(tmp_path / "color.safetensors", channels=3)
     with pytest.raises(CheckpointError, match=r"records mean \[0\.1307\] for a model of 3 channels"):
         run(
             "segment",
             tmp_path / "x.png",
             "--checkpoint",
-            write_image(tmp_path / "x.png") and tmp_path / "colour.safetensors",
+            write_image(tmp_path / "x.png") and tmp_path / "color.safetensors",
         )
 
 

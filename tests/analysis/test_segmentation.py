@@ -76,7 +76,7 @@ def test_threshold_keeps_the_fewest_patches_that_hold_the_mass():
     assert attention_mask(blob, 0.9)[1].equal(expected)
 
 
-def test_normalised_cut_is_the_generalised_eigenvector():
+def test_normalized_cut_is_the_generalized_eigenvector():
     generator = torch.Generator().manual_seed(0)
     affinity = torch.rand(12, 12, generator=generator).double() + 0.01
     affinity = affinity + affinity.T
@@ -89,7 +89,7 @@ def test_normalised_cut_is_the_generalised_eigenvector():
     torch.testing.assert_close(mu, values[1])
 
 
-def test_normalised_cut_separates_two_clusters():
+def test_normalized_cut_separates_two_clusters():
     labels = torch.tensor([0, 1, 1, 0, 0, 1, 0, 1, 1])
     affinity = torch.where(labels[:, None] == labels, 1.0, 0.01)
     side = normalized_cut(affinity) > 0
@@ -112,11 +112,11 @@ def test_finds_planted_objects_one_after_the_other():
     }
 
 
-def test_centring_separates_features_with_a_common_part():
+def test_centering_separates_features_with_a_common_part():
     features, labels = planted(8, 8, (2, 2, 5, 6))
     shifted = features + 10
     assert not any(mask.equal(labels == 1) for mask in object_masks(shifted, (8, 8), 1, 0.2))
-    assert object_masks(shifted, (8, 8), 1, 0.2, centre=True)[0].equal(labels == 1)
+    assert object_masks(shifted, (8, 8), 1, 0.2, center=True)[0].equal(labels == 1)
 
 
 def test_equal_patches_have_no_object():
@@ -168,15 +168,15 @@ def test_bad_arguments(call, message):
 
 
 def test_any_kind_of_picture_becomes_rgb(tmp_path):
-    colour = np.full((6, 9, 3), (200, 100, 50), dtype=np.uint8)
-    picture = Image.fromarray(colour)
+    color = np.full((6, 9, 3), (200, 100, 50), dtype=np.uint8)
+    picture = Image.fromarray(color)
     for mode, expected in (("RGB", (200, 100, 50)), ("L", (124,) * 3), ("P", (200, 100, 50)), ("CMYK", (200, 100, 50))):
         path = tmp_path / (f"{mode}.tif" if mode == "CMYK" else f"{mode}.png")
         picture.convert(mode).save(path)
         read = np.asarray(read_image(path, 3))
         assert read.shape == (6, 9, 3)
         assert np.abs(read[0, 0].astype(int) - expected).max() <= 26  # a palette and CMYK are coarse
-    alpha = np.dstack([colour, np.zeros((6, 9), dtype=np.uint8)])
+    alpha = np.dstack([color, np.zeros((6, 9), dtype=np.uint8)])
     Image.fromarray(alpha).save(tmp_path / "clear.png")
     assert np.asarray(read_image(tmp_path / "clear.png", 3)).min() == 255
     assert read_image(tmp_path / "RGB.png", 1).mode == "L"
@@ -200,7 +200,7 @@ def test_pictures_that_cannot_be_read(tmp_path):
         read_image(tmp_path / "deep.png", 4)
 
 
-def test_input_keeps_the_shape_and_is_normalised(model):
+def test_input_keeps_the_shape_and_is_normalized(model):
     picture = Image.new("RGB", (301, 150), (255, 0, 51))
     image = model_input(picture, model, {"mean": [0.5, 0.5, 0.2], "std": [0.5, 0.5, 1.0]})
     assert image.shape == (1, 3, 16, 32)

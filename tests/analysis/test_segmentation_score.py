@@ -16,7 +16,7 @@ def composites(size=24):
     disc = np.hypot(*np.mgrid[-20:20, -20:20]) < 18
     red = np.zeros((40, 40, 4), dtype=np.uint8)
     red[disc] = (255, 0, 0, 255)
-    red[~disc] = (0, 255, 0, 0)  # the colour of transparent pixels must not be seen
+    red[~disc] = (0, 255, 0, 0)  # the color of transparent pixels must not be seen
     return scoring.Composites([red, red[:, :20]], [np.full((60, 80, 3), (0, 0, 255), dtype=np.uint8)], size)
 
 

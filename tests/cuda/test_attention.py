@@ -22,13 +22,13 @@ def check(simt, w, grad, lengths=None, **options):
     reference_o, reference_dw = budget.attention(w, grad, **call)
     o, lse, forward = simt.attention(w, lengths, **options)
     budget.check(o, exact_o, reference_o)
-    torch.testing.assert_close(lse.double(), log_normaliser(w, **call), rtol=1e-6, atol=1e-5)
+    torch.testing.assert_close(lse.double(), log_normalizer(w, **call), rtol=1e-6, atol=1e-5)
     dw, backward = simt.attention_backward(grad, w, o, lse, lengths, **options)
     budget.check(dw, exact_dw, reference_dw)
     return forward, backward
 
 
-def log_normaliser(w, lengths=None, scale=None, causal=False):
+def log_normalizer(w, lengths=None, scale=None, causal=False):
     heads = w.double().transpose(1, 2)
     scores = (w.shape[-1] ** -0.5 if scale is None else scale) * heads @ heads.mT
     index = torch.arange(w.shape[1])

@@ -112,7 +112,7 @@ def test_asynchronous_copies_land_when_they_are_waited_for(simt):
     assert simt.module.copy_async(words, 0, 0) == 0
     assert simt.module.copy_async(words, 0, 1) == 128
     assert simt.module.copy_async(words, 1, 0) == 0  # the older group has landed, the newer may be in flight
-    with pytest.raises(simt.module.SimtError, match="uninitialised"):
+    with pytest.raises(simt.module.SimtError, match="uninitialized"):
         simt.module.copy_async(words, 1, 1)
 
 
@@ -125,8 +125,8 @@ def test_a_clean_kernel_runs_clean(simt):
 @pytest.mark.parametrize(
     ("fault", "message"),
     [
-        ("no barrier", "uninitialised|race"),
-        ("warp barrier only", "uninitialised|race"),
+        ("no barrier", "uninitialized|race"),
+        ("warp barrier only", "uninitialized|race"),
         ("out of bounds", "out of bounds: thread 0"),
         ("misaligned", "misaligned: thread 9"),
         ("divergence", "thread 3 .* waits at vote for lanes that never come"),
@@ -194,14 +194,14 @@ def test_the_same_build_without_a_fault_is_clean(simt, planted):
 
 def test_a_removed_barrier_is_caught(simt, planted):
     got = planted("attention_forward.cuh", EXCHANGE_BARRIER, NO_BARRIER)
-    assert re.match("race|uninitialised", got["forward"])
+    assert re.match("race|uninitialized", got["forward"])
     expected, _, _ = simt.attention(head()[0])
     assert any(not torch.equal(shuffled, expected) for shuffled in got["shuffled"])
 
 
 def test_a_removed_barrier_is_caught_in_the_backward(planted):
     got = planted("attention_backward.cuh", EXCHANGE_BARRIER, NO_BARRIER)
-    assert re.match("race|uninitialised", got["backward"])
+    assert re.match("race|uninitialized", got["backward"])
 
 
 def test_too_little_shared_memory_is_caught(planted):

@@ -41,7 +41,7 @@ MODELS = {
     "overcomplete gpt": lambda: CrateGPT(**GPT, overcomplete=True),
     "bert": lambda: CrateBert(**BERT),
     "tied output, rotary": lambda: CrateBlock(DIM, HEADS, 6, tied_output=True, rotary=100.0, shrink=0.1),
-    "normalised directions": lambda: CrateBlock(DIM, HEADS, 6, qk_norm=True, mssa_step_size=0.7),
+    "normalized directions": lambda: CrateBlock(DIM, HEADS, 6, qk_norm=True, mssa_step_size=0.7),
     "no bias, causal, step per channel": lambda: CrateBlock(
         DIM, HEADS, 6, output_bias=False, causal=True, learnable="channel"
     ),

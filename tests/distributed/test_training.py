@@ -21,7 +21,7 @@ from crate_kernels.runs import checkpoints
 from .ranks import run_on_ranks
 from .trainers import RUNS, follow
 
-# Rounding in float64, grown by an optimiser that divides by the gradient's own size.
+# Rounding in float64, grown by an optimizer that divides by the gradient's own size.
 CLOSE = dict(rtol=1e-11, atol=1e-12)
 BF16 = dict(precision="bf16", double=False)
 

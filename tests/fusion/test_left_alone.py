@@ -25,7 +25,7 @@ class OtherAttention(Attention):
         return self.to_out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
 
 
-class NormalisedAttention(Attention):
+class NormalizedAttention(Attention):
     def forward(self, x):
         w = F.normalize(self.qkv(x).unflatten(-1, (self.heads, -1)).transpose(1, 2), dim=-1)
         return self.to_out((self.attend(w @ w.mT * self.scale) @ w).transpose(1, 2).flatten(2))
@@ -79,7 +79,7 @@ class Features(Transformer):
     ("build", "reason"),
     [
         (lambda: OtherAttention(16, 2), "does not compute subspace attention"),
-        (lambda: NormalisedAttention(16, 2, 8), "does not compute subspace attention"),
+        (lambda: NormalizedAttention(16, 2, 8), "does not compute subspace attention"),
         (lambda: DetachedAttention(16, 2, 8), "does not compute subspace attention"),
         (lambda: RecordingAttention(16, 2, 8), "keeps something on the module"),
         (lambda: FixedStep(16), "does not compute an ISTA step"),

@@ -90,13 +90,13 @@ def test_training_curves_of_both_backends_agree():
     curves = []
     for backend in ("reference", "eager"):
         model, losses = small(), []
-        optimiser = torch.optim.AdamW(model.parameters(), 1e-3)
+        optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
         with ops.use_backend(backend):
             for _ in range(200):
                 loss = torch.nn.functional.cross_entropy(model(images), labels)
-                optimiser.zero_grad()
+                optimizer.zero_grad()
                 loss.backward()
-                optimiser.step()
+                optimizer.step()
                 losses.append(loss.item())
         curves.append(torch.tensor(losses))
     assert curves[0][-1] < 0.2 * curves[0][0]
@@ -207,10 +207,10 @@ def test_the_public_layout_loads_strictly_and_round_trips_bit_for_bit():
 def test_public_checkpoint_files(tmp_path, prefix):
     torch.manual_seed(5)
     weights = {prefix + k: torch.randn_like(v) for k, v in small().upstream_state_dict().items()}
-    optimiser = torch.optim.AdamW(small().parameters()).state_dict()
+    optimizer = torch.optim.AdamW(small().parameters()).state_dict()
     path = tmp_path / "checkpoint.pth"
     torch.save(
-        {"epoch": 3, "arch": "CRATE", "state_dict": weights, "best_acc1": torch.tensor(1.0), "optimizer": optimiser},
+        {"epoch": 3, "arch": "CRATE", "state_dict": weights, "best_acc1": torch.tensor(1.0), "optimizer": optimizer},
         path,
     )
     back = small().load_checkpoint(path).upstream_state_dict()

@@ -75,7 +75,7 @@ def test_saved_files_rebuild_model_and_backbone(tmp_path):
 # -- losses ------------------------------------------------------------------------------------------------------------
 
 
-def test_dino_loss_is_centred_sharpened_cross_entropy():
+def test_dino_loss_is_centered_sharpened_cross_entropy():
     generator = torch.Generator().manual_seed(2)
     student, teacher = torch.randn(3, 4, 5, generator=generator), torch.randn(2, 4, 5, generator=generator)
     criterion = dino.DINOLoss(5, 0.2, 0.05, 0.75)
@@ -132,7 +132,7 @@ def test_probes_find_what_is_there():
     for probe in (pretrain.knn_accuracy, pretrain.probe_accuracy):
         assert probe(*split) > 0.95
         assert probe(*noise) < 0.6
-    # One neighbour, its own copy; and no more neighbours than there are images.
+    # One neighbor, its own copy; and no more neighbors than there are images.
     assert pretrain.knn_accuracy(features, labels, features, labels, k=1) == 1.0
     assert pretrain.knn_accuracy(features[:5], labels[:5], features[:5], labels[:5], k=20) >= 0.4
 

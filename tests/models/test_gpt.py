@@ -34,7 +34,7 @@ def test_larger_sizes_build():
 
 
 @VARIANTS
-def test_initialisation(overcomplete):
+def test_initialization(overcomplete):
     model = small(overcomplete, dtype=torch.float32, n_embd=256, n_layer=2, vocab_size=300)
     assert model.token_embedding.weight.std().item() == pytest.approx(0.02, rel=0.05)
     assert model.position_embedding.weight.std().item() == pytest.approx(0.02, rel=0.05)

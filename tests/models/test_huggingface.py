@@ -102,7 +102,7 @@ def test_saved_models_load_through_auto_classes(tmp_path, model, auto):
     assert AutoConfig.from_pretrained(tmp_path).hidden_size == 16
 
 
-def test_new_models_have_our_initialisation():
+def test_new_models_have_our_initialization():
     torch.manual_seed(0)
     config = huggingface.CrateGPTHubConfig(
         block_size=8, vocab_size=300, n_layer=2, n_head=2, n_embd=256, overcomplete=True

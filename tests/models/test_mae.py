@@ -80,7 +80,7 @@ def test_backends_agree():
     assert_backends_agree(small(), lambda m: m(IMAGES.double(), 0.5, NOISE)[:2], UNUSED)
 
 
-def test_initialisation():
+def test_initialization():
     torch.manual_seed(0)
     model = CrateMAE(img_size=32, patch_size=8, embed_dim=128, depth=1, num_heads=4, decoder_depth=1)
     encoder, decoder = model.blocks[0], model.decoder_blocks[0]

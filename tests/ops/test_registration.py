@@ -79,7 +79,7 @@ def test_compiles_without_a_graph_break_and_with_any_number_of_tokens(name, back
             torch.autograd.grad(out.sum(), wanted), torch.autograd.grad(expected.sum(), wanted), strict=True
         ):
             torch.testing.assert_close(got, want)
-    assert count["stats"]["unique_graphs"] <= 2  # the first call may be specialised
+    assert count["stats"]["unique_graphs"] <= 2  # the first call may be specialized
 
 
 STREAMS = (ops.mssa_block, ops.ista_block, ops.ista_step, ops.crate_layer)

@@ -83,7 +83,7 @@ def test_a_file_of_ones_own(tmp_path):
     assert (chosen.epochs, chosen.output) == (801, "runs/mine")
 
 
-def test_the_second_moment_of_a_recipe_reaches_the_optimiser(tmp_path):
+def test_the_second_moment_of_a_recipe_reaches_the_optimizer(tmp_path):
     chosen = settings("train", "--recipe", "crate_alpha_base_imagenet21k", "--smoke")
     trainer = classifier.Trainer(chosen, tmp_path, torch.device("cpu"))
     assert trainer.make_optimizer().param_groups[0]["betas"] == (0.9, 0.95)

@@ -80,7 +80,7 @@ def test_what_a_run_leaves(learned):
         for rate in (rates["forward"], rates["training step"]):
             assert rate["ratio"] == pytest.approx(rate["images_per_second"] / rate["reference_images_per_second"])
     assert (learned / "layerwise.png").read_bytes()[:4] == b"\x89PNG"
-    # the accuracy is that of the saved weights, normalised as the metadata says
+    # the accuracy is that of the saved weights, normalized as the metadata says
     digits = load(ImageSource()).test
     images = (torch.from_numpy(digits.images)[:, None] / 255 - metadata["mean"][0]) / metadata["std"][0]
     with torch.no_grad():

@@ -64,7 +64,7 @@ def test_attention(name, dtype):
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("spread", [0.0, 1.0, 8.0, 40.0])
 def test_both_backward_paths_on_both_sides_of_the_guard(spread, causal):
-    """Log-normalisers that leave the range of float32's exponents take two exponentials a pair, the others one."""
+    """Log-normalizers that leave the range of float32's exponents take two exponentials a pair, the others one."""
     case = attention(1, 70, 1, 16, spread=1.0, causal=causal)
     w = case.tensors[0]
     w *= spread * torch.linspace(0.1, 1, 70, dtype=torch.float64)[:, None, None]
@@ -104,7 +104,7 @@ def test_causal_with_lengths_where_the_cut_tile_lies_before_the_diagonal(visible
 
 @pytest.mark.parametrize("scale", [0.45, -0.9])
 def test_backward_scales_scores_by_the_very_number_of_the_forward(scale, monkeypatch):
-    """Rounded twice on the device it would move large scores off their log-normaliser; the interpreter rounds once."""
+    """Rounded twice on the device it would move large scores off their log-normalizer; the interpreter rounds once."""
     last, launched = {}, launch.launch
 
     def record(kernel, *arguments, **options):

@@ -1,6 +1,6 @@
 """LayerNorm, subspace attention, output projection and residual in Triton: three launches over the rows forward.
 
-The projection normalises its rows itself, the output projection adds bias and residual. In the backward the products
+The projection normalizes its rows itself, the output projection adds bias and residual. In the backward the products
 without an epilogue are the vendor's; one pass over the rows does LayerNorm, residual and their parameters' gradients.
 """
 

@@ -24,7 +24,7 @@ Mask = Callable[[slice], Tensor | None] | None
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, scale: float, hidden: Mask = None) -> tuple[Tensor, Tensor]:
-    """``softmax(scale · q kᵀ) v`` and the log-normaliser of its rows: ``(B, H, M, p)``, ``(B, H, M)``."""
+    """``softmax(scale · q kᵀ) v`` and the log-normalizer of its rows: ``(B, H, M, p)``, ``(B, H, M)``."""
     o = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty(q.shape[:3], dtype=accumulation_dtype(q.dtype), device=q.device)
     for rows in row_blocks(q, k):
@@ -46,7 +46,7 @@ def attend_backward(
         dw_i = Σ_j scale·(dS_ij + dS_ji) w_j,   dv_i = Σ_j P_ji g_j,   dS = P∘(g vᵀ − delta),   delta = rowsum(g∘o)
 
     Args:
-        w, v, grad, lse, delta: our tokens, their values, output gradients, log-normalisers and deltas.
+        w, v, grad, lse, delta: our tokens, their values, output gradients, log-normalizers and deltas.
         w_other, v_other, grad_other, lse_other, delta_other: the others'.
         hidden: which of the others our tokens may not see as queries (rows ours, columns the others').
         hidden_other: which of the others may not see our tokens as keys (rows ours, columns the others').

@@ -1,7 +1,7 @@
 """Subspace attention in stock PyTorch, with one gradient for the one operand.
 
 On the CPU, torch's flash kernels do both directions and the three gradients are summed. Elsewhere the softmax is
-recomputed from its log-normaliser in bounded blocks of queries, so that memory does not grow with N².
+recomputed from its log-normalizer in bounded blocks of queries, so that memory does not grow with N².
 """
 
 from __future__ import annotations

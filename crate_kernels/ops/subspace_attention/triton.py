@@ -10,7 +10,7 @@ to j, and both roles take the score ``w_i·w_j``::
 
     dw_i = Σ_j scale·(dS_ij + dS_ji) w_j + P_ji g_j,    dS = P∘(g valueᵀ − delta),    delta = rowsum(g∘o)
 
-and ``P_ji = P_ij·2^(lse_i − lse_j)``, one exponential for both where the log-normalisers of a head lie close enough
+and ``P_ji = P_ij·2^(lse_i − lse_j)``, one exponential for both where the log-normalizers of a head lie close enough
 together. No atomics, so gradients are bitwise repeatable.
 """
 
@@ -48,7 +48,7 @@ def why_not_width(width: int, tensor: Tensor) -> str | None:
 def forward(
     w: Tensor, value: Tensor | None, lengths: Tensor | None, scale: float, causal: bool
 ) -> tuple[Tensor, Tensor]:
-    """-> ``o (B, N, H, p)`` contiguous, and the base-2 log-normaliser ``lse (B, H, N)`` of the softmax rows in
+    """-> ``o (B, N, H, p)`` contiguous, and the base-2 log-normalizer ``lse (B, H, N)`` of the softmax rows in
     float32: a natural logarithm would be rounded twice on its way through ``exp2``."""
     batch, tokens, heads, width = w.shape
     length_values(lengths, tokens)
@@ -257,7 +257,7 @@ def _delta(
 ):  # fmt: skip
     """``delta = rowsum(g∘o)``; where ``weight`` is given also ``weight = 2^(middle − lse)`` with one ``middle`` a head.
 
-    ``middle`` is NaN where the log-normalisers of the head lie too far apart for that.
+    ``middle`` is NaN where the log-normalizers of the head lie too far apart for that.
     """
     tiles = tl.cdiv(tokens, BLOCK_M)
     head = tl.program_id(0) // tiles
@@ -281,11 +281,11 @@ def _delta(
             high = tl.maximum(high, tl.where(inside, some, high))
         lowest = tl.min(low, 0)
         highest = tl.max(high, 0)
-        centre = (lowest + highest) * 0.5
+        center = (lowest + highest) * 0.5
         own = tl.load(lse + start + row, mask=row < tokens, other=0.0)
-        tl.store(weight + start + row, tl.exp2(centre - own), mask=row < tokens)
+        tl.store(weight + start + row, tl.exp2(center - own), mask=row < tokens)
         if first == 0:
-            tl.store(middle + head, tl.where(highest - lowest <= _RANGE, centre, float("nan")))
+            tl.store(middle + head, tl.where(highest - lowest <= _RANGE, center, float("nan")))
 
 
 @triton.jit
@@ -302,7 +302,7 @@ def _pair(
     of MASKED, and ``P_ij = e·weight_i``, ``P_ji = e·weight_j`` with the symmetric ``e = 2^(score − middle)``.
 
     ``weight_i`` and ``delta_i`` come multiplied by ``scale``, ``delta_i`` under SYMMETRIC by ``weight_i`` as well.
-    ``slope`` is ``scale·log2 e`` rounded once, as in the forward: else large scores would miss their log-normaliser.
+    ``slope`` is ``scale·log2 e`` rounded once, as in the forward: else large scores would miss their log-normalizer.
     """
     i = first + tl.arange(0, BLOCK_M)[:, None]
     j = start + tl.arange(0, BLOCK_N)

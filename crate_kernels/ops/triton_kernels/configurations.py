@@ -23,7 +23,7 @@ ENVIRONMENT_VARIABLE = "CRATE_KERNELS_TRITON"
 
 ANY = 1 << 30
 AMD, CONSUMER, AMPERE, HOPPER = 0, 96 * 1024, 160 * 1024, 200 * 1024
-"""Shared memory: A100 has 163 KiB, Hopper and data-centre Blackwell 227, other NVIDIA parts 99, AMD 64.
+"""Shared memory: A100 has 163 KiB, Hopper and data-center Blackwell 227, other NVIDIA parts 99, AMD 64.
 
 NVIDIA parts get three stages: with two, the copy that one iteration issues is waited for at the start of the next.
 """

@@ -60,7 +60,7 @@ def shared_memory(device: torch.device) -> int:
 
 @functools.cache
 def tensor_memory(device: torch.device) -> bool:
-    """Whether products are summed in tensor memory (data-centre Blackwell).
+    """Whether products are summed in tensor memory (data-center Blackwell).
 
     Triton 3.6 to 3.8 may miscompile two products per iteration chained through one carried accumulator there.
     """

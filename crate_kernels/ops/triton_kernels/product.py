@@ -63,12 +63,12 @@ def product(
 ) -> tuple[Tensor, ...]:
     """``relu(alpha·(a b + bias) + beta·residual − shift)`` for ``a (n, k)``, ``b (k, m)``; the ReLU where asked for.
 
-    - ``b`` a :class:`FoldedNorm`: ``a`` and, if given, ``residual`` are normalised. Returns also the rows' mean, rstd.
+    - ``b`` a :class:`FoldedNorm`: ``a`` and, if given, ``residual`` are normalized. Returns also the rows' mean, rstd.
     - ``gate (n, m)``: the result is zeroed where ``gate <= 0``, the gradient of the ReLU that gave ``gate``.
       The mean's part is subtracted from a float32 sum that holds it, which leaves an error of about
       ``2^-23·√k·|μ|/σ·|A|`` in the result, so rows whose mean is thousands of standard deviations away should be
-      normalised first. Float32 rows are centred on their first element, whose distance from the mean replaces ``|μ|``.
-    - ``gate_rows (n, k)``: the same on ``a``, whose rows are not normalised. Returns also that gated ``a``; where
+      normalized first. Float32 rows are centered on their first element, whose distance from the mean replaces ``|μ|``.
+    - ``gate_rows (n, k)``: the same on ``a``, whose rows are not normalized. Returns also that gated ``a``; where
       ``residual is a``, it is gated too.
     """
     norm = b if isinstance(b, FoldedNorm) else None
@@ -134,7 +134,7 @@ def _product(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     NORM: tl.constexpr = norm_weight is not None
-    # Float32 operands are centred on the row's first element, lest the mean's part drown the rest. 16-bit rows go to
+    # Float32 operands are centered on the row's first element, lest the mean's part drown the rest. 16-bit rows go to
     # the tensor cores as they are: each product is exact there, their float32 sums are not (see ``product``).
     CENTRE: tl.constexpr = NORM and a.dtype.element_ty == tl.float32
     # All column tiles of some rows run together: the rows are read once, the small b stays in L2.

@@ -7,7 +7,7 @@
     parameters = 22_796_008          # trained parameters of the full-size model
     source = "arXiv 2306.01129"
     [model]                          # the full size
-    [training]                       # optimiser, schedule, augmentation: at every size
+    [training]                       # optimizer, schedule, augmentation: at every size
     [smoke]                          # --smoke takes these instead of [model], and over [training]
 
 The keys in the tables are the command's options with underscores. What the command line gives goes before the file.

@@ -100,7 +100,7 @@ def test_segment(runs, name, data, tmp_path, capsys):
         assert (tmp_path / "0_masks.png").is_file()
     else:
         assert code == 2
-        assert "which sees no images" in capsys.readouterr().err
+        assert "which takes no images" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", VISION)
@@ -139,7 +139,7 @@ def test_weights_are_fine_tuned(runs, name, data, tmp_path, monkeypatch):
 @pytest.mark.parametrize("name", ["gpt2", "bert"])
 def test_a_language_model_starts_no_classifier(runs, name, tmp_path, capsys):
     assert main(["train", "--init", str(runs / name), "--output", str(tmp_path)]) == 2
-    assert "which sees no images" in capsys.readouterr().err
+    assert "which takes no images" in capsys.readouterr().err
 
 
 def test_no_run_overwrites_another(runs, data, capsys):

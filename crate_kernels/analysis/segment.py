@@ -57,7 +57,7 @@ def segment_files(images: list[str], checkpoint: str, settings: Settings) -> int
     began = time.monotonic()
     model, metadata = open_model(checkpoint, settings.model)
     if not isinstance(model, VisionModel):
-        raise ValueError(f"{checkpoint} holds a {type(model).__name__}, which sees no images")
+        raise ValueError(f"{checkpoint} holds a {type(model).__name__}, which takes no images")
     if not -len(model.blocks) <= settings.layer < len(model.blocks):
         raise ValueError(f"--layer must lie in {-len(model.blocks)}..{len(model.blocks) - 1}, got {settings.layer}")
     if model.config.get("pool") == "mean":

@@ -17,7 +17,7 @@ from . import cost, peaks, results
 
 DTYPES = ("float32", "bfloat16", "float16")
 FOREIGN = ("sdpa", "reference compiled", "timm", "ONNX Runtime", "OpenVINO")
-"""Implementations of others: a wrong result of theirs is listed as refused, and the run goes on as a success."""
+"""Implementations of others: a wrong result of theirs is listed as refused, and the run still succeeds."""
 OF_OPERATORS = ("with --suite operators or all", lambda s: s.suite != "models")
 OF_MODELS = ("with --suite models or all", lambda s: s.suite != "operators")
 SIZED = ("with --suite models or all, and without --quick", lambda s: s.suite != "operators" and not s.quick)

@@ -65,7 +65,7 @@ class Part:
 
 
 def prepare(source: ImageSource, folder: Path, settings: Settings, workers: int = 0, show=print) -> ImageManifest:
-    """Write the shards of a data set into ``folder``, or go on with what an earlier call left there.
+    """Write the shards of a data set into ``folder``, or continue what an earlier call left there.
 
     Args:
         workers: so many processes; 0 works in this one.
@@ -296,7 +296,7 @@ def run(args: argparse.Namespace) -> int:
     output, began = Path(args.output), time.monotonic()
     if args.verify:
         verify(args.output)
-        print(f"{output} is whole")
+        print(f"{output} is complete")
         return 0
     if bool(args.data) == bool(args.index):
         raise ValueError("name a folder or a data set, or shards with --index")

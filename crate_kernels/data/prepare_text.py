@@ -106,7 +106,7 @@ def write_part(settings: Settings, folder: Path, number: int, part: list[Range])
     counts = {split: np.zeros(tokenizer.vocab_size, np.int64) for split in SPLITS}
     writers = {split: ShardWriter(folder / f"{split}-{number:05}.bin", dtype, counts[split]) for split in SPLITS}
     for piece in part:
-        running = None  # the split of an excerpt whose document goes on
+        running = None  # the split of an excerpt whose document continues
         for text, goes_on in text_files.documents(piece, settings.form):
             content = text.encode()
             split = SPLITS[belongs_to_validation(content, settings.validation)]
@@ -132,7 +132,7 @@ def token_dtype(tokenizer: Tokenizer) -> np.dtype:
 
 
 def prepare(sources: list[text_files.Source], folder: Path, settings: Settings, workers: int = 0, show=print) -> None:
-    """Write the token shards of ``sources`` into ``folder``, or go on with what an earlier call left there.
+    """Write the token shards of ``sources`` into ``folder``, or continue what an earlier call left there.
 
     Args:
         workers: so many processes; 0 works in this one.
@@ -205,7 +205,7 @@ def run(args: argparse.Namespace) -> int:
     output = Path(args.output)
     if args.verify:
         TextShards(output).verify()
-        print(f"{output} is whole: {TextShards(output).fingerprint()}")
+        print(f"{output} is complete: {TextShards(output).fingerprint()}")
         return 0
     if bool(args.inputs) == bool(args.dataset):
         raise ValueError("name files or folders to read, or a --dataset")

@@ -159,7 +159,7 @@ def cut(sources: Iterable[Source], size: int) -> list[list[Range]]:
 
 
 def documents(part: Range, form: Format) -> Iterator[tuple[str, bool]]:
-    """The documents of a range as pairs of (text, whether the document goes on in the next pair).
+    """The documents of a range as pairs of (text, whether the document continues in the next pair).
 
     Raises:
         ValueError: the file is damaged, no UTF-8 text, or lacks the field.
@@ -236,7 +236,7 @@ def _before(file: IO[bytes], start: int, separator: bytes) -> int:
 
 
 def _excerpts(part: Range) -> Iterator[tuple[str, bool]]:
-    """Lines of one document in excerpts; all but the last go on.
+    """Lines of one document in excerpts; all but the last continue in the next.
 
     A cut is made between two lines that neither end nor begin with white space: there byte pairs are never merged
     across the cut. Only where no such place comes for long, a cut is made at another line.

@@ -19,7 +19,7 @@ from torch import Tensor
 
 
 class RankLost(RuntimeError):
-    """Another rank has ended, so this one cannot go on."""
+    """Another rank has ended, so this one cannot continue."""
 
     linger = 5.0
     """Seconds to stay after saying so: torchrun ends this rank meanwhile, and names the one that failed first."""
@@ -70,7 +70,7 @@ def process_group() -> Iterator[bool]:
         if not _is_lost_connection(error):
             raise
         raise RankLost(
-            f"rank {number} lost the other ranks: one of them has ended; --resume goes on from the last state, if any"
+            f"rank {number} lost the other ranks: one of them has ended; --resume continues from the last checkpoint"
         ) from error
     # After an error the others may be gone: taking leave of them in order could wait forever.
     dist.destroy_process_group()

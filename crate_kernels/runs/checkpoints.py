@@ -1,10 +1,10 @@
-"""A run's checkpoint on disk: everything that the next step depends on, replaced in one piece.
+"""Checkpoints of a run on disk: everything on which the next step depends, replaced atomically.
 
-A checkpoint whose tensors are whole is the file ``last.pt``. A checkpoint that is sharded over ranks (FSDP) is a folder
-``last-<step>``: its ``state.pt`` holds everything but the sharded tensors, which lie beside it in the format of
+An unsharded checkpoint is the file ``last.pt``. A checkpoint that is sharded over ranks (FSDP) is a folder
+``last-<step>``. Its ``state.pt`` holds everything but the sharded tensors. These are beside it, in the format of
 torch.distributed.checkpoint. A run resumes from either on any number of ranks.
 
-The random generators are not in it: each step seeds them anew from (seed, epoch, position), see ``data.batches``.
+Checkpoints contain no random generators: each step seeds them from (seed, epoch, position), see ``data.batches``.
 """
 
 from __future__ import annotations
@@ -27,27 +27,28 @@ from ..models.checkpoint import CheckpointError, write_atomically
 FORMAT = 1
 LAST = "last.pt"
 PART = "state.pt"
-"""Inside the folder of a sharded state: all of it but the sharded tensors."""
+"""The file in the folder of a sharded checkpoint that holds everything but the sharded tensors."""
 
 _SHARDED = "sharded tensor"
-"""The key under which ``state.pt`` names a tensor that lies beside it."""
+"""The key that stands in ``state.pt`` for a tensor in another file."""
 
 Keys = tuple[Any, ...]
-"""What leads to a value in nested dictionaries."""
+"""The keys that lead to a value in nested dictionaries."""
 
 
 def save(path: Path, state: dict[str, Any]) -> None:
-    """Write a training state. Killed at any moment, ``path`` is the whole new state or the whole one before."""
+    """Write a checkpoint. If the process is killed, ``path`` is either the complete new or the complete old one."""
     write_atomically(path, lambda file: torch.save({"format": FORMAT, **state}, file))
 
 
 def save_run(folder: Path, state: dict[str, Any]) -> Path:
-    """Make ``state`` the last one of the run in ``folder``, and drop the one before; every rank takes part.
+    """Write ``state`` as the last checkpoint of the run in ``folder``, then remove the previous one. Every rank calls
+    it.
 
-    Killed at any moment, the newer of what is there is whole.
+    If the process is killed at any moment, the newest checkpoint in the folder is complete.
 
     Raises:
-        OSError: it cannot be written; the one before is still there.
+        OSError: the checkpoint cannot be written; the previous one is still there.
     """
     tensors: dict[str, Tensor] = {}
 
@@ -60,7 +61,7 @@ def save_run(folder: Path, state: dict[str, Any]) -> Path:
 
     rest = _walk(state, keep_apart)
     path = folder / (f"last-{state['step']:08}" if tensors else LAST)
-    before = [other for other in _states(folder) if other != path] if launch.is_main() else []
+    before = [other for other in _checkpoints(folder) if other != path] if launch.is_main() else []
     try:
         if tensors:
             _save_sharded(path, rest, tensors)
@@ -71,8 +72,10 @@ def save_run(folder: Path, state: dict[str, Any]) -> Path:
     except (OSError, RuntimeError) as error:
         cause, found = sharded_files.disk_error(error), find(folder)
         reason = " ".join(str(error).split()) if cause is None else cause.strerror
-        kept = f"; {found} is whole, the state before it" if found else ""
-        raise OSError(f"the state of step {state['step']} could not be written to {folder}: {reason}{kept}") from error
+        previous = f"; the previous checkpoint, {found}, is complete" if found else ""
+        raise OSError(
+            f"the checkpoint of step {state['step']} could not be written to {folder}: {reason}{previous}"
+        ) from error
     for other in before:
         _remove(other)
     return path
@@ -80,7 +83,7 @@ def save_run(folder: Path, state: dict[str, Any]) -> Path:
 
 def _save_sharded(path: Path, rest: dict[str, Any], tensors: dict[str, Tensor]) -> None:
     if (path / PART).is_file():
-        return  # a step has one state
+        return  # a step has one checkpoint
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         with launch.together():
@@ -94,7 +97,7 @@ def _save_sharded(path: Path, rest: dict[str, Any], tensors: dict[str, Tensor]) 
                 save(temporary / PART, rest)
                 for folder in (temporary, path.parent):
                     _flush(folder)
-                _remove(path)  # what is left of another run's, without its state.pt
+                _remove(path)  # a remainder of another run, without its state.pt
                 os.replace(temporary, path)
                 _flush(path.parent)
     finally:
@@ -112,7 +115,7 @@ def _flush(folder: Path) -> None:
 
 def _remove(path: Path) -> None:
     if path.is_dir():
-        # Under another name first: killed in between, what is left of a folder must not pass for one.
+        # Renamed first: if the process is killed in between, the remaining folder must not count as a checkpoint.
         hidden = path if path.name.startswith(".") else path.with_name(f".{path.name}.old.tmp")
         if hidden != path:
             shutil.rmtree(hidden, ignore_errors=True)
@@ -122,47 +125,47 @@ def _remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def _states(folder: Path) -> list[Path]:
-    """All states in the folder of a run, the newest last."""
+def _checkpoints(folder: Path) -> list[Path]:
+    """All checkpoints in the folder of a run, the newest last."""
     folders = [path for path in folder.glob("last-*") if re.fullmatch(r"last-\d{8,}", path.name)]
     found = [(int(path.name.removeprefix("last-")), path) for path in folders if (path / PART).is_file()]
     path = folder / LAST
     if path.is_file():
-        # Beside a sharded one only if the process was killed between writing the new and dropping the old.
+        # Both kinds exist only if the process was killed after it wrote the new one and before it removed the old.
         found.append((load(path)["step"] if found else 0, path))
     return [path for _, path in sorted(found, key=lambda item: item[0])]
 
 
 def find(folder: Path) -> Path | None:
-    """The newest state in the folder of a run."""
-    return next(reversed(_states(folder)), None)
+    """The newest checkpoint in the folder of a run."""
+    return next(reversed(_checkpoints(folder)), None)
 
 
 def locate(path: Path) -> Path:
-    """The state that ``--resume path`` means: it is one, or the folder of a run that may hold one."""
+    """The checkpoint that ``--resume path`` means: ``path`` itself, or the newest one in the folder ``path``."""
     if path.is_file() or (path / PART).is_file() or path.suffix == Path(LAST).suffix:
         return path
     return find(path) or path / LAST
 
 
 def discard(folder: Path) -> None:
-    """Remove the states of an earlier run, which a new one replaces."""
-    for path in _states(folder):
+    """Remove the checkpoints of an earlier run, which a new run replaces."""
+    for path in _checkpoints(folder):
         _remove(path)
 
 
 def _walk(tree: Any, change: Callable[[Keys, Any], Any], path: Keys = ()) -> Any:
-    """``tree`` of dictionaries, with ``change(path of keys, value)`` in place of every value in it."""
+    """Nested dictionaries ``tree`` with every value replaced by ``change(path of keys, value)``."""
     if isinstance(tree, dict) and _SHARDED not in tree:
         return {key: _walk(value, change, (*path, key)) for key, value in tree.items()}
     return change(path, tree)
 
 
 def restore(state: dict[str, Any], like: Callable[[Keys], Tensor | None]) -> dict[str, Any]:
-    """``state`` as :func:`load` gave it, with its tensors in memory; every rank takes part.
+    """The result ``state`` of :func:`load`, with all its tensors in memory. Every rank calls it.
 
     Args:
-        like: keys that lead to a tensor -> the model's tensor whose sharding it shares, None for those kept whole.
+        like: keys that lead to a tensor -> the model's tensor with the same sharding; None for an unsharded tensor.
     """
     paths: dict[str, Keys] = {}
 
@@ -186,10 +189,10 @@ def restore(state: dict[str, Any], like: Callable[[Keys], Tensor | None]) -> dic
 
 
 def load(path: Path) -> dict[str, Any]:
-    """Read a training state without executing pickled code; of a sharded one all but its tensors.
+    """Read a checkpoint without executing pickled code. The tensors of a sharded checkpoint are not read.
 
     Raises:
-        CheckpointError: there is none, or it is damaged or something else.
+        CheckpointError: there is no checkpoint, or the file is damaged or something else.
     """
     if path.is_dir():
         return {**load(path / PART), "folder": str(path)}
@@ -198,9 +201,9 @@ def load(path: Path) -> dict[str, Any]:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        raise CheckpointError(f"{path} is truncated or no training state ({path.stat().st_size} bytes)") from error
+        raise CheckpointError(f"{path} is truncated or no checkpoint of a run ({path.stat().st_size} bytes)") from error
     if not isinstance(state, dict) or state.get("format") != FORMAT:
-        raise CheckpointError(f"{path} is no training state of this program; weights alone are given with --init")
+        raise CheckpointError(f"{path} is no checkpoint of a run; give a file of weights with --init")
     return state
 
 

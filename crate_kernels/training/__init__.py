@@ -1,6 +1,6 @@
 """Training of CRATE models: ``crate-kernels train``, ``train-mae``, ``train-dino``, ``train-text``.
 
-``engine`` is the loop, on one rank or several; ``classifier``, ``pretrain`` with ``mae`` and ``dino``, and ``text`` say
-what is trained on and what the loss is. ``config`` holds what their options have in common and those of ``train``,
-``data`` reads images, ``checkpoints`` keeps the state on disk, ``speed`` times a model against the reference backend.
+``engine`` is the training loop, on one rank or several. ``classifier``, ``mae`` and ``dino`` (both on ``pretrain``) and
+``text`` define the data and the loss. ``config`` holds the options that all commands share and those of ``train``.
+``speed`` compares the speed of a model with the reference backend.
 """

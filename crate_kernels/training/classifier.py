@@ -83,7 +83,7 @@ class Trainer(Engine):
             initial.load(self.model, self.settings.init, self.settings.new_head)
 
     def prepare(self, state: dict[str, Any] | None = None) -> None:
-        if self.settings.ema:  # before the model is laid out over ranks: a sharded one cannot be copied
+        if self.settings.ema:  # before the model is sharded: a sharded model cannot be copied
             self.ema = ModelEmaV3(self.model, decay=self.settings.ema, use_warmup=True)
         super().prepare(state)
 
@@ -105,7 +105,7 @@ class Trainer(Engine):
 
     @property
     def evaluated(self) -> CrateModel:
-        """The model that is tested and saved: the moving average where one is kept."""
+        """The model that is tested and saved: the moving average if there is one."""
         return self.model if self.ema is None else self.ema.module
 
     def example(self) -> tuple[Tensor, Tensor]:
@@ -155,8 +155,8 @@ class Trainer(Engine):
 
     def loss(self, batch: tuple[Tensor, Tensor], number: int) -> Tensor:
         images, labels = batch
-        # After the batch is there: augmentation without loader processes seeds the same generators. Mixup draws from
-        # NumPy's, alike on all ranks.
+        # Only now, because augmentation without loader processes seeds the same generators. Mixup uses NumPy's
+        # generator, with the same seed on all ranks.
         seed = (self.settings.seed, *divmod(number, self.settings.accumulate))
         seed_everything(*seed)
         self.seed_dropout(seed_for(*seed))
@@ -178,7 +178,7 @@ class Trainer(Engine):
         return self.optimizer.param_groups[0]["lr"]
 
     def set_learning_rate(self) -> None:
-        """The schedule has set it after the step before."""
+        """The schedule set it after the previous step."""
 
     def after_step(self) -> None:
         self.scheduler.step_update(self.step)
@@ -231,20 +231,20 @@ class Trainer(Engine):
             labels = labels.to(self.device)
             with self.autocast():
                 logits = model(self.normalize(images))
-            if len(labels):  # the mean of nothing is no number
+            if len(labels):  # an empty batch has no mean
                 self.count(meter, cross_entropy(logits.float(), labels), logits, labels)
         model.train(training)
         return meter.read()
 
     def save_model(self, model: CrateModel | None, name: str) -> Path:
-        """Write a plain model's weights on rank 0, with what is needed to use them on other images."""
+        """Write the weights of an unsharded model on rank 0, with the metadata that other images need."""
         path = self.output / name
         with launch.together():
             if model is not None:
                 model.save(path, **self.metadata(), test_accuracy=self.test.get("accuracy"))
         return path
 
-    # -- what a run says and leaves --------------------------------------------------------------------------------
+    # -- output of a run ----------- --------------------------------------------------------------------------------
 
     def describe(self) -> str:
         data, size = self.data, self.model.image_size
@@ -300,8 +300,8 @@ class Trainer(Engine):
         )
         report.line(f"{picture}: {measurement.compression()}")
         summary["total_seconds"] = time.monotonic() - began
-        self.write_summary(summary)  # the run is finished, whatever becomes of the measurement below
-        # On the CPU a run in bf16 is compared in float32, too: there the reference may well be faster in float32.
+        self.write_summary(summary)  # the run is finished, even if the measurement below fails
+        # A run in bf16 is compared in float32, too: on a CPU the reference may be faster in float32.
         for precision in dict.fromkeys([self.precision, "fp32"]):
             try:
                 speed = against_reference(model, images, labels, precision)
@@ -322,7 +322,7 @@ class Trainer(Engine):
 
 
 def versions() -> dict[str, str]:
-    """Versions of everything that shapes a result."""
+    """Versions of all packages that influence the result."""
     import timm
     import torchvision
 
@@ -339,5 +339,5 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Train as the command line says; every file lands in the output folder."""
+    """Train with the options of the command line; all files are written to the output folder."""
     return command.run(args, Trainer)

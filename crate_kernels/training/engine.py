@@ -1,8 +1,8 @@
-"""What every training command shares: ranks, steps, checkpoints, logs. A trainer defines its batches and its loss.
+"""The training loop of every command: ranks, steps, checkpoints, logs. A trainer defines its batches and its loss.
 
-Step ``i`` of a run is a function of the seed and ``i``, whatever the number of ranks: ``--batch-size`` is the batch of
-all ranks together, each takes its part of that batch and of the random numbers drawn for it, and gradients are means
-over the ranks. Dropout alone draws on each rank by itself.
+Step ``i`` of a run depends only on the seed and ``i``, and not on the number of ranks. ``--batch-size`` is the batch of
+all ranks together. Each rank takes its part of the batch and of the random numbers drawn for it. Gradients are means
+over the ranks. Only dropout draws its own random numbers on each rank.
 """
 
 from __future__ import annotations
@@ -40,21 +40,21 @@ class Engine:
     A subclass sets ``model``, ``steps`` and ``meter`` in its constructor, which must not communicate.
 
     Args:
-        settings: how; a dataclass on :class:`~crate_kernels.training.config.EngineOptions`.
-        output: folder of everything the run writes.
-        device: where.
+        settings: a subclass of :class:`~crate_kernels.training.config.EngineOptions`.
+        output: the folder for all files of the run.
+        device: of model and batches.
     """
 
     command: ClassVar[str]
-    """The command that trains so; it alone resumes its checkpoints."""
+    """Name of the subcommand. Only this command resumes its checkpoints."""
     options: ClassVar[type]
     """The dataclass of the settings."""
     unit = "images"
-    """What the speed counts."""
+    """The unit in which the speed is reported."""
     has_unused_parameters = False
     """Whether the loss leaves out some of the parameters."""
     entries: ClassVar[tuple[str, ...]] = ()
-    """Methods of the model, besides ``forward``, that the trainer calls and ``forward`` does not."""
+    """Methods of the model that the trainer calls directly, besides ``forward``."""
 
     model: CrateModel
     steps: int
@@ -80,15 +80,15 @@ class Engine:
         return {"": cls.resolve({})}
 
     def initialize(self) -> None:
-        """Take over what a new run starts from, and a resumed one does not need."""
+        """Load the weights that a new run starts from. A resumed run does not call it."""
 
     @property
     def trained(self) -> nn.Module:
-        """The module that :meth:`loss` calls, by the name of ``network``."""
+        """The module that :meth:`loss` calls as ``self.network``."""
         return self.model
 
     def roots(self) -> list[nn.Module]:
-        """The modules that are called as a whole, and among them hold all that is sharded."""
+        """The modules that are called as a whole. Together they hold all sharded parameters."""
         return [self.model]
 
     def make_optimizer(self) -> torch.optim.Optimizer:
@@ -106,7 +106,7 @@ class Engine:
         raise NotImplementedError
 
     def learning_rate(self) -> float:
-        """Of the next step."""
+        """The learning rate of the next step."""
         raise NotImplementedError
 
     def set_learning_rate(self) -> None:
@@ -114,40 +114,41 @@ class Engine:
             group["lr"] = self.learning_rate()
 
     def after_step(self) -> None:
-        """What follows the optimizer's step."""
+        """Work after the optimizer's step, such as an update of a moving average."""
 
     def evaluate_if_due(self, report: Report) -> bool:
-        """Evaluate the model if it is time to; whether to save a checkpoint now."""
+        """Evaluate the model if an evaluation is due. Return whether to save a checkpoint now."""
         return False
 
     def probe_inputs(self, count: int) -> tuple[Tensor, dict[str, Any]]:
-        """``count`` samples as the model takes them, and further arguments; asked for once, measured on ever after."""
+        """``count`` input samples for the model, and further arguments. Called once; all measurements use these
+        samples."""
         raise NotImplementedError
 
     def per_step(self) -> int:
-        """So many ``unit`` in a step."""
+        """Number of ``unit`` in a step."""
         return self.settings.batch_size * self.settings.accumulate
 
     def metrics(self) -> dict[str, float]:
-        """The metrics of the steps since the last record of the log: the loss, at least."""
+        """The metrics of the steps since the last log entry; at least the loss."""
         metrics = self.meter.read()
         self.meter.reset()
         return metrics
 
     def position(self) -> dict[str, float]:
-        """Where the run is, besides the step, for the log."""
+        """The position of the run, besides the step, for the log."""
         return {}
 
     def describe(self) -> str:
-        """One line on what is about to run."""
+        """One line that describes the run."""
         raise NotImplementedError
 
     def finish(self, report: Report, began: float) -> None:
-        """Evaluate the trained model and write it; every rank takes part. Only rank 0 needs to come to the end."""
+        """Evaluate and save the trained model. Every rank calls it; ranks other than 0 may return early."""
         raise NotImplementedError
 
     def next_steps(self) -> dict[str, str]:
-        """Commands to try after this run, and what each of them shows."""
+        """Commands to try after this run -> what each of them shows."""
         return {f"crate-kernels report {shlex.quote(str(self.output))}": "one page with everything about this run"}
 
     # -- ranks ---------------------------------------------------------------------------------------------------------
@@ -177,7 +178,7 @@ class Engine:
             raise ValueError(f"--backend {name} cannot run this model here: {error}") from error
 
     def prepare(self, state: dict[str, Any] | None = None) -> None:
-        """Lay the model out over the ranks, make its optimizer, and resume from ``state`` if there is one."""
+        """Distribute the model over the ranks, make the optimizer, and load ``state`` if there is one."""
         s = self.settings
         if state is not None and state["precision"] != self.precision:
             self.precision, self.precision_reason = state["precision"], "as in the run to resume"
@@ -200,11 +201,11 @@ class Engine:
 
     @staticmethod
     def seed_dropout(seed: int) -> None:
-        """Seed torch's generators: rank 0 as one process, the others apart from it."""
+        """Seed torch's generators: rank 0 like a single process, every other rank with another seed."""
         torch.manual_seed(seed if launch.is_main() else seed_for(seed, launch.rank()))
 
     def plain(self, model: CrateModel) -> CrateModel | None:
-        """``model`` as one process has it, neither sharded nor computed again, on rank 0; every rank takes part."""
+        """``model`` on rank 0 as a single process has it: not sharded, without checkpointing. Every rank calls it."""
         if not self.sharded and not self.settings.activation_checkpointing:
             return model if launch.is_main() else None
         state = sharding.whole_state(model)
@@ -214,10 +215,10 @@ class Engine:
         plain.load_state_dict(state)
         return plain.train(model.training)
 
-    # -- state ---------------------------------------------------------------------------------------------------------
+    # -- checkpoint ----------------------------------------------------------------------------------------------------
 
     def state(self) -> dict[str, Any]:
-        """Everything the next step depends on; every rank takes part."""
+        """Everything on which the next step depends. Every rank calls it."""
         return {
             "version": __version__,
             "command": self.command,
@@ -235,15 +236,15 @@ class Engine:
         }
 
     def fingerprint(self) -> str:
-        """The data the run reads, in words and a digest."""
+        """A description of the data with a digest."""
         raise NotImplementedError
 
     def metadata(self) -> dict[str, Any]:
-        """What a model's file says about its data, so that other commands can use it."""
+        """Metadata about the data, for the model's file. Other commands read it."""
         raise NotImplementedError
 
     def check_state(self, state: dict[str, Any]) -> None:
-        """Raise ValueError if ``state`` is that of a run on other data."""
+        """Raise ValueError if the checkpoint ``state`` belongs to a run on other data."""
         then, now = state["data"], self.fingerprint()
         if then != now:
             raise ValueError(f"the run to resume reads other data: {then} there, {now} here")
@@ -257,7 +258,7 @@ class Engine:
             self.meter.totals = state["meter"].to(self.device)
 
     def like(self, keys: tuple) -> Tensor | None:
-        """The tensor of the model whose sharding the state's tensor at ``keys`` shares."""
+        """The tensor of the model that has the sharding of the checkpoint's tensor at ``keys``."""
         match keys:
             case ("model", name):
                 return self.model.state_dict().get(name)
@@ -327,7 +328,7 @@ class Engine:
             self.save_state()
 
     def epoch_ends(self) -> bool:
-        """Whether the step just done was the last of an epoch that the log should show."""
+        """Whether the last step ended an epoch that the log should show."""
         return False
 
     def status(self, metrics: dict[str, float], rate: float, left: float) -> str:
@@ -338,7 +339,7 @@ class Engine:
         s = self.settings
         self.model.train()
         for i in range(s.accumulate):
-            # DDP need not exchange gradients that more will be added to. FSDP always does: it holds only its shard.
+            # While gradients accumulate, DDP need not exchange them. FSDP must, because each rank holds only its shard.
             wait = isinstance(self.network, nn.parallel.DistributedDataParallel) and i < s.accumulate - 1
             with self.network.no_sync() if wait else contextlib.nullcontext():
                 (self.loss(next(batches), self.step * s.accumulate + i) / s.accumulate).backward()
@@ -353,7 +354,7 @@ class Engine:
     # -- measurement, layer by layer -----------------------------------------------------------------------------------
 
     def start_probe(self) -> None:
-        """Open the probe's file anew, or where a resumed run finds it. Only rank 0 has files."""
+        """Open the probe's file: a new one, or the one of the resumed run. Only rank 0 has files."""
         every, self.probe = self.settings.layerwise_steps, None
         self.probed: tuple[Tensor, dict[str, Any]] | None = None
         if not every or not (launch.is_main() or self.sharded):
@@ -368,18 +369,18 @@ class Engine:
         self.probe = LayerwiseProbe(path, every=every, writer=writer)
 
     def measure(self) -> None:
-        """Let the probe measure if it is time to. Where the model is sharded, all ranks run it, on the same samples."""
+        """Run the probe if a measurement is due. All ranks of a sharded model run it, on the same samples."""
         if self.probe is None or self.step % self.probe.every:
             return
         if self.probed is None:
             inputs, keywords = self.probe_inputs(self.probe.samples)
-            self.probed = inputs.clone(), keywords  # a part of a batch would keep all of it in memory
+            self.probed = inputs.clone(), keywords  # a slice would keep the whole batch in memory
         inputs, keywords = self.probed
         with sharding.gathered(self.model):
             self.probe.step(self.step, self.model, inputs, **keywords)
 
     def plot_probe(self) -> list[Path]:
-        """Draw what the probe saw during the run; on rank 0, at the end."""
+        """Plot the probe's measurements, on rank 0 at the end."""
         if self.probe is None or not self.probe.records:
             return []
         if self.probe.writer is not None:
@@ -415,7 +416,7 @@ def choose_precision(wanted: str, device: torch.device) -> tuple[str, str]:
 
 
 class Meter:
-    """Means over samples, those of all ranks; stays on the device until it is read.
+    """Means over the samples of all ranks. The sums stay on the device until they are read.
 
     Args:
         device: where the values come from.
@@ -431,10 +432,10 @@ class Meter:
 
     @torch.no_grad()
     def add(self, count: int, *sums: Tensor) -> None:
-        """Add ``count`` samples, of which each value sums up to one of ``sums``."""
+        """Add ``count`` samples; ``sums`` are the sums of each value over them."""
         self.totals += torch.stack([*(value.detach().double() for value in sums), self.totals.new_tensor(count)])
 
     def read(self) -> dict[str, float]:
-        """The means over what all ranks added; every rank must ask."""
+        """The means over the samples of all ranks. Every rank must call it."""
         *sums, count = launch.total(self.totals).tolist()
         return {name: value / max(count, 1) for name, value in zip(self.names, sums, strict=True)}

@@ -1,4 +1,4 @@
-"""Weights to start a classifier from: the model in a run's folder or in a file, and how it becomes a classifier."""
+"""Weights from which a classifier starts: the model in a run's folder or in a file, turned into a classifier."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ..options import flag
 from ..runs import folder
 
 HEADS = ("hidden", "bottleneck", "prototypes")
-"""What CrateDINO's configuration says of its heads; the rest is the backbone's."""
+"""The arguments of CrateDINO for its heads. All others are those of the backbone."""
 
 SAME = {"dim": "dim", "depth": "depth", "heads": "heads", "patch_size": "patch_size", "image_size": "image_size",
         "step_size": "ista"}  # fmt: skip
@@ -21,7 +21,7 @@ SAME = {"dim": "dim", "depth": "depth", "heads": "heads", "patch_size": "patch_s
 def describe(path: str) -> dict[str, Any] | None:
     """Class, configuration and metadata of the classifier that starts from the model at ``path``.
 
-    None for a file that does not name its model: the options must name it.
+    None for a file that does not name its model; the options must then name it.
 
     Raises:
         ValueError, CheckpointError, FileNotFoundError: there is no model, or none of images.
@@ -43,7 +43,7 @@ def describe(path: str) -> dict[str, Any] | None:
                 pool="mean",
             )  # fmt: skip
         case other:
-            raise ValueError(f"--init {path} holds a {other}, which sees no images")
+            raise ValueError(f"--init {path} holds a {other}, which takes no images")
     return {"model": name, "config": config, "metadata": found.metadata}
 
 
@@ -72,7 +72,7 @@ def merge(given: dict[str, Any], start: dict[str, Any]) -> dict[str, Any]:
 
 
 def load(model: CrateModel, path: str, new_head: bool) -> None:
-    """Load weights to start from; with ``new_head`` all but the head's, which weights without a head never have.
+    """Load the initial weights. With ``new_head``, or if the file has no head, the head starts at random.
 
     Raises:
         CheckpointError: they do not fit.
@@ -108,7 +108,7 @@ def encoder(model: CrateMAE) -> dict[str, Tensor]:
 
 
 def check_channels(path: str, start: dict[str, Any], channels: int) -> None:
-    """Raise ValueError if the model to start from sees images of another number of channels than the data has."""
+    """Raise ValueError if the initial model expects images with another number of channels than the data has."""
     expected = start["config"].get("channels", 3)
     if expected != channels:
-        raise ValueError(f"--init {path} sees images of {expected} channels, the data has {channels}")
+        raise ValueError(f"--init {path} expects images with {expected} channels, the data has {channels}")

@@ -26,10 +26,10 @@ class Interrupted(KeyboardInterrupt):
 
 
 class Interrupts:
-    """Receives the signals: ``with Interrupts() as interrupts``.
+    """Handles the signals: ``with Interrupts() as interrupts``.
 
-    A signal raises :class:`Interrupted` where it meets the program. Within :meth:`deferred` it is only noted in
-    ``received``, and the training loop ends after its step. A second signal ends a single process at once. Under
+    A signal raises :class:`Interrupted` immediately. Within :meth:`deferred` it is only recorded in ``received``, and
+    the training loop ends after its step. A second signal ends a single process at once. Under
     torchrun a signal may come twice, from the terminal and from torchrun, so there the second one is ignored.
     """
 
@@ -51,7 +51,7 @@ class Interrupts:
 
     @contextlib.contextmanager
     def deferred(self) -> Iterator[None]:
-        """Only note a signal that arrives in the block."""
+        """Only record a signal that arrives in the block."""
         self._deferred = True
         try:
             yield

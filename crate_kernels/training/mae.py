@@ -1,6 +1,6 @@
 """Training of CRATE-MAE: reconstruct masked photographs, then a picture and a linear probe of the frozen encoder.
 
-Without options it takes crops of the photographs inside scikit-image and scikit-learn.
+Without options it trains on crops of the photographs inside scikit-image and scikit-learn.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class MAETrainer(Pretrainer):
 
     command, options = "train-mae", MAEConfig
     entries = ("forward_intermediates",)
-    has_unused_parameters = True  # those that public checkpoints hold and nothing computes with
+    has_unused_parameters = True  # public checkpoints contain them, but no computation uses them
     model: CrateMAE
     settings: MAEConfig
 
@@ -76,13 +76,13 @@ class MAETrainer(Pretrainer):
         return rows * columns
 
     def probe_inputs(self, count: int) -> tuple[Tensor, dict[str, Any]]:
-        # Whole images, as the encoder is used; and no masks to draw.
+        # Unmasked images, as in the use of the encoder.
         return super().probe_inputs(count)[0], {"mask_ratio": 0.0}
 
     def encode(self, images: Tensor) -> Tensor:
-        """What the probe sees: the mean of the patch tokens ``(B, d)`` halfway through the encoder.
+        """Input of the probe: the mean of the patch tokens ``(B, d)`` after half of the encoder's layers.
 
-        The last layers turn from the image to the pixels that are to be predicted.
+        The last layers specialize in the pixels to be predicted.
         """
         middle = (len(self.model.blocks) - 1) // 2
         (tokens,) = self.model.forward_intermediates(

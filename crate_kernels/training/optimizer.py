@@ -32,7 +32,7 @@ def make_schedule(settings: Any, optimizer: torch.optim.Optimizer, steps_per_epo
 
 
 def check_optimizer(settings: Any) -> None:
-    """Raise ValueError for an optimizer that is unknown or cannot take a step, tried on one small matrix."""
+    """Raise ValueError for an optimizer that is unknown or cannot take a step on a small test matrix."""
     layer = nn.Linear(2, 2)
     for parameter in layer.parameters():
         parameter.grad = torch.ones_like(parameter)
@@ -53,7 +53,7 @@ def check_optimizer(settings: Any) -> None:
 
 
 def check_augmentation(policy: str) -> None:
-    """Raise ValueError for a policy of ``--auto-augment`` that timm does not know, tried on one small image."""
+    """Raise ValueError for a policy of ``--auto-augment`` that fails on a small test image."""
     from PIL import Image
     from timm.data import create_transform
 

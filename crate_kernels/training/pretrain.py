@@ -1,4 +1,4 @@
-"""What the self-supervised vision commands share: whole images in, views cut on the device, probes of the features."""
+"""Shared by the self-supervised vision commands: views cut on the device, and probes of the features."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def random_crops(
     Args:
         scale: smallest and largest share of the image's area.
         flip: probability of mirroring.
-        generator: on the CPU, in the same state on all ranks, which draw what one process would for all their images.
+        generator: on the CPU, in the same state on all ranks. They draw the same numbers as a single process.
     """
     batch = len(images)
     draw = launch.rand(4, batch, dim=1, generator=generator)
@@ -104,9 +104,10 @@ def random_crops(
 def knn_accuracy(
     train: Tensor, train_labels: Tensor, test: Tensor, test_labels: Tensor, k: int = 20, temperature: float = 0.07
 ) -> float:
-    """The share of ``test (n, d)`` named right by a vote of its ``k`` nearest in ``train (m, d)``.
+    """Accuracy on ``test (n, d)`` of a vote of the ``k`` nearest neighbors in ``train (m, d)``.
 
-    Nearness is the cosine, a vote weighs ``exp(cosine / temperature)``: DINO's evaluation (arXiv 2104.14294).
+    The similarity is the cosine; a vote has the weight ``exp(cosine / temperature)``: DINO's evaluation (arXiv
+    2104.14294).
     """
     classes = int(train_labels.max()) + 1
     train, right = normalize(train, dim=-1), 0
@@ -120,7 +121,7 @@ def knn_accuracy(
 def probe_accuracy(
     train: Tensor, train_labels: Tensor, test: Tensor, test_labels: Tensor, decay: float = 1e-3, iterations: int = 100
 ) -> float:
-    """The share of ``test (n, d)`` named right by logistic regression on ``train (m, d)``, standardised."""
+    """Accuracy on ``test (n, d)`` of a logistic regression on ``train (m, d)``; features are standardized."""
     mean, deviation = train.mean(dim=0), train.std(dim=0) + 1e-6
     train, test = (train - mean) / deviation, (test - mean) / deviation
     classes = int(train_labels.max()) + 1
@@ -147,7 +148,7 @@ def probe_accuracy(
 
 
 class Pretrainer(Engine):
-    """A model in self-supervised training. A subclass builds the model and says what a batch's loss is."""
+    """A model in self-supervised training. A subclass builds the model and defines the loss of a batch."""
 
     settings: PretrainConfig
 
@@ -178,11 +179,11 @@ class Pretrainer(Engine):
         raise NotImplementedError
 
     def view_loss(self, images: Tensor, generator: torch.Generator) -> Tensor:
-        """The loss of normalized ``images (B, C, H, W)``; whatever is random comes from ``generator``."""
+        """The loss of normalized ``images (B, C, H, W)``; all random numbers come from ``generator``."""
         raise NotImplementedError
 
     def evaluate(self) -> dict[str, float]:
-        """Figures that tell a trained model from an untrained one; every rank takes part."""
+        """Metrics that distinguish a trained model from an untrained one. Every rank calls it."""
         raise NotImplementedError
 
     def draw(self) -> list[Path]:
@@ -204,7 +205,7 @@ class Pretrainer(Engine):
 
     @property
     def progress(self) -> float:
-        """The share of the run that is done, 0..1."""
+        """Finished fraction of the run, 0..1."""
         return self.step / self.steps
 
     def test_images(self, shared: bool = False) -> Iterator[tuple[Tensor, Tensor]]:

@@ -1,4 +1,4 @@
-"""What a run shows while it works: a live bar in a terminal, plain lines elsewhere."""
+"""Progress of a run: a live bar in a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -39,11 +39,11 @@ class Report:
         self.bar.stop()
 
     def line(self, text: str) -> None:
-        """A line that stays."""
+        """Print a permanent line."""
         self.console.print(printable(text), markup=False, soft_wrap=True)
 
     def show(self, step: int, text: str) -> None:
-        """Where the run is: in the bar at once, as a line now and then."""
+        """Update the progress: the bar at once, plain lines from time to time."""
         if self.live:
             self.bar.update(self.task, completed=step, description=text)
         elif time.monotonic() - self.last_line >= self.LINE_SECONDS:

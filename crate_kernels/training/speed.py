@@ -1,4 +1,4 @@
-"""How fast a model runs: the requested (or automatic) backend against ``reference``, on one real batch."""
+"""Speed of a model with the requested (or automatic) backend and with ``reference``, on one real batch."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def against_reference(model: CrateModel, images: Tensor, labels: Tensor, precisi
     """Images per second of the requested (or automatic) backend and of ``reference``, forward and training step.
 
     Raises:
-        RuntimeError: the two do not agree on this batch, so their times mean nothing.
+        RuntimeError: the two results differ, so that a comparison of times has no meaning.
     """
     model = copy.deepcopy(model).eval()  # dropout would make the outputs differ
     backend = requested_backend()
@@ -62,7 +62,7 @@ def against_reference(model: CrateModel, images: Tensor, labels: Tensor, precisi
 
 
 def agreement(model: nn.Module, images: Tensor, labels: Tensor, precision: str, backend: str | None) -> Verdict:
-    """Hold the logits and gradients of ``backend`` against the exact ones: see :mod:`crate_kernels.agreement`."""
+    """Compare logits and gradients of ``backend`` with the exact ones, see :mod:`crate_kernels.agreement`."""
 
     def results(model: nn.Module, images: Tensor, precision: str, name: str | None) -> list[Tensor]:
         logits = training_step(model, images, labels, precision, name)
@@ -75,7 +75,7 @@ def agreement(model: nn.Module, images: Tensor, labels: Tensor, precision: str, 
 
 
 def _some(model: CrateModel, images: Tensor, labels: Tensor, tokens: int = 4096) -> tuple[Tensor, Tensor]:
-    """As many images as make about ``tokens`` tokens: enough to measure and compare by, and soon done."""
+    """The first images, with about ``tokens`` tokens together: enough to measure, and quick."""
     per_image = model.position_embedding.shape[1]
     count = max(1, min(len(images), tokens // per_image))
     return images[:count], labels[:count]

@@ -1,7 +1,7 @@
 """Training of the language models on a text file: causal (CRATE-GPT2, overcomplete CRATE-LM) or masked (CRATE-BERT).
 
-Without options it trains a small causal model on the Python manual that comes with Python. Every step draws its text
-from the seed and its own number, so a resumed run ends where an uninterrupted one does.
+Without options it trains a small causal model on the Python manual that comes with Python. The text of a
+step depends only on the seed and the number of the step, so a resumed run ends with the same weights.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from .engine import Engine, Meter
 from .progress import Report, clock
 
 MODEL_DEFAULTS: dict[str, dict[str, Any]] = {
-    # Filling in asks one token in seven: with fewer texts a step it stays at the tokens' frequencies.
+    # Only one token in seven is predicted. With fewer texts per step the model learns nothing but token frequencies.
     "bert": dict(dim=128, batch_size=32, warmup_steps=100, steps=2000),
 }
 """Model -> what differs from the defaults of :class:`TextConfig`."""
@@ -107,7 +107,7 @@ def batch_seed(seed: int, number: int) -> int:
 
 
 class Task:
-    """What is asked of a model: batches as the arguments of its forward, ``targets`` among them."""
+    """A task of a language model. Batches are arguments of the model's forward, with ``targets``."""
 
     def __init__(self, settings: TextConfig, corpus: Corpus):
         self.settings, self.corpus = settings, corpus
@@ -115,13 +115,13 @@ class Task:
     def batch(self, number: int, rows: slice) -> tuple[dict[str, Tensor], float]:
         """The ``rows`` of batch ``number``, and the weight of their mean loss among the means of all ranks' rows.
 
-        A loss is a mean over the tokens that are asked for, and ranks may ask for different numbers of them. The
-        weight is 1 on average.
+        A loss is a mean over the target tokens, and their number may differ between ranks. The mean of the weights
+        is 1.
         """
         raise NotImplementedError
 
     def generator(self, number: int) -> torch.Generator:
-        """The random numbers of batch ``number``, alike on all ranks."""
+        """The random generator of batch ``number``, the same on all ranks."""
         return torch.Generator().manual_seed(batch_seed(self.settings.seed, number))
 
     def validation(self) -> Iterator[dict[str, Tensor]]:
@@ -131,7 +131,7 @@ class Task:
         raise NotImplementedError
 
     def sample(self, model: CrateModel) -> Iterator[str]:
-        """Text to judge the model by, piece by piece."""
+        """Sample text that shows the quality of the model, piece by piece."""
         raise NotImplementedError
 
 
@@ -147,7 +147,7 @@ class NextToken(Task):
 
     def batch(self, number: int, rows: slice) -> tuple[dict[str, Tensor], float]:
         s, generator = self.settings, self.generator(number)
-        # The last token of a window is only asked for: the next window begins with it.
+        # The last token of a window is only a target; the next window begins with it.
         windows = self.corpus.windows(number, rows, s.batch_size, s.context + 1, s.context, generator)
         return self._asked(windows), 1.0
 
@@ -167,7 +167,7 @@ class NextToken(Task):
 
 
 class MaskedToken(Task):
-    """Name hidden tokens from all others. Texts begin with the end-of-text token and have different lengths."""
+    """Predict masked tokens from all others. Texts begin with the end-of-text token and have different lengths."""
 
     def __init__(self, settings: TextConfig, corpus: Corpus):
         super().__init__(settings, corpus)
@@ -208,7 +208,7 @@ class MaskedToken(Task):
 
     @torch.no_grad()
     def sample(self, model: Any) -> Iterator[str]:
-        """A validation text with what the model puts at the hidden places: ``[right]``, or ``[wrong|true]``."""
+        """A validation text with the predictions for masked tokens: ``[right]``, or ``[wrong|true]``."""
         batch = next(iter(self.validation()))
         idx, targets = batch["idx"][:2], batch["targets"][:2]
         device = model.token_embedding.weight.device
@@ -234,7 +234,7 @@ class TextTrainer(Engine):
 
     Args:
         settings, output, device: see :class:`~crate_kernels.training.engine.Engine`.
-        corpus: on what; what ``settings.text`` names if None.
+        corpus: the training text; the one that ``settings.text`` names if None.
     """
 
     command, options, unit = "train-text", TextConfig, "tokens"
@@ -324,7 +324,7 @@ class TextTrainer(Engine):
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
-        """Mean loss in nats per token asked for, and the share named right, on the validation text."""
+        """Mean loss in nats per target token, and the accuracy, on the validation text."""
         self.model.eval()
         meter = Meter(self.device, ("loss", "accuracy"))
         for batch in self.task.validation():
@@ -338,7 +338,7 @@ class TextTrainer(Engine):
         return meter.read()
 
     def baseline(self) -> dict[str, float]:
-        """The same figures for a model that knows only how frequent each token is in the training text."""
+        """The same metrics for a model that predicts the token frequencies of the training text."""
         frequency = self.corpus.counts().double() + 1
         log_probability = (frequency / frequency.sum()).log()
         targets = torch.cat([batch["targets"].flatten() for batch in self.task.validation()])
@@ -374,7 +374,7 @@ class TextTrainer(Engine):
         }
 
     def finish(self, report: Report, began: float) -> None:
-        """Judge the model, by figures beside those of token frequencies and by a sample; save it."""
+        """Evaluate the model beside a model of token frequencies, write a sample, and save the model."""
         settings, output, figures = self.settings, self.output, self.evaluate()
         model = self.plain(self.model)
         if model is None:

@@ -110,7 +110,7 @@ def test_segment(tmp_path, capsys):
 
 def test_segment_refuses_a_model_of_text(tmp_path):
     save_language(tmp_path / "language.safetensors")
-    with pytest.raises(ValueError, match="holds a CrateGPT, which sees no images"):
+    with pytest.raises(ValueError, match="holds a CrateGPT, which takes no images"):
         run("segment", write_image(tmp_path / "a.png"), "--checkpoint", tmp_path / "language.safetensors")
 
 

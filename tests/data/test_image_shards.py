@@ -287,7 +287,7 @@ def test_shards_behind_a_url(folder):
     assert training(processes, workers=2) == training(here)
 
 
-def test_a_killed_preparation_goes_on_whatever_the_processes(folder, monkeypatch):
+def test_a_killed_preparation_resumes_with_any_number_of_processes(folder, monkeypatch):
     whole = ImageManifest.read(str(shards_of(folder)))
     (folder.parent / "shards").rename(folder.parent / "whole")
     write, calls = prepare_images._write_tar, []

@@ -72,7 +72,7 @@ def test_torchrun_starts_a_killed_run_again_and_nothing_is_lost(command, tmp_pat
     assert json.loads((killed / "summary.json").read_text())["validation"] == summary["validation"]
 
 
-def test_a_killed_run_ends_with_an_error_and_goes_on_alone(command, tmp_path, capsys):
+def test_a_killed_run_ends_with_an_error_and_resumes_on_one_rank(command, tmp_path, capsys):
     killed, whole = tmp_path / "killed", tmp_path / "whole"
     run = torchrun(HERE / "killed_rank.py", *command, "--parallel=ddp", "--checkpoint-seconds=0", "--output", killed)
     assert run.returncode != 0

@@ -1,4 +1,4 @@
-"""Training on several ranks equals training on one, whatever the command, and a state goes on on any number of them."""
+"""Training on several ranks equals training on one, for every command; a checkpoint resumes on any number of ranks."""
 
 import itertools
 import os
@@ -93,7 +93,7 @@ def on_two_ranks(source, folder, expected, output):
 
 
 def a_full_disk(folder):
-    """One rank of two has no room: the state before stays, and rank 0 says so in a sentence."""
+    """One rank of two has a full disk: the previous checkpoint stays, and rank 0 says so in a sentence."""
     model = torch.nn.Linear(300, 300)
     sharding.shard([model], torch.device("cpu"))
     folder.mkdir(exist_ok=True)
@@ -107,9 +107,9 @@ def a_full_disk(folder):
         checkpoints.save_run(folder, {"step": 2, "model": model.state_dict()})
     resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     if launch.is_main():
-        assert "the state of step 2 could not be written" in str(error.value)
+        assert "the checkpoint of step 2 could not be written" in str(error.value)
         assert "File too large" in str(error.value)
-        assert "last-00000001 is whole" in str(error.value)
+        assert "last-00000001, is complete" in str(error.value)
         assert os.listdir(folder) == ["last-00000001"]
         assert (folder / "last-00000001" / ".metadata").read_bytes() == before
     dist.barrier()
@@ -207,7 +207,7 @@ def test_a_sharded_state_executes_no_code_and_must_be_whole(source, tmp_path):
             checkpoints.restore(state, lambda keys: None)
     assert not (tmp_path / "should-not-exist").exists()
     (path / "state.pt").write_bytes(b"half")
-    with pytest.raises(CheckpointError, match="truncated or no training state"):
+    with pytest.raises(CheckpointError, match="truncated or no checkpoint of a run"):
         checkpoints.load(path)
 
 

@@ -42,7 +42,8 @@ def in_float64(trainer) -> None:
 
 def follow(name: str, data: tuple[str, str], output: Path, parallel: str = "auto", *, stop: int = 6,
            resume: Path | None = None, double: bool = True, **options) -> dict:  # fmt: skip
-    """Train up to step ``stop``, from the start or from the state in ``resume``, and keep the state in ``output``.
+    """Train up to step ``stop``, from the start or from the checkpoint in ``resume``, and write a checkpoint to
+    ``output``.
 
     Args:
         data: a folder of images, a file of text.

@@ -61,13 +61,13 @@ def test_only_a_whole_state_of_ours_is_read_and_no_code_runs(tmp_path, monkeypat
         checkpoints.load(path)
     checkpoints.save(path, STATE)
     path.write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(CheckpointError, match="truncated or no training state"):
+    with pytest.raises(CheckpointError, match="truncated or no checkpoint of a run"):
         checkpoints.load(path)
     torch.save(STATE["model"], path)
     with pytest.raises(CheckpointError, match="weights alone are given with --init"):
         checkpoints.load(path)
     torch.save(STATE | {"format": checkpoints.FORMAT, "code": Code()}, path)
-    with pytest.raises(CheckpointError, match="no training state"):
+    with pytest.raises(CheckpointError, match="no checkpoint of a run"):
         checkpoints.load(path)
     assert not (tmp_path / "should-not-exist").exists()
 

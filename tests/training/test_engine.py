@@ -161,7 +161,8 @@ def test_a_full_disk_ends_a_run_with_one_sentence_and_a_state(text, tmp_path, mo
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     (said,) = capsys.readouterr().err.splitlines()
     assert (
-        f"the state of step 5 could not be written to {output}: File too large; {output / 'last.pt'} is whole" in said
+        f"the checkpoint of step 5 could not be written to {output}: File too large; "
+        f"the previous checkpoint, {output / 'last.pt'}, is complete" in said
     )
     assert checkpoints.load(output / "last.pt")["step"] == 4
     assert not [name for name in os.listdir(output) if name.endswith(".tmp")]

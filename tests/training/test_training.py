@@ -1,4 +1,4 @@
-"""Whole runs through the command: they learn, they are repeatable, and a killed one goes on to the same result."""
+"""Whole runs of the command: they learn, they are repeatable, and a killed run resumes to the same result."""
 
 import json
 import os
@@ -98,7 +98,7 @@ def test_bf16_and_the_reference_backend_learn_too(tmp_path):
         assert log[-2]["loss"] < 0.9 * log[0]["loss"]
 
 
-def test_a_killed_run_goes_on_to_the_same_result(tmp_path, capsys):
+def test_a_killed_run_resumes_to_the_same_result(tmp_path, capsys):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     assert main([*STATEFUL, "--output", str(whole)]) == 0
     command = [*STATEFUL, "--output", str(killed), "--workers", "2"]
@@ -177,7 +177,7 @@ def test_starting_from_weights(learned, tmp_path, image_root, capsys):
     assert "--dim 64 contradicts --init" in capsys.readouterr().err
     photos = ["--data", str(image_root), "--batch-size", "4", "--output", str(tmp_path / "p")]
     assert main([*start, *photos, "--new-head"]) == 2
-    assert "sees images of 1 channels, the data has 3" in capsys.readouterr().err
+    assert "expects images with 1 channels, the data has 3" in capsys.readouterr().err
     model = CRATE(image_size=28, patch_size=7, num_classes=10, dim=16, depth=1, heads=2, dim_head=8)
     model.save(tmp_path / "colors.safetensors")
     start[2] = str(tmp_path / "colors.safetensors")

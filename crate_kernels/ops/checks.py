@@ -133,9 +133,10 @@ def length_values(value: Tensor | None, tokens: int):
 
 
 def values_within(name: str, value: Tensor | None, least: int, most: int, meaning: str):
-    """The integers in ``value`` lie in ``least..most``. Only on the CPU: elsewhere the question would stall the device.
+    """The integers in ``value`` lie in ``least..most``. Only tensors on the CPU are checked: reading from
+    another device would stall it.
 
-    A compiled or exported graph asks when it runs. Tensors without values (fake ones, functorch's) are not asked.
+    A compiled or exported graph checks when it runs. Tensors without values (fake ones, functorch's) are not checked.
     """
     if value is None or value.device.type != "cpu":
         return

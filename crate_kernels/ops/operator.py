@@ -361,7 +361,7 @@ class _Direct(torch.autograd.Function):
         outputs = (out,) if operator._single else out
         ctx.plan = plan
         ctx.set_materialize_grads(False)
-        # The casts are made again in the backward: weights that are kept twice cost more memory than that costs time.
+        # The backward casts again: the memory of a second copy of the weights is worth more than the time of a cast.
         ctx.save_for_backward(*tensors, *[outputs[i] for i in operator._saves])
         return outputs[0].to(tensors[0].dtype) if plan.narrow else outputs[0]
 

@@ -25,7 +25,7 @@ def why_not(w: Tensor, *_) -> None:
 def forward(
     w: Tensor, value: Tensor | None, lengths: Tensor | None, scale: float, causal: bool
 ) -> tuple[Tensor, Tensor]:
-    """-> ``o (B, N, H, p)`` contiguous, and the log-normaliser ``lse (B, H, N)`` of the softmax rows in float32."""
+    """-> ``o (B, N, H, p)`` contiguous, and the log-normalizer ``lse (B, H, N)`` of the softmax rows in float32."""
     w, value = _operands(w, value, lengths)
     batch, tokens, heads, _ = w.shape
     if batch == 0:

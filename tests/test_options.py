@@ -15,6 +15,7 @@ pytest.importorskip("timm")
 from crate_kernels.analysis import command as analyze
 from crate_kernels.analysis import report, segment
 from crate_kernels.bench import command as bench
+from crate_kernels.distributed import plan
 from crate_kernels.training import command as training
 from crate_kernels.training.classifier import Trainer
 from crate_kernels.training.config import DATA_DEFAULTS
@@ -31,6 +32,7 @@ COMMANDS = {
     "report": (["runs/x"], report.Settings),
     "segment": (["a.png", "--checkpoint", "runs/x"], segment.Settings),
     "bench": ([], bench.Settings),
+    "plan": ([], plan.PlanOptions),
 }
 """Command -> the arguments that it cannot do without, and its options."""
 
@@ -46,6 +48,7 @@ def no_work(monkeypatch, tmp_path):
     monkeypatch.setattr(analyze, "analyze", lambda *arguments: 0)
     monkeypatch.setattr(report, "write", lambda *arguments: 0)
     monkeypatch.setattr(segment, "segment_files", lambda *arguments: 0)
+    monkeypatch.setattr(plan, "report", lambda *arguments: "")
     for name in ("measure", "render", "compare"):
         monkeypatch.setattr(bench, name, lambda *arguments: 0)
 
@@ -168,6 +171,9 @@ def test_every_unknown_word_is_refused_with_the_known_ones(command, capsys):
         ("bench --quick --sizes tiny", "--sizes applies only with --suite models or all, and without --quick"),
         ("bench --suite models --operators ista_step", "--operators applies only with --suite operators or all"),
         ("bench --sizes gigantic", "--sizes: unknown gigantic; known are tiny, small, base, large"),
+        ("plan --model crate_base --context 64", "--context applies only with a language model"),
+        ("plan --model crate_gpt2_base --image-size 224", "--image-size applies only with a vision model"),
+        ("plan --gpus 3", "--batch-size 1024 is the batch of all ranks together: 3 ranks do not divide it"),
         ("bench --relative", "--relative applies only with --compare"),
         ("bench --report --seconds 3", "--seconds applies only without --report, --dispatch and --compare"),
     ],

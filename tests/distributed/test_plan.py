@@ -1,0 +1,229 @@
+"""Each formula of ``crate-kernels plan`` against torch's own meters."""
+
+import contextlib
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from crate_kernels import cli, use_backend
+from crate_kernels.distributed import plan, sharding
+from crate_kernels.models import CRATE, CrateGPT
+from crate_kernels.ops.crate_layer.op import operator as crate_layer
+
+from .ranks import run_on_ranks
+
+VISION = dict(image_size=32, patch_size=8, num_classes=10, dim=48, depth=3, heads=2, dim_head=16)
+MODELS = {
+    "class token": lambda: CRATE(**VISION),
+    "mean of tokens": lambda: CRATE(**VISION, pool="mean"),
+    "language": lambda: CrateGPT(block_size=24, vocab_size=100, n_layer=3, n_head=2, n_embd=32),
+}
+
+
+def batch(model, samples):
+    if isinstance(model, CrateGPT):
+        return torch.randint(model.vocab_size, (2, samples, model.block_size)).unbind()
+    return (torch.randn(samples, 3, 32, 32),)
+
+
+def autocast(precision):
+    return torch.autocast("cpu", torch.bfloat16) if precision == "bf16" else contextlib.nullcontext()
+
+
+def saved_bytes(model, inputs, precision):
+    """What the autograd graph of a forward pass holds: storages, each once, those of parameters left out."""
+    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    storages = {}
+
+    def pack(tensor):
+        storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
+        return tensor
+
+    hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
+    with hooks, use_backend("eager"), autocast(precision):
+        model(*inputs)
+    return sum(storage.nbytes() for address, storage in storages.items() if address not in own)
+
+
+@pytest.mark.parametrize("mixed", [True, False])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("name", MODELS)
+def test_bytes_saved_for_backward_are_those_of_the_autograd_graph(name, precision, mixed, monkeypatch):
+    monkeypatch.setattr(crate_layer.implementations["eager"], "MIXED", mixed)
+    crate_layer.forget()
+    model = MODELS[name]()
+    predicted = plan.saved_for_backward(model, plan.Compute.of(precision, "eager"), plan.sample_tokens(model))
+    try:
+        for samples in (2, 5):
+            assert saved_bytes(model, batch(model, samples), precision) == predicted.at(samples)
+    finally:
+        crate_layer.forget()
+
+
+def peak(step):
+    """The most bytes that ``step`` held at once beyond what there was before, as torch's profiler counts them."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        step()
+    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    held = most = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        held += event.nbytes()
+        most = max(most, held)
+    return most
+
+
+def training_step(model, inputs, precision, optimizer=None):
+    with use_backend("eager"), autocast(precision):
+        out = model(*inputs)
+        loss = out[1] if isinstance(out, tuple) else out.float().square().mean()
+    del out
+    loss.backward()
+
+
+def bounds(name, precision, checkpointing, samples=8):
+    """Of one training step: the predicted bytes of saved tensors, and with gradients and working memory."""
+    if name == "language":
+        model = CrateGPT(block_size=64, vocab_size=200, n_layer=4, n_head=4, n_embd=128)
+    else:
+        model = CRATE(image_size=32, patch_size=4, num_classes=10, dim=128, depth=4, heads=4, dim_head=32)
+    found = plan.memory(model, "ddp", 1, plan.Compute.of(precision, "eager"), checkpointing)
+    if checkpointing:
+        sharding.checkpoint_activations(model)
+    inputs = batch(model, samples)
+    training_step(model, inputs, precision)
+    model.zero_grad(set_to_none=True)
+    measured = peak(lambda: training_step(model, inputs, precision))
+    saved = found.saved.at(samples)
+    return saved, measured, saved + found.gradients + found.working.at(samples)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("name", ["vision", "language"])
+def test_the_peak_of_a_step_lies_below_the_predicted_sum_and_not_far(name, precision, checkpointing):
+    _, measured, predicted = bounds(name, precision, checkpointing)
+    assert 0.5 * predicted <= measured <= predicted
+
+
+WHOLE = {"_allgather_base_": ("all_gather", 0), "_reduce_scatter_base_": ("reduce_scatter", 1)}
+"""Operator of torch -> name of the collective, and which argument is the whole tensor."""
+
+
+class Counter(TorchDispatchMode):
+    """Bytes of the whole tensors that the collectives move."""
+
+    def __init__(self):
+        super().__init__()
+        self.bytes = {}
+
+    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+        name = function._schema.name.partition("::")
+        if name[0] == "c10d" and name[2] in WHOLE:
+            kind, whole = WHOLE[name[2]]
+            self.bytes[kind] = self.bytes.get(kind, 0) + arguments[whole].nbytes
+        return function(*arguments, **(keywords or {}))
+
+
+def on_three_ranks(ranks, precision):
+    torch.manual_seed(0)
+    for name, build in MODELS.items():
+        compute = plan.Compute.of(precision, "eager")
+        model = build()
+        model.register_parameter("unused", torch.nn.Parameter(torch.zeros(5, 7), requires_grad=False))
+        inputs = batch(model, 4)
+        found = plan.memory(model, "fsdp", ranks, compute)
+        expected = {c.name: c.bytes for c in plan.collectives(model, "fsdp", ranks, accumulate=2)}
+        sharding.shard([model], torch.device("cpu"))
+        optimizer = torch.optim.AdamW(p for p in model.parameters() if p.requires_grad)
+        with Counter() as counter:
+            for _ in range(2):
+                training_step(model, inputs, precision)
+        assert counter.bytes == expected, name
+        local = [p.to_local().untyped_storage().nbytes() for p in model.parameters() if isinstance(p, DTensor)]
+        assert sum(local) == found.parameters
+        if dist.get_rank() == 0:  # the states of AdamW have no padding; rank 0 has the largest shard
+            gradients = [p.grad.to_local() for p in model.parameters() if p.grad is not None]
+            assert sum(gradient.nbytes for gradient in gradients) == found.gradients
+            optimizer.step()
+            states = [value for state in optimizer.state.values() for value in state.values()]
+            local = [value.to_local() if isinstance(value, DTensor) else value for value in states]
+            assert sum(value.nbytes for value in local) == found.optimizer
+        optimizer.zero_grad(set_to_none=True)
+        measured = peak(lambda i=inputs, m=model: training_step(m, i, precision))
+        transient = found.at(4) - found.parameters - found.optimizer
+        assert 0.4 * transient <= measured <= transient, (name, measured, transient)
+
+        model, sent = build(), []
+        copied = sharding.copy_to_ranks(model, torch.device("cpu"))
+
+        def count(_, bucket, sent=sent):
+            sent.append(bucket.buffer().nbytes)
+            return dist.all_reduce(bucket.buffer(), async_op=True).get_future().then(lambda f: f.value()[0])
+
+        copied.register_comm_hook(None, count)
+        training_step(copied, inputs, precision)
+        (collective,) = plan.collectives(model, "ddp", ranks)
+        assert sum(sent) == collective.bytes == plan.memory(model, "ddp", ranks, compute).communication
+
+
+@pytest.mark.slow
+def test_shards_and_collectives_are_those_that_torch_makes():
+    run_on_ranks(3, on_three_ranks, 3, "bf16")
+
+
+def test_one_rank_exchanges_nothing_and_splits_nothing():
+    model = MODELS["class token"]()
+    assert plan.collectives(model, "fsdp", 1) == plan.collectives(model, "ddp", 1) == []
+    found = plan.memory(model, "fsdp", 1, plan.Compute())
+    assert found.parameters == found.gradients == 4 * sum(p.numel() for p in model.parameters())
+    assert found.communication == 0
+
+
+def test_the_largest_batch_fits_and_one_more_does_not():
+    model = MODELS["language"]()
+    found = plan.memory(model, "ddp", 4, plan.Compute(2, False))
+    most = found.largest_batch(1e8)
+    assert found.at(most) <= 1e8 < found.at(most + 1)
+    assert found.largest_batch(1) == 0
+
+
+def test_the_command_prints_a_prediction(capsys):
+    options = "plan --model crate_large --gpus 64 --parallel fsdp --batch 1024 --precision bf16"
+    assert cli.main(options.split()) == 0
+    said = capsys.readouterr().out
+    settings = plan.PlanOptions(model="crate_large", gpus=64, batch_size=1024)
+    found = plan.memory(settings.build(), "fsdp", 64, plan.Compute.of("bf16", "triton"))
+    assert said.startswith("PREDICTION from formulas, not a measurement: crate_large, 77,641,192 parameters")
+    assert f"sum                       {found.at(16) / 1e9:>10.3f}" in said
+    assert f"({found.largest_batch(72e9):,} a rank)" in said
+
+
+def scale_table():
+    """The table of docs/scale.md."""
+    lines = [
+        "| ranks | | texts a rank | parameters, gradients, AdamW | buffers | saved and working | sum | largest batch "
+        "of a rank in 80 GB | a rank sends |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for ranks in (8, 64, 256, 1024):
+        for parallel in ("ddp", "fsdp"):
+            settings = plan.PlanOptions(model="crate_gpt2_xl", gpus=ranks)
+            model, texts = settings.build(), settings.batch_size // ranks
+            found = plan.memory(model, parallel, ranks, plan.Compute.of("bf16", "triton"), checkpointing=True)
+            states = found.parameters + found.gradients + found.optimizer
+            sizes = [states, found.communication, found.saved.at(texts) + found.working.at(texts), found.at(texts)]
+            sent = sum(c.sent(ranks) for c in plan.collectives(model, parallel, ranks))
+            cells = [f"{size / 1e9:.2f} GB" for size in sizes] + [
+                f"{found.largest_batch(72e9)}",
+                f"{sent / 1e9:.2f} GB",
+            ]
+            lines.append(f"| {ranks:,} | `{parallel}` | {texts} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def test_the_table_of_the_guide_is_what_the_formulas_say():
+    assert scale_table() in (Path(__file__).parents[2] / "docs" / "scale.md").read_text()

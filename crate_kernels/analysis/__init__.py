@@ -1,4 +1,4 @@
-"""White-box measurement: the objective that CRATE's layers optimize, layer by layer, and what their attention finds."""
+"""Measurements of the objective that CRATE's layers optimize, layer by layer, and of what attention segments."""
 
 from .half_steps import HalfSteps as HalfSteps
 from .half_steps import half_steps as half_steps

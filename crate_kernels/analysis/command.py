@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 @dataclass
 class DataOptions:
-    """Which model, and which data to measure it on."""
+    """The options that name the model and the data."""
 
     model: str | None = option(
         None, "registered name of the model, for a public checkpoint that does not name it", choices=FACTORIES
@@ -85,7 +85,7 @@ def analyze(path: Path, settings: Settings) -> int:
 
 def measure(model: CrateModel, inputs: torch.Tensor, eps: float, lam: float) -> HalfSteps:
     """All samples, a few at a time so that memory does not grow with their number."""
-    # A masked autoencoder is measured on whole images: with hidden patches its tokens would be much alike.
+    # A masked autoencoder is measured on unmasked images, because mask tokens are nearly equal.
     keywords = {"mask_ratio": 0.0} if isinstance(model, CrateMAE) else {}
     total: HalfSteps | None = None
     for part in inputs.split(32):
@@ -96,7 +96,7 @@ def measure(model: CrateModel, inputs: torch.Tensor, eps: float, lam: float) -> 
 
 
 def table(measurement: HalfSteps) -> str:
-    """The figures a reader wants first: mean ± spread before the layer, after its first and after its second half."""
+    """A summary: mean ± spread before the layer, after its first half and after its second half."""
     columns = (("subspace_coding_rate", "R^c", 1), ("nonzero", "non-zero fraction", 3))
     headings = [f"{heading} before, between, after".rjust(50) for _, heading, _ in columns]
     lines = [f"{'layer':12}" + "".join(headings)]

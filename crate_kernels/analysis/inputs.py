@@ -1,4 +1,4 @@
-"""A checkpoint's model, and the real test data that its file names."""
+"""Real test data for the model of a checkpoint, as its file names them."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def real_inputs(
     root: str | None = None,
     text: str | None = None,
 ) -> tuple[Tensor, str]:
-    """Test samples as the model takes them, and a line that says what they are.
+    """Test samples as input of the model, and a line that describes them.
 
     Args:
         samples: how many images, or pieces of text.

@@ -51,7 +51,8 @@ def sparsity(z: Tensor) -> Tensor:
 
 
 def effective_rank(z: Tensor) -> Tensor:
-    """How many directions the tokens really use: ``exp(−Σ pᵢ ln pᵢ)`` with ``pᵢ = σᵢ / Σσ`` over singular values.
+    """The effective number of directions of the tokens: ``exp(−Σ pᵢ ln pᵢ)`` with ``pᵢ = σᵢ / Σσ`` over singular
+    values.
 
     From 1 (all tokens are multiples of one) to min(N, d) (all singular values equal); 1 for tokens that are all zero.
     Defined in "The effective rank: a measure of effective dimensionality" (Roy and Vetterli, EUSIPCO 2007).
@@ -71,7 +72,7 @@ def effective_rank(z: Tensor) -> Tensor:
 
 
 def subspace_coherence(weight: Tensor, heads: int) -> Tensor:
-    """How far every two heads' subspaces overlap: ``‖Q_jᵀ Q_k‖²_F / p``, ``Q_k`` an orthonormal basis of head k.
+    """The overlap of the subspaces of every two heads: ``‖Q_jᵀ Q_k‖²_F / p``, ``Q_k`` an orthonormal basis of head k.
 
     The mean squared cosine of the principal angles: 0 for orthogonal subspaces (what sparse rate reduction assumes),
     1 for equal ones, about p/d for random ones.

@@ -1,4 +1,4 @@
-"""Pictures of what was measured. Needs matplotlib."""
+"""Plots of the measurements. Needs matplotlib."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .half_steps import POINTS, HalfSteps
 from .layerwise import Layerwise
 
 COLORS = ("#4477aa", "#cc6677", "#228833")
-"""Of the three points of a layer; told apart by color-blind readers, too."""
+"""Of the three points of a layer. Color-blind readers can distinguish them."""
 
 
 def plot_layerwise(measurement: Layerwise, path: str | os.PathLike, title: str | None = None) -> Path:

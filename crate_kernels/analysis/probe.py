@@ -14,7 +14,7 @@ from .layerwise import Layerwise, layerwise
 
 
 class LayerwiseProbe:
-    """Measure R^c and sparsity of every layer now and then during training, on the first samples of the batch.
+    """Measure R^c and sparsity of every layer at intervals during training, on the first samples of the batch.
 
     ::
 
@@ -42,7 +42,8 @@ class LayerwiseProbe:
         self._resumed = bool(self.records)
 
     def step(self, step: int, model: nn.Module, batch: Tensor, **keywords) -> Layerwise | None:
-        """Measure ``model(batch[:samples], **keywords)`` if it is time to, without gradient and in evaluation mode.
+        """Measure ``model(batch[:samples], **keywords)`` if a measurement is due, without gradient and in evaluation
+        mode.
 
         Args:
             step: number of the training step.
@@ -70,11 +71,11 @@ class LayerwiseProbe:
         return measurement
 
     def values(self, name: str) -> Tensor:
-        """``"coding_rate_mean"`` and its like over time: ``(measurements, layers)``."""
+        """``"coding_rate_mean"`` or another key of the summary over time: ``(measurements, layers)``."""
         return torch.tensor([record[name] for record in self.records])
 
     def plot(self, path: str | os.PathLike, title: str | None = None) -> Path:
-        """Draw how the layer-wise curves moved during training. Needs matplotlib."""
+        """Plot the layer-wise curves of all measurements. Needs matplotlib."""
         from .plots import plot_training
 
         return plot_training(self.records, path, title)

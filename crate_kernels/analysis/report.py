@@ -144,7 +144,7 @@ def build(folder: Path, model: CrateModel, metadata: dict, inputs: Tensor | None
 
 
 def headline(model: CrateModel, metadata: dict, summary: dict) -> str:
-    """The few figures that a reader looks for first."""
+    """The most important numbers of the run."""
     found = {"parameters": f"{sum(p.numel() for p in model.parameters()):,}"}
     accuracy = summary.get("test_accuracy", metadata.get("test_accuracy"))
     if accuracy is not None:
@@ -160,7 +160,7 @@ def headline(model: CrateModel, metadata: dict, summary: dict) -> str:
 
 
 def speed_table(speed: dict) -> str:
-    """Images per second of this run's backend and of the literal equations."""
+    """Images per second of the run's backend and of the reference equations."""
     lines = ["<table><tr><th></th><th>images/s</th><th>reference backend</th><th>times as fast</th></tr>"]
     for precision, kinds in speed.items():
         for what, rate in kinds.items():

@@ -1,4 +1,4 @@
-"""``crate-kernels segment``: what a vision CRATE separates in images, as masks and pictures to look at."""
+"""``crate-kernels segment``: segment images by the attention of a vision CRATE; writes masks and pictures."""
 
 from __future__ import annotations
 

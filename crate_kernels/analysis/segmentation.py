@@ -1,7 +1,7 @@
-"""Masks out of attention: what a vision model separates without ever having seen a mask.
+"""Masks from attention maps of a vision model that was trained without masks.
 
-All functions work on plain tensors, so that they serve any transformer; :func:`class_attention` and :func:`keys` read
-them out of this package's vision models.
+All functions work on plain tensors, so they can be used with any transformer. :func:`class_attention` and :func:`keys`
+get the tensors from the vision models of this package.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ def object_masks(
     MaskCut of "Cut and Learn for Unsupervised Object Detection and Instance Segmentation" (arXiv 2301.11320, section
     3.1): patches whose features have a cosine of at least ``threshold`` belong together; of the two sides of a cut
     the object is the one with the eigenvector's largest entry, or the other if that one holds three or more of the
-    image's corners; of the object only the connected part around its strongest patch is kept.
+    image's corners; the mask is the connected part of the object around its strongest patch.
 
     Args:
         features: ``(N, d)``, of the patches row by row, N = rows·columns.

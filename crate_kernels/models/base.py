@@ -1,4 +1,4 @@
-"""What every model of the family shares: its configuration, and weights that go in and out in either layout."""
+"""Base class of all models: the configuration, and loading and saving of weights in either layout."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from . import checkpoint
 
 
 def _plain(value):
-    """An argument as JSON can hold it: NumPy's numbers become Python's."""
+    """An argument that JSON can store: NumPy's numbers become Python's."""
     if isinstance(value, tuple | list):
         return type(value)(map(_plain, value))
     return value.item() if hasattr(value, "item") else value
@@ -56,10 +56,12 @@ class CrateModel(nn.Module):
                 module.residual_dtype = dtype
 
     def load_state_dict(self, state_dict: Mapping[str, Tensor], strict: bool = True, assign: bool = False):
-        """As :meth:`torch.nn.Module.load_state_dict`, and takes the family's public layout and wrapper prefixes too.
+        """As :meth:`torch.nn.Module.load_state_dict`; also accepts the public layout of the family and wrapper
+        prefixes.
 
         Raises:
-            CheckpointError: (a RuntimeError) keys or shapes differ; the message names them as the state does.
+            CheckpointError: (a RuntimeError) keys or shapes differ; the message names them in the layout of
+            ``state_dict``.
         """
         native = checkpoint.to_native(state_dict, self, self.layout, strict)
         return super().load_state_dict(native, strict=strict, assign=assign)
@@ -74,7 +76,8 @@ class CrateModel(nn.Module):
         return self
 
     def save(self, path: str | os.PathLike, **metadata) -> None:
-        """Write the weights as safetensors, atomically, with what :func:`crate_kernels.models.load_model` needs."""
+        """Write the weights as safetensors, atomically, with the metadata for
+        :func:`crate_kernels.models.load_model`."""
         header = {"model": type(self).__name__, "config": self.config, **metadata}
         checkpoint.write(path, self.state_dict(), header)
 
@@ -85,5 +88,5 @@ class CrateModel(nn.Module):
         return checkpoint.to_public(self, self.layout)
 
     def prepare_for_inference(self) -> Self:
-        """Evaluation mode with kept folded matrices, see :func:`crate_kernels.nn.prepare_for_inference`."""
+        """Evaluation mode with cached folded matrices, see :func:`crate_kernels.nn.prepare_for_inference`."""
         return prepare_for_inference(self)

@@ -49,7 +49,7 @@ class MaskedLanguageHead(nn.Module):
 
 
 class CrateBert(CrateModel):
-    """Bidirectional CRATE with a head that names masked tokens or, given ``num_classes``, one that classifies.
+    """Bidirectional CRATE with a head that predicts masked tokens or, given ``num_classes``, one that classifies.
 
     Token, position and type embeddings are added, normalized (eps 1e-12) and dropped out; the layers are those of
     :class:`crate_kernels.nn.CrateBlock` (eps 1e-5), their output projections without bias. With the masked-language
@@ -57,8 +57,8 @@ class CrateBert(CrateModel):
 
     Args:
         vocab_size, max_length, token_types: sizes of the three embeddings.
-        dim, depth, heads, dropout: of the layers. Dropout in them takes the attention off the fused route in training.
-        emb_dropout: dropout after the embeddings.
+        dim, depth, heads, dropout: of the layers. With dropout in the layers, attention runs as plain modules in
+        training. emb_dropout: dropout after the embeddings.
         num_classes: 0 for the masked-language head, None for none; otherwise the first token is pooled (linear, tanh)
             and classified.
         residual_dtype: see :attr:`CrateModel.residual_dtype`.
@@ -179,14 +179,14 @@ class CrateBert(CrateModel):
         token_types: Tensor | None = None,
         targets: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """Name the masked tokens, or the class of the text.
+        """Predict the masked tokens, or the class of the text.
 
         Args:
             idx: ``(B, N)`` int32 or int64, N at most ``max_length``.
-            lengths: ``(B,)`` int32 or int64 in 1..N, the tokens of each text; those beyond are padding that no token
-                sees. All N if None.
+            lengths: ``(B,)`` int32 or int64 in 1..N, the tokens of each text; those behind are padding and
+                masked. All N if None.
             token_types: ``(B, N)``, which of two texts a token belongs to; 0 if None.
-            targets: ``(B, N)`` int64, the true tokens where one is asked for and -1 elsewhere; or classes ``(B,)``.
+            targets: ``(B, N)`` int64, the true tokens to be predicted and -1 elsewhere; or classes ``(B,)``.
 
         Returns:
             Logits ``(B, N, vocab_size)``, or ``(B, num_classes)``; and their mean cross-entropy, None without targets.
@@ -209,14 +209,14 @@ def mask_tokens(
     word_starts: Tensor | None = None,
     generator: torch.Generator | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Hide tokens for a model to find: the task of BERT (arXiv 1810.04805, section 3.1).
+    """Mask tokens that a model is to predict: the task of BERT (arXiv 1810.04805, section 3.1).
 
     Of the chosen tokens, 80 % become ``mask_token``, 10 % a random one, 10 % stay. Every text has at least one chosen.
 
     Args:
         tokens: ``(B, N)`` int64.
         lengths: ``(B,)``, the tokens of each text; all if None.
-        mask_token: stands for what is hidden.
+        mask_token: replaces masked tokens.
         vocab_size: random tokens are below it.
         share: of the tokens (or words) that are chosen.
         protected: tokens never chosen, such as the one that starts a text.

@@ -1,6 +1,6 @@
-"""Weights in files: safetensors as the native format, and the public layouts of other code as they are.
+"""Weights in files: safetensors as the native format, and the layouts of public checkpoints.
 
-A layout is a table from public key prefixes to the names used here; ``{i}`` stands for a layer's number.
+A layout is a table from public key prefixes to the names used here; ``{i}`` stands for the number of a layer.
 
 Reading a file never runs code from it. torch rebuilds tensors and plain containers. Every other object in the file,
 such as the command-line arguments that a trainer saved beside the weights, becomes an empty :class:`Skipped`.
@@ -33,7 +33,7 @@ WRAPPERS = ("state_dict", "model", "model_state_dict", "teacher", "student", "ch
 """
 
 PREFIXES = ("module.", "_orig_mod.")
-"""What DistributedDataParallel and torch.compile put before every key."""
+"""The prefixes that DistributedDataParallel and torch.compile put before every key."""
 
 METADATA_KEY = "crate_kernels"
 
@@ -43,13 +43,13 @@ class CheckpointError(RuntimeError):
 
 
 class KeyMap:
-    """A public layout's names for our names, both ways.
+    """The mapping between the names of a public layout and our names, in both directions.
 
     Args:
         table: public prefix -> our prefix. A prefix stands for itself and for everything below it (``prefix.weight``).
-        ignored: patterns of public keys that carry nothing (mask buffers, unused tables) and are dropped when read.
+        ignored: patterns of public keys without information (mask buffers, unused tables), dropped when read.
         transposed: patterns of public keys whose matrices are the transposes of ours.
-        tied: public key -> the public key whose tensor it repeats; read from either, written under both.
+        tied: public key -> the public key with the same tensor; read from either, written under both.
     """
 
     def __init__(
@@ -79,15 +79,15 @@ class KeyMap:
         return any(pattern.fullmatch(key) for pattern in self._ignored)
 
     def oriented(self, key: str, value: Tensor) -> Tensor:
-        """The tensor of a public key as the other layout holds it: its transpose, a view, where the layouts differ."""
+        """The tensor of a public key in the other layout: its transpose (a view) where the layouts differ."""
         return value.T if any(pattern.fullmatch(key) for pattern in self._transposed) else value
 
     def tie(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """A public state with the repeated keys added; those of which ``state`` lacks the original are left out."""
+        """A public state dictionary with the tied keys added, where ``state`` has the original."""
         return {**state, **{key: state[original] for key, original in self._tied.items() if original in state}}
 
     def untie(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """A public state without the repeated keys, or an error where one does not repeat its original."""
+        """A public state dictionary without the tied keys, or an error if one differs from its original."""
         state = dict(state)
         for key, original in self._tied.items():
             if key in state:
@@ -118,13 +118,13 @@ def _translate(key: str, table) -> str | None:
 
 
 def read_metadata(path: str | os.PathLike) -> dict:
-    """What a safetensors file that :func:`write` wrote says of its model; empty for other safetensors files."""
+    """The metadata that :func:`write` wrote into a safetensors file; empty for other safetensors files."""
     with safetensors.safe_open(path, framework="pt") as file:
         return json.loads((file.metadata() or {}).get(METADATA_KEY, "{}"))
 
 
 class Skipped:
-    """Stands for an object of a file that is neither a tensor nor a plain container. It holds nothing and does nothing.
+    """Placeholder for an object of a file that is neither a tensor nor a plain container. It has no content.
 
     torch's unpickler calls it in place of the object's class or function, which is never imported.
     """
@@ -140,14 +140,14 @@ class Skipped:
 
 
 class SkippedMapping(Skipped):
-    """Stands for an object of a subclass of ``dict``: its items are read, into an ordinary dictionary."""
+    """Placeholder for an object of a subclass of ``dict``. Its items are read into an ordinary dictionary."""
 
     def __new__(cls, *arguments, **options):
         return OrderedDict()  # the one kind that torch's unpickler gives both items and attributes
 
 
 def read(path: str | os.PathLike) -> tuple[dict[str, Tensor], dict]:
-    """The weights in a file, unwrapped, and what its metadata says of the model (empty for foreign files).
+    """The weights in a file, unwrapped, and the metadata about the model (empty for files of other programs).
 
     Objects other than tensors and plain containers are skipped without being imported, unless the caller has given
     their classes to :func:`torch.serialization.add_safe_globals`.
@@ -170,8 +170,8 @@ def read(path: str | os.PathLike) -> tuple[dict[str, Tensor], dict]:
 
 
 def _unpickle(path: Path):
-    """The object in a file of torch.save, every unknown class in it replaced by a :class:`Skipped`."""
-    # torch prefers its own reading of the names that it knows. Those that the user has allowed are left to the user.
+    """The object in a file of torch.save. Every unknown class in it is replaced by :class:`Skipped`."""
+    # torch handles the names that it knows. Classes that the user has allowed are left to the user.
     names = _pickled_names(path) - {_full_name(item) for item in torch.serialization.get_safe_globals()}
     mappings = {"collections.defaultdict"}
     while True:
@@ -182,7 +182,7 @@ def _unpickle(path: Path):
             with torch.serialization.safe_globals(stand_ins):
                 return torch.load(path, map_location="cpu", weights_only=True)
         except pickle.UnpicklingError as error:
-            # That a class is a mapping shows only when the file puts items in it.
+            # Only when the file puts items into it does it show that a class is a mapping.
             found = re.search(r"Can only SETITEMS? for .* got <class '([^']+)'>", str(error))
             if found is None or found[1] in mappings or found[1] not in names:
                 raise
@@ -199,7 +199,7 @@ def _full_name(item) -> str:
 
 
 def _pickled_names(path: Path) -> set[str]:
-    """The classes and functions that a file of torch.save names, read off the pickle without running it."""
+    """The classes and functions that a file of torch.save names, read from the pickle without executing it."""
     try:
         with open(path, "rb") as file:
             if not zipfile.is_zipfile(file):
@@ -221,7 +221,7 @@ def _globals(source) -> set[str]:
 
 
 def _refusal(path: Path, error: Exception) -> str:
-    """Why a file cannot be read, to follow its name. torch's own advice, to unpickle it with code, is left out."""
+    """Why a file cannot be read, to follow its name. torch's advice to unpickle with code is left out."""
     text = re.sub(r"\x1b\[\d*m", "", str(error)).strip()
     if "TorchScript" in text:
         return "is a TorchScript archive: load it with torch.jit.load and save its state_dict()"
@@ -244,7 +244,7 @@ def _refusal(path: Path, error: Exception) -> str:
 def unwrap(content, source: str = "checkpoint") -> dict[str, Tensor]:
     """The state dict inside a training checkpoint, without the prefixes of wrapper modules.
 
-    Of a network with keys ``backbone.…`` and ``head.…``, as DINO's trainer saves, it is the backbone's.
+    If the keys are ``backbone.…`` and ``head.…``, as in files of DINO's trainer, only the backbone is returned.
 
     Raises:
         CheckpointError: there is none; the message says what ``content`` holds instead.
@@ -286,7 +286,7 @@ def strip_prefixes(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def write(path: str | os.PathLike, state: Mapping[str, Tensor], metadata: Mapping) -> None:
-    """Write weights as safetensors, atomically: the file is complete or not there, also when power fails.
+    """Write weights as safetensors, atomically: the file is complete or missing, even after a power failure.
 
     Raises:
         CheckpointError: the weights are split over ranks.
@@ -304,7 +304,7 @@ def write(path: str | os.PathLike, state: Mapping[str, Tensor], metadata: Mappin
 
 @contextlib.contextmanager
 def naming(path: str | os.PathLike) -> Iterator[None]:
-    """Let an error of the disk in the block, such as a full one, say which file it was about."""
+    """Add the file's name to disk errors in the block, such as a full disk."""
     try:
         yield
     except OSError as error:
@@ -314,7 +314,7 @@ def naming(path: str | os.PathLike) -> Iterator[None]:
 
 
 def write_atomically(path: str | os.PathLike, payload: bytes | Callable[[BinaryIO], object]) -> None:
-    """Replace a file's content in one step: written beside it, flushed to disk, renamed.
+    """Replace a file's content atomically: write another file, flush it to disk, rename it.
 
     ``payload`` is the content, or a function that writes it to the file it is given.
     """
@@ -332,9 +332,9 @@ def write_atomically(path: str | os.PathLike, payload: bytes | Callable[[BinaryI
 
 
 def to_native(state: Mapping[str, Tensor], model: nn.Module, layout: KeyMap | None, strict: bool) -> dict[str, Tensor]:
-    """``state`` under our names, whatever layout it came in, after checking that it fits ``model``.
+    """``state``, of either layout, under our names, after a check that it fits ``model``.
 
-    The differences are reported in the names of the layout that the state came in.
+    Differences are reported in the names of the layout of ``state``.
     """
     state = strip_prefixes(state)
     wanted = model.state_dict()

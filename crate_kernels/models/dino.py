@@ -1,4 +1,4 @@
-"""CRATE-DINO: a vision backbone that teaches itself (DINO, arXiv 2104.14294; SimDINO, arXiv 2502.10385).
+"""CRATE-DINO: a vision backbone trained by self-distillation (DINO, arXiv 2104.14294; SimDINO, arXiv 2502.10385).
 
 The networks are here; the losses and the multi-crop views are in :mod:`crate_kernels.training.dino`.
 """
@@ -37,7 +37,7 @@ class ProjectionHead(nn.Module):
         self.prototypes = nn.Parameter(torch.randn(prototypes, bottleneck)) if prototypes else None
 
     def forward(self, x: Tensor) -> Tensor:
-        # A vector of half precision must not be normalized with a float32 eps below its smallest number.
+        # In half precision the eps of normalize would be below the smallest number.
         x = normalize(self.layers(x).float() if x.dtype in (torch.float16, torch.bfloat16) else self.layers(x), dim=-1)
         return x if self.prototypes is None else linear(x, normalize(self.prototypes, dim=-1).to(x.dtype))
 
@@ -62,7 +62,7 @@ class Branch(nn.Module):
 
 
 class CrateDINO(CrateModel):
-    """Self-distillation: the student learns to say of every view what the teacher says of the global ones.
+    """Self-distillation: from every view the student predicts the output of the teacher for the global views.
 
     The teacher is a moving average of the student and gets no gradient. ``prototypes = 0`` is SimDINO: the heads end
     in unit vectors, and a coding-rate term replaces centering and sharpening.
@@ -93,7 +93,7 @@ class CrateDINO(CrateModel):
 
     @property
     def backbone(self) -> CRATE:
-        """The teacher's backbone: what remains of the training."""
+        """The backbone of the teacher, the result of the training."""
         return self.teacher.backbone
 
     def forward(self, images: Tensor) -> Tensor:
@@ -102,7 +102,7 @@ class CrateDINO(CrateModel):
 
     @torch.no_grad()
     def teach(self, views: Sequence[Tensor]) -> Tensor:
-        """The teacher's answers to ``views``, without gradient: ``(V, B, K)``."""
+        """The output of the teacher for ``views``, without gradient: ``(V, B, K)``."""
         return self.teacher(views)
 
     @torch.no_grad()

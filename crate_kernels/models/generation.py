@@ -1,4 +1,4 @@
-"""Text generation: the one-tensor cache, sampling, and the loop that joins them."""
+"""Text generation: the one-tensor cache, sampling, and the generation loop."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ if TYPE_CHECKING:
     from .tokenizers import Tokenizer
 
 NOTHING = -1
-"""What :func:`stream` gives in place of a token for a sequence that has already ended."""
+"""The value that :func:`stream` yields for a sequence that has already ended."""
 
 
 class ProjectionCache:
-    """The projected tokens ``w`` of every layer: all that causal subspace attention needs to remember.
+    """The projected tokens ``w`` of every layer, the only state of causal subspace attention.
 
     A key-value cache of the same model is twice as large, since CRATE's query, key and value are one tensor.
 
@@ -41,7 +41,7 @@ class ProjectionCache:
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
     ):
-        # Zeros, not garbage: places that no query sees still meet a zero weight, and zero times NaN is NaN.
+        # Zeros, because masked places are multiplied by a zero weight, and zero times NaN is NaN.
         self.w = torch.zeros(layers, batch, capacity, heads, width, dtype=dtype, device=device)
         self.lengths = torch.zeros(batch, dtype=torch.int64, device=device)
         self.longest = 0
@@ -56,28 +56,28 @@ class ProjectionCache:
         return self.w.nbytes
 
     def reorder_cache(self, rows: Tensor) -> None:
-        """Keep the sequences ``rows (B,)`` in that order, repeated or left out: what a beam search does."""
+        """Keep the sequences ``rows (B,)`` in that order, repeated or left out, as a beam search needs."""
         self.w = self.w.index_select(1, rows)
         self.lengths = self.lengths.index_select(0, rows)
 
     def begin(self, new: int) -> Tensor:
-        """Announce ``new`` tokens more of each sequence -> their places ``(B, new)``, from ``lengths`` on."""
+        """Reserve places for ``new`` more tokens of each sequence -> the places ``(B, new)``, from ``lengths`` on."""
         self.longest += new
         return self.lengths[:, None] + torch.arange(new, device=self.lengths.device)
 
     def write(self, layer: int, w: Tensor, places: Tensor) -> Tensor:
-        """Put ``w (B, M, H, p)`` in its ``places (B, M)``, without its gradient; -> that layer's tokens
+        """Store ``w (B, M, H, p)`` at its ``places (B, M)``, without its gradient; -> the tokens of that layer
         ``(B, N, H, p)``, N just enough for the longest sequence."""
         rows = torch.arange(len(places), device=places.device)[:, None]
         self.w[layer].index_put_((rows, places), w.detach().to(self.w.dtype))
         return self.w[layer, :, : self.longest]
 
     def end(self, lengths: Tensor) -> None:
-        """Count ``lengths (B,)`` of the announced tokens as held, those at the front; the others were padding."""
+        """Keep the first ``lengths (B,)`` of the new tokens; the others are padding."""
         self.lengths += lengths
 
     def reserve(self, tokens: int, most: int) -> None:
-        """Make room for ``tokens`` of each sequence: at least twice the room so far, at most for ``most``."""
+        """Enlarge the buffer for ``tokens`` of each sequence: at least to twice its size, at most to ``most``."""
         if tokens > self.capacity:
             more = min(max(tokens, 2 * self.capacity), most) - self.capacity
             self.w = torch.nn.functional.pad(self.w, (0, 0, 0, 0, 0, more))
@@ -88,10 +88,10 @@ class ProjectionCache:
 
 
 class CausalModel(Protocol):
-    """What generation asks of a language model; :class:`~crate_kernels.models.CrateGPT` has it."""
+    """The interface of a language model for generation; :class:`~crate_kernels.models.CrateGPT` has it."""
 
     block_size: int
-    """Most tokens that the model sees at once."""
+    """Longest sequence of the model."""
     token_embedding: torch.nn.Embedding
 
     def new_cache(self, batch: int, capacity: int | None = None) -> ProjectionCache: ...
@@ -110,9 +110,9 @@ def sample(
     """Choose a token for each row of ``logits (B, V)`` -> ``(B,)`` int64.
 
     Args:
-        temperature: divides the logits; 0 takes the likeliest token.
-        top_k: only the k likeliest tokens.
-        top_p: only the likeliest tokens that together reach this probability; at least one.
+        temperature: divides the logits; 0 chooses the most likely token.
+        top_k: only the k most likely tokens.
+        top_p: only the most likely tokens that together reach this probability; at least one.
         uniform: ``(B,)`` numbers in [0, 1) that decide; drawn from torch's generator if None.
     """
     if temperature < 0:
@@ -124,7 +124,7 @@ def sample(
     if temperature == 0 or top_k == 1:
         return logits.argmax(-1)
     probabilities, tokens = (logits.float() / temperature).softmax(-1).sort(-1, descending=True)
-    # In this order either filter keeps a prefix, and drawing is looking up a number in the running sum.
+    # In this order either filter keeps a prefix, and a token is found in the cumulative sum.
     if top_k is not None:
         probabilities = probabilities[:, :top_k]
         probabilities = probabilities / probabilities.sum(-1, keepdim=True)
@@ -134,7 +134,7 @@ def sample(
     total = reached.amax(-1)
     if uniform is None:
         uniform = torch.rand(len(logits), device=logits.device)
-    # Rounding could put the number at the total itself, past the last kept token.
+    # Through rounding the number could equal the total, which is past the last token.
     below = torch.minimum(uniform.to(total) * total, total * (1 - 1e-6))
     chosen = ((reached <= below[:, None]) & (reached > 0)).sum(-1)
     return tokens.gather(1, chosen[:, None])[:, 0]
@@ -152,11 +152,11 @@ def stream(
     seed: int | Sequence[int] | None = None,
     stop_token: int | None = None,
 ) -> Iterator[Tensor]:
-    """Continue prompts, one token of each at a time.
+    """Continue prompts, one token per sequence at a time.
 
-    Each sequence has its own random numbers and sees only itself, so its continuation does not depend on the batch
-    it stands in. Dropout is not applied. Past the model's ``block_size`` the oldest tokens fall out of sight; positions
-    then shift at every token and nothing can be reused, so each costs a pass over the whole window.
+    Each sequence has its own random numbers, so its continuation does not depend on the batch. Dropout is not applied.
+    Beyond the model's ``block_size`` the oldest tokens are dropped. Then positions shift with every token and the cache
+    cannot be used, so each token costs a pass over the whole window.
 
     Args:
         model: the language model.
@@ -191,7 +191,7 @@ def stream(
             logits = model.step(tokens.gather(1, lengths[:, None] - 1), cache)
         uniform = torch.stack([torch.rand((), generator=g) for g in generators]).to(device)
         chosen = sample(logits, temperature=temperature, top_k=top_k, top_p=top_p, uniform=uniform)
-        # Sequences that have ended go through the same steps, unseen: a batch keeps one shape.
+        # Sequences that have ended stay in the batch, so that it keeps its shape.
         tokens.scatter_(1, lengths[:, None], chosen[:, None])
         lengths, longest = lengths + 1, longest + 1
         yield chosen.masked_fill(ended, NOTHING)
@@ -207,8 +207,8 @@ def generate(
     """Continue prompts; arguments as for :func:`stream`.
 
     Returns:
-        ``(B, N + new)`` for prompts ``(B, N)``, rows that ended early filled up with ``stop_token``; for a sequence of
-        prompts a list of 1-D tensors, each the prompt and its continuation up to and with ``stop_token``.
+        ``(B, N + new)`` for prompts ``(B, N)``, where rows that ended early are padded with ``stop_token``. For a
+        sequence of prompts a list of 1-D tensors: prompt and continuation, including ``stop_token``.
     """
     new = list(stream(model, prompts, max_new_tokens, **options))
     device = model.token_embedding.weight.device
@@ -223,9 +223,9 @@ def generate(
 
 
 def stream_text(model: CausalModel, tokenizer: Tokenizer, prompt: str, max_new_tokens: int, **options) -> Iterator[str]:
-    """Continue one text: yields its pieces as they come, characters whole; options as for :func:`stream`.
+    """Continue one text: yields pieces of complete characters; options as for :func:`stream`.
 
-    The end-of-text token stands before an empty prompt, and ends the text unless ``stop_token`` says otherwise.
+    An empty prompt is replaced by the end-of-text token. This token ends the text, unless ``stop_token`` is another.
     """
     options.setdefault("stop_token", tokenizer.end_of_text)
     decoder = codecs.getincrementaldecoder("utf-8")("replace")

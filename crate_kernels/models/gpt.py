@@ -19,7 +19,7 @@ from .base import CrateModel
 from .checkpoint import KeyMap
 
 IGNORED_TARGET = -1
-"""Targets of this value count for nothing in a language model's loss."""
+"""The loss of a language model ignores targets of this value."""
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""Text to tokens: bytes as they are, or GPT-2's byte-pair encoding."""
+"""Tokenizers: bytes, or GPT-2's byte-pair encoding."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+
 
 
 class Tokenizer(Protocol):
-    """What the language models' tools need of a tokenizer."""
+    """The interface of a tokenizer."""
 
     name: str
     vocab_size: int
     end_of_text: int
 
     def encode(self, text: str) -> list[int]:
-        """The tokens of a text. Text that spells a special token is text."""
+        """The tokens of a text. The name of a special token in the text is ordinary text."""
 
     def encode_array(self, text: str) -> np.ndarray:
-        """The same as integers in an array, for much text."""
+        """The same as an integer array, for long texts."""
 
     def to_bytes(self, tokens: Sequence[int]) -> bytes:
         """The UTF-8 bytes of tokens; they may end within a character."""
@@ -43,7 +43,7 @@ class Tokenizer(Protocol):
 
 
 class ByteTokenizer:
-    """256 bytes and an end-of-text token. Needs nothing, knows every language, and makes long sequences."""
+    """256 bytes and an end-of-text token. Works for every language without further files; sequences are long."""
 
     name = "bytes"
     vocab_size = 257
@@ -58,7 +58,7 @@ class ByteTokenizer:
         return np.frombuffer(text.encode(), np.uint8)
 
     def to_bytes(self, tokens: Sequence[int]) -> bytes:
-        # Ids past the alphabet (end of text, and a vocabulary rounded up) stand for no bytes.
+        # Ids above 255 (end of text, and those of a rounded-up vocabulary) stand for no bytes.
         return bytes(token for token in tokens if token < 256)
 
     def decode(self, tokens: Sequence[int]) -> str:
@@ -138,7 +138,7 @@ def read_gpt2_ranks(path: str | os.PathLike | None = None) -> dict[bytes, int]:
 def word_starts(tokenizer: Tokenizer) -> Tensor:
     """Which tokens begin a word: ``(vocab_size,)`` bool. All others continue the word before them.
 
-    A word is what whole-word masking hides at once: letters, digits and apostrophes, with the space before them.
+    Whole-word masking masks such words: letters, digits and apostrophes, with the space before them.
     """
     continues = b"'_" + bytes(range(128, 256))
     first = (tokenizer.to_bytes([token])[:1] for token in range(tokenizer.vocab_size))

@@ -28,7 +28,7 @@ class CrateMAE(VisionModel):
         in_chans: channels of the images.
         embed_dim, depth, num_heads: of the encoder.
         decoder_embed_dim, decoder_depth, decoder_num_heads: of the decoder; it shares the encoder's width.
-        norm_pix_loss: predict each patch standardised by its own mean and variance.
+        norm_pix_loss: predict each patch standardized by its own mean and variance.
         lambd: sparsity weight of the ISTA steps.
         residual_dtype: of the encoder, see :attr:`CrateModel.residual_dtype`. A decoder layer begins with a product, so
             autocast makes its stream narrow in any case, as in the public code.
@@ -183,7 +183,7 @@ class CrateMAE(VisionModel):
         return (rank >= int(rows * columns * (1 - mask_ratio))).to(images.dtype)
 
     def target(self, images: Tensor) -> Tensor:
-        """The patches ``(B, N, patch height·patch width·C)`` to predict, standardised under ``norm_pix_loss``."""
+        """The patches ``(B, N, patch height·patch width·C)`` to predict, standardized under ``norm_pix_loss``."""
         patches = self.patch_embedding.flatten(images)
         if self.norm_pix_loss:
             mean, deviation = _patch_statistics(patches)

@@ -25,6 +25,7 @@ COMMANDS = {
     "report": ("crate_kernels.analysis.report", "write one run as a single HTML file"),
     "plan": ("crate_kernels.distributed.plan", "predict the memory and communication of a run on many GPUs"),
     "bench": ("crate_kernels.bench.command", "measure operators and models, compare and report results"),
+    "selftest": ("crate_kernels.selftest", "test every kernel on the device at hand"),
     "info": ("crate_kernels.collect_env", "print versions, devices and why each backend can or cannot run"),
 }
 """Subcommand -> the module that offers ``add_arguments(parser)`` and ``run(args)``, and one line of help."""

@@ -9,9 +9,9 @@ import pytest
 ROOT = Path(__file__).parents[1] / "crate_kernels"
 
 LAYERS = (
-    {"version", "agreement", "timing", "options", "terminal"},
+    {"version", "agreement", "timing", "options", "terminal", "user_cache"},
     {"ops"},
-    {"nn"},
+    {"nn", "selftest"},
     {"data", "distributed", "models", "fusion", "runs"},
     {"training", "analysis", "bench", "collect_env"},
     {"cli", "__main__"},

@@ -57,7 +57,17 @@ def test_the_full_size_builds_with_the_parameters_that_the_file_says(name):
     assert f"| {recipe.parameters:,} |" in row
 
 
-@RECIPES
+def smoke_forms():
+    """One recipe of each smoke form: recipes for several sizes of a model differ only in the full size."""
+    forms = {}
+    for name in recipes.names():
+        command = recipes.read(name).command
+        options = recipes.options(name, command, TRAINERS[command].options, smoke=True)
+        forms.setdefault((command, repr(sorted(options.items()))), name)
+    return list(forms.values())
+
+
+@pytest.mark.parametrize("name", smoke_forms())
 def test_the_smoke_form_learns_on_real_data(name, tmp_path):
     recipe = recipes.read(name)
     command = [recipe.command, "--recipe", name, "--smoke", "--output", str(tmp_path), "--workers", "0"]

@@ -1,4 +1,4 @@
-"""How well attention segments, scored: ``python -m crate_kernels.analysis.segmentation_score``.
+"""Scores of the segmentation by attention: ``python -m crate_kernels.analysis.segmentation_score``.
 
 Cut-outs whose alpha channel is an exact mask are pasted on real photos. Two models of equal size, a CRATE and timm's
 ViT, learn to tell *which* cut-out they see; masks are never shown. Then the class token's attention and normalized cuts
@@ -247,7 +247,7 @@ def score(model: nn.Module, validation: tuple, test: tuple) -> dict[str, dict]:
 
 
 def bounds(test: tuple, patch: int) -> dict[str, float]:
-    """What no model needs: everything as object; a disc in the middle; and the truth itself rounded to patches."""
+    """Baselines without a model: the whole image, a disc in the middle, and the true masks rounded to patches."""
     truth = test[2]
     size = truth.shape[-1]
     rows = torch.arange(size) - (size - 1) / 2

@@ -1,1 +1,2 @@
-"""Measurements of the operators and models: gated by correctness, interleaved, written as JSON, rendered as tables."""
+"""Measurements of the operators and models: checked for correctness, interleaved, written as JSON, rendered as
+tables."""

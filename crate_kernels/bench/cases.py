@@ -1,4 +1,4 @@
-"""What is measured at the level of operators: the shapes of every model family, and who competes on them."""
+"""The cases of the operator suite: the shapes of every model family, and the implementations for them."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SDPA = {
 }
 COMPILED = "reference compiled"
 SLICE_ELEMENTS = 1 << 28
-"""Most attention scores the float64 oracle holds; larger attentions are judged on some of their heads and samples."""
+"""Largest number of attention scores for the float64 oracle. Larger cases are judged on some heads and samples."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class Case:
         )
 
     def tensors(self, device: torch.device, dtype: torch.dtype, seed: int = 0) -> list[Tensor]:
-        """Fresh inputs; normalized tokens for the plain operators, as they come out of LayerNorm and projection."""
+        """New inputs; for the plain operators normalized tokens, as after LayerNorm and projection."""
         generator = torch.Generator(device).manual_seed(seed)
 
         def normal(*shape: int, spread: float = 1.0) -> Tensor:
@@ -90,7 +90,7 @@ class Case:
         return [normal(*tokens, d), *norm, *matrices]
 
     def call(self, backend: str) -> Callable[..., Tensor]:
-        """The public operator, bound to this case's options and one backend."""
+        """The public operator with the options of this case and one backend."""
         if self.decodes:
             return _decode if backend != "reference" else _reference_decode
         options: dict = {"backend": backend}
@@ -114,13 +114,13 @@ class Case:
         return getattr(cost, self.operator)(direction, **rows)
 
     def implementations(self, device: torch.device) -> dict[str, Callable[..., Tensor]]:
-        """Name -> call, the reference equations first; whether each can run is found out by running it."""
+        """Name -> call, the reference equations first; some may fail when they run."""
         if self.decodes:
             return {"reference": self.call("reference"), "eager": self.call("eager"), "sdpa key-value": _decode_twice}
         found = {"reference": self.call("reference")}
         found |= {name: self.call(name) for name in backends.BACKENDS if name != "reference"}
         if self.compiled:
-            # A compiled backward may be repeated on its own only if it does not give its saved tensors away.
+            # A compiled backward can be repeated only if it does not free its saved tensors.
             torch._functorch.config.donated_buffer = False
             found[COMPILED] = torch.compile(self.call("reference"), dynamic=False)
         if self.operator == "subspace_attention":
@@ -128,7 +128,7 @@ class Case:
         return found
 
     def judged(self, tensors: list[Tensor]) -> list[Tensor]:
-        """The part of the inputs or gradients of attention that is judged: heads and samples do not mix."""
+        """The part of the inputs or gradients of attention that is judged. Heads and samples are independent."""
         if self.operator != "subspace_attention":
             return tensors
         scores = self.tokens**2
@@ -148,7 +148,7 @@ class Case:
 
 
 def _sdpa(w: Tensor, *, backend: SDPBackend, causal: bool) -> Tensor:
-    """Stock attention of one tensor three times; autograd adds dq, dk and dv, as it does for its users."""
+    """Stock attention with one tensor as query, key and value; autograd adds dq, dk and dv."""
     heads = w.transpose(1, 2)
     with sdpa_kernel(backend):
         return torch.nn.functional.scaled_dot_product_attention(heads, heads, heads, is_causal=causal).transpose(1, 2)
@@ -166,7 +166,7 @@ def _reference_decode(w: Tensor, cache: Tensor) -> Tensor:
 
 
 def _decode_twice(w: Tensor, cache: Tensor) -> Tensor:
-    """What a model with a key and a value cache does: two tensors of the same size are read."""
+    """Decoding with a key cache and a value cache: two tensors of the same size are read."""
     if not _values or _values[0] is not cache:
         _values[:] = cache, cache.clone()
     q, k, v = (t.transpose(1, 2) for t in (w, cache, _values[1]))
@@ -184,7 +184,7 @@ VISION = {"T": (6, 64), "S": (12, 48), "B": (12, 64), "L": (16, 64)}
 
 
 def cases(device: torch.device, quick: bool = False) -> list[Case]:
-    """The shapes measured on a kind of device; ``quick`` gives one tiny shape an operator, to try the whole path."""
+    """The shapes measured on a kind of device; ``quick`` gives one tiny shape per operator."""
     on_gpu = device.type == "cuda"
     if quick:
         width = 64 if on_gpu else 16  # what hardware kernels are made for

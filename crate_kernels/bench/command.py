@@ -1,4 +1,4 @@
-"""Measure the operators and models, compare two runs, or render what was measured."""
+"""Measure the operators and models, compare two runs, or render the results."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ class Settings:
 
 
 def listed(text: str | None, name: str, known: Iterable[str] = ()) -> list[str] | None:
-    """The words between the commas of an option's value; None if it is not given.
+    """The comma-separated words of an option's value; None if the option is not given.
 
     Raises:
         ValueError: there are none, or not all of them are ``known``.
@@ -122,7 +122,7 @@ def overhead() -> int:
 
 
 def render(settings: Settings) -> int:
-    """Write what was measured into the checkout that the user is in, or beside the result files."""
+    """Write the results into the pages of the current checkout, or beside the result files."""
     from . import dispatch, report
 
     folder, here = Path(settings.results), Path.cwd()
@@ -140,7 +140,7 @@ def render(settings: Settings) -> int:
 
 
 def compare(old: Path, new: Path, relative: bool) -> int:
-    """Print what became slower beyond the noise; the exit code is 1 if anything did."""
+    """Print what became slower by more than the noise; the exit code is then 1."""
     found = results.slower(results.read(old)["records"], results.read(new)["records"], relative=relative)
     for entry in found:
         operator, family, batch, shape, *rest = results.key(entry["record"])

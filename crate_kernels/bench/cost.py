@@ -1,4 +1,4 @@
-"""The least work each operator must do, and the time it cannot beat.
+"""The least work of each operator, and the lower bound of its time.
 
 The counts are those of the mathematics, not of an implementation: matrix products as multiply and add, every input
 read once and every output written once, one exponential per score. Attention uses the customary 4·N²·p forward and
@@ -17,7 +17,7 @@ DIRECTIONS = ("forward", "backward", "both")
 
 @dataclass(frozen=True)
 class Peaks:
-    """What the device reaches in this run; ``exponentials`` is None where nothing says."""
+    """Measured peaks of the device in this run; ``exponentials`` is None if unknown."""
 
     copy: float
     """Bytes per second, read plus written, of a large copy."""
@@ -46,7 +46,7 @@ class Cost:
         return found
 
     def bound(self, peak_rates: Peaks) -> float:
-        """Seconds no implementation beats: the largest term, as if the others overlapped with it perfectly."""
+        """Lower bound in seconds: the largest term, if the others overlap with it perfectly."""
         return max(self.terms(peak_rates).values())
 
 

@@ -1,4 +1,4 @@
-"""What people deploy instead of this package: the reference model in ONNX Runtime and in OpenVINO, on the CPU."""
+"""Deployment runtimes for comparison: the reference model in ONNX Runtime and in OpenVINO, on the CPU."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from ..ops import use_backend
 
 
 def missing(package: str) -> str | None:
-    """Why an implementation that needs ``package`` cannot compete; None if it can."""
+    """Why an implementation that needs ``package`` cannot run; None if it can."""
     return None if importlib.util.find_spec(package) else f"the package {package} is not installed"
 
 
 class Deployed(nn.Module):
-    """A model that another runtime executes; built for a shape at the first call with it."""
+    """A model in another runtime, built for a shape at the first call with it."""
 
     def __init__(self, model: nn.Module, build: Callable[[Path], Callable]):
         super().__init__()

@@ -1,4 +1,4 @@
-"""From results to a table that the automatic backend choice can follow: ``crate_kernels/ops/measured.py``.
+"""Turns results into the table for the automatic choice of the backend: ``crate_kernels/ops/measured.py``.
 
 The table is keyed by what a call knows without looking at its data: compute capability, operator, dtype, causal or
 not. Each entry lists the backends, fastest first, up to a size and up to a number of rows. The size is the tokens N for
@@ -19,7 +19,7 @@ from .report import grouped, timed
 
 TARGET = Path("crate_kernels") / "ops" / "measured.py"
 DIRECTIONS = ("forward", "both")
-"""What a backend is ranked by: the geometric mean over inference and training."""
+"""The directions for the ranking of backends, by geometric mean: inference and training."""
 Key = tuple[str, str, str, bool]
 Table = dict[Key, list[tuple[float, float, tuple[str, ...]]]]
 

@@ -1,4 +1,4 @@
-"""What a compiled NVIDIA kernel will do, read from its machine code: its loops, and what each instruction occupies.
+"""Analysis of the machine code of a compiled NVIDIA kernel: its loops, and the unit of each instruction.
 
 ``nvdisasm`` ships with Triton. Nothing here runs on a GPU.
 """
@@ -46,7 +46,7 @@ class Instruction:
 
 @dataclass(frozen=True)
 class Region:
-    """Some instructions of a kernel: a loop's body, or all that stand in no loop."""
+    """Some instructions of a kernel: the body of a loop, or all that are in no loop."""
 
     instructions: tuple[Instruction, ...]
 
@@ -62,11 +62,11 @@ class Region:
         return sum(_flops(i) for i in self.instructions)
 
     def bytes_loaded(self) -> int:
-        """Bytes that one warp asks of global memory, masked lanes included."""
+        """Bytes that one warp requests from global memory, including masked lanes."""
         return sum(32 * _width(i) for i in self.instructions if i.mnemonic in ("LDG", "LDGSTS"))
 
     def copies_in_flight(self) -> list[int]:
-        """At each wait for asynchronous copies: how many groups of them may still be under way. 0: no prefetch."""
+        """Number of groups of asynchronous copies that may be pending at each wait; 0 means no prefetch."""
         waits = [i for i in self.instructions if i.mnemonic == "DEPBAR" and "SB" in i.arguments]
         return [int(i.arguments.rpartition(",")[2], 16) for i in waits]
 

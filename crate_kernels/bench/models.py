@@ -37,13 +37,13 @@ IMPLEMENTATIONS = (
 TASKS = ("forward", "training step")
 JUDGED_IMAGES = 2
 JUDGED_STEP = 64
-"""Images of a forward and of a training step that the gate judges."""
+"""Images of a forward and of a training step in the check for correctness."""
 LARGEST_STEP = 256
-"""Training is timed at one batch: the largest of those asked for up to this."""
+"""Training is timed at one batch size: the largest requested one up to this."""
 COMPILED_BATCHES = {"cpu": None, "cuda": (1, 2, 256)}
-"""Batches at which compiled implementations compete, None for all: every batch is another compilation of a minute."""
+"""Batch sizes for compiled implementations, None for all. Each size takes a minute to compile."""
 TINY = dict(dim=32, depth=2, heads=2)
-"""Not one of the family: for trying the whole path quickly."""
+"""A tiny model for quick runs; it is not one of the published sizes."""
 
 
 @dataclass
@@ -62,7 +62,7 @@ class Implementation:
 
     @contextlib.contextmanager
     def running(self, backward: bool = False) -> Iterator[None]:
-        """Its backend, library and autocast, inside the ``with`` block; no autocast for a backward."""
+        """Set backend, library and autocast inside the ``with`` block; no autocast for a backward."""
         mkldnn: Any = torch.backends.mkldnn
         before = mkldnn.enabled
         mkldnn.enabled = before and self.onednn
@@ -100,7 +100,7 @@ def vit(model: CRATE) -> nn.Module | None:
 def implementations(
     master: CRATE, task: str, device: torch.device, dtype: torch.dtype, only: Collection[str] | None = None
 ) -> dict[str, Implementation]:
-    """Who competes: name -> model with weights of its own, so that no step of one is felt by another.
+    """The implementations: name -> model with its own weights, so that a step of one does not change another.
 
     Inference runs on weights of ``dtype``; training keeps them in float32 and uses autocast where ``dtype`` is lower.
     """
@@ -188,7 +188,7 @@ def training_loss(
 def outputs(
     implementation: Implementation, task: str, images: Tensor, targets: Tensor, dtype: torch.dtype
 ) -> list[Tensor]:
-    """What the gate judges: the logits of the first images, or all logits and the gradient of every parameter.
+    """The results to compare: the logits of the first images, or all logits and the gradient of every parameter.
 
     Logits and not the loss: of one number the error of the reference, which sets the budget, may be zero by luck.
     """
@@ -203,7 +203,7 @@ def outputs(
 def judged(
     found: dict[str, Implementation], task: str, images: Tensor, targets: Tensor, dtype: torch.dtype
 ) -> tuple[dict[str, Implementation], dict[str, dict]]:
-    """Hold every CRATE implementation against the reference model in float64 -> who may be timed, and what is recorded.
+    """Compare every CRATE implementation with the reference model in float64 -> those to be timed, and the records.
 
     A forward is judged at the batch that is timed; so is a training step, up to a batch that float64 has room for.
     """
@@ -237,7 +237,7 @@ def judged(
                 records[name]["refused"] = verdict.detail
                 continue
         else:
-            # Another function: only a finite answer can be asked of it.
+            # A ViT is another function, so only finite outputs are required.
             records[name] = {"check": "finite" if all(t.isfinite().all() for t in got) else "not finite"}
         passed[name] = implementation
     return passed, records
@@ -308,7 +308,7 @@ def _timed(passed, records, base, task, batch, images, targets, device, dtype, s
         runs[name] = run
     modes: dict[bool, Any] = {False: runs}
     if device.type == "cuda" and task == "forward" and batch == 1:
-        # At batch 1 launching takes longer than computing; both ways of running are what users have.
+        # At batch 1 launching takes longer than computing, so both modes are measured.
         captured = {name: timing.as_graph(run) for name, run in runs.items()}
         modes[True] = {name: run for name, (run, done) in captured.items() if done}
     for graph, calls in modes.items():
@@ -338,7 +338,7 @@ def _timed(passed, records, base, task, batch, images, targets, device, dtype, s
 
 
 def saved_bytes(blocks: Sequence[nn.Module], tokens: Tensor, dtype: torch.dtype, backend: str | None) -> int:
-    """Bytes that the forward of these blocks keeps for their backward: unique storages, parameters left out."""
+    """Bytes that the forward of these blocks saves for backward: unique storages without parameters."""
     own = {p.untyped_storage().data_ptr() for block in blocks for p in block.parameters()}
     saved: dict[int, Tensor] = {}
 

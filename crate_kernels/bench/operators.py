@@ -30,7 +30,7 @@ def run_case(
     rounds: tuple[int, int] = (7, 60),
     check_only: bool = False,
 ) -> Iterator[dict]:
-    """One record per implementation and direction; those that cannot run or are wrong carry a reason and no time.
+    """One record per implementation and direction; one that cannot run or is wrong has a reason and no time.
 
     Args:
         peak_rates: of this device, in ``dtype``; None with ``check_only``.
@@ -59,7 +59,7 @@ def run_case(
 def gated(
     case: Case, calls: Mapping[str, Callable[..., Tensor]], leaves: list[Tensor]
 ) -> tuple[dict[str, Callable[..., Tensor]], dict[str, dict]]:
-    """Judge every implementation on these inputs -> the calls that may be timed, and what is recorded about each."""
+    """Judge every implementation on these inputs -> the calls to be timed, and a record of each."""
     part = [t.detach() for t in case.judged(leaves)] if case.operator == "subspace_attention" else leaves
     reference_call = case.call("reference")
     grad = _output_gradient(case, leaves)
@@ -103,7 +103,7 @@ def _run(call: Callable[..., Tensor], tensors: list[Tensor], grad: Tensor, case:
 
 
 def prepared(call: Callable[..., Tensor], leaves: list[Tensor], direction: str) -> Callable[[], object]:
-    """What is timed, after one call of it."""
+    """The function to be timed, after one call of it."""
     grad = torch.randn_like(leaves[0])
 
     def forward():
@@ -130,7 +130,7 @@ def _timed(case, base, direction, runs, records, device, dtype, peak_rates, seco
     graphs: dict[str, Any] = dict.fromkeys(runs, False)
     if device.type == "cuda":
         quick = timing.measure(runs, device, seconds=0, rounds=(3, 3))
-        # One rule for all implementations of a case, or launches would count for some and not for others.
+        # One rule for all implementations of a case, so that launches count for all or for none.
         cold = min(timing.quantiles(v)["p50"] for v in quick.values()) < GRAPH_BELOW if quick else False
         if cold:
             captured = {name: timing.as_graph(run) for name, run in runs.items()}

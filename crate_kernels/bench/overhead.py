@@ -1,4 +1,4 @@
-"""The overhead suite: host time of one CRATE layer on tokens so few that the work itself takes no time.
+"""The overhead suite: host time of one CRATE layer with so few tokens that the computation takes no time.
 
 Every implementation computes the same layer on one thread, in turn. The suite takes the thread's own time, which other
 processes disturb little. What counts is the ratio to the reference equations in plain torch: up to 1, the package costs
@@ -19,7 +19,7 @@ from ..ops import use_backend
 
 WIDTH, HEADS, TOKENS = 32, 2, 5
 CALLS = 30
-"""Calls that are timed as one: a call takes about as long as reading the clock a hundred times."""
+"""Calls per sample. A call takes about as long as reading the clock a hundred times."""
 PLAIN = "plain torch"
 
 
@@ -111,7 +111,7 @@ def _call(module: Callable, backend: str | None, z: Tensor, task: str) -> Callab
 
 
 def _interleaved(calls: dict[str, Callable], seconds: float) -> dict[str, float]:
-    """Seconds of one call: the lower quartile over rounds in which every implementation has its turn."""
+    """Seconds of one call: the lower quartile over interleaved rounds."""
     for call in calls.values():
         for _ in range(CALLS):
             call()

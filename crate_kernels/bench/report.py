@@ -1,4 +1,4 @@
-"""Tables and plots from the committed result files: the whole in docs, the headline in the README.
+"""Tables and plots from the committed result files: all of them in docs, a summary in the README.
 
 Nothing here is typed by hand, so what the pages say is what the files hold. Text is rendered by pure functions of the
 results; plots need matplotlib.
@@ -73,7 +73,7 @@ def _complete(folder: Path) -> Results:
 
 
 def between(page: str, markers: tuple[str, str], text: str) -> str | None:
-    """``page`` with what stands between the markers replaced; None if they are not there, in this order."""
+    """``page`` with the text between the markers replaced; None if the markers are missing or in another order."""
     begin, end = page.find(markers[0]), page.find(markers[1])
     if begin < 0 or end < begin:
         return None
@@ -120,7 +120,7 @@ def readme_text(found: Results) -> str:
 
 
 def _by_algebra_alone(models: Iterable[list[dict]]) -> list[str]:
-    """What the models reach without oneDNN, where that was measured."""
+    """The speed-up without oneDNN, if it was measured."""
     spans = []
     for task, name in (("forward", "inference"), ("training step", "training")):
         found = [record for mine in models if (record := _headline_record(mine, task, OURS_WITH_MKL))]
@@ -325,7 +325,7 @@ def table(heads: list, rows: list[list]) -> str:
 
 
 def plots(parts: dict[str, dict], folder: Path) -> list[Path]:
-    """One SVG a picture, the same bytes for the same results."""
+    """One SVG per picture; equal results give equal bytes."""
     try:
         import matplotlib
         from matplotlib.figure import Figure

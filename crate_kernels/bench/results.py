@@ -1,4 +1,4 @@
-"""Result files: what they say about where they come from, how they are written, and how two of them compare."""
+"""Result files: their environment record, reading and writing, and the comparison of two files."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def _processor() -> str:
 
 
 def write(path: Path, content: dict) -> None:
-    """Replace the file at once, so that a run cut short leaves what was measured before."""
+    """Replace the file atomically, so that an interrupted run leaves the earlier results."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_suffix(".part")
     part.write_text(json.dumps({"format": FORMAT, **content}, indent=1, default=str) + "\n")
@@ -115,7 +115,7 @@ def read_all(folder: Path) -> dict[str, dict[str, dict]]:
 
 
 def key(record: dict) -> tuple:
-    """What a record measures; the same in every file."""
+    """The identity of a measurement; the same in every file."""
     shape = json.dumps(record.get("shape", {}), sort_keys=True)
     subject = record.get("operator") or record.get("model"), record.get("family"), record.get("batch")
     return (
@@ -128,7 +128,7 @@ def key(record: dict) -> tuple:
 
 
 def slower(old: Iterable[dict], new: Iterable[dict], *, least: float = 0.03, relative: bool = False) -> list[dict]:
-    """What became slower beyond the noise, the worst first.
+    """Records that became slower by more than the noise, the worst first.
 
     A record counts when its middle moved by more than ``least`` and its fastest fifth is slower than the slowest
     fifth was: the ranges p20..p80 of the two runs do not touch.

@@ -1,4 +1,4 @@
-"""The ranks of a run: torchrun's environment, and what ranks ask of each other. One process is rank 0 of 1.
+"""The ranks of a run: torchrun's environment, and communication between ranks. A single process is rank 0 of 1.
 
 Every function here works without a process group, as the only rank. Control messages (decisions, errors) go over gloo
 from CPU to CPU, also where gradients go over NCCL: they do not wait for the GPU.
@@ -22,7 +22,7 @@ class RankLost(RuntimeError):
     """Another rank has ended, so this one cannot continue."""
 
     linger = 5.0
-    """Seconds to stay after saying so: torchrun ends this rank meanwhile, and names the one that failed first."""
+    """Seconds to wait after the message. Meanwhile torchrun ends this rank and names the one that failed first."""
 
 
 def launched() -> bool:
@@ -45,7 +45,7 @@ def is_main() -> bool:
 
 @contextlib.contextmanager
 def process_group() -> Iterator[bool]:
-    """Join the ranks that torchrun started; alone, do nothing.
+    """Join the ranks that torchrun started. A single process does nothing.
 
     Yields:
         Whether torchrun has started them before, and now again, because one failed or machines came and went.
@@ -72,12 +72,12 @@ def process_group() -> Iterator[bool]:
         raise RankLost(
             f"rank {number} lost the other ranks: one of them has ended; --resume continues from the last checkpoint"
         ) from error
-    # After an error the others may be gone: taking leave of them in order could wait forever.
+    # After an error the other ranks may have ended, and an orderly shutdown could wait forever.
     dist.destroy_process_group()
 
 
 def _name_of_start(store: dist.Store, number: int, ranks: int) -> str:
-    """A name that the ranks of this start share, and none of an earlier one.
+    """A name that all ranks of this start share, and no rank of an earlier start.
 
     torchrun keeps its store when it starts ranks again, with the addresses of those that are dead. Its count of
     restarts is not the same on every machine, so rank 0 makes a name up; the others know it for new by their own mark.
@@ -106,7 +106,7 @@ def _is_lost_connection(error: RuntimeError) -> bool:
 
 
 def device(name: str) -> torch.device:
-    """The device that ``--device name`` means on this rank: of several, each takes the GPU of its local number.
+    """The device that ``--device name`` means on this rank. Among several ranks each uses the GPU of its local rank.
 
     Raises:
         ValueError: there are fewer GPUs than ranks, or one GPU is named for several ranks.
@@ -129,7 +129,7 @@ def device(name: str) -> torch.device:
 
 
 def agree(decide: Callable[[], Any]) -> Any:
-    """What ``decide()`` returns on rank 0, on every rank; it runs there alone."""
+    """The result of ``decide()`` on every rank; only rank 0 calls it."""
     if size() == 1:
         return decide()
     box = [decide() if is_main() else None]
@@ -161,7 +161,7 @@ def differs(value: Any) -> bool:
 
 @contextlib.contextmanager
 def together() -> Iterator[None]:
-    """All ranks pass the end of the block, or none: an error on any of them ends all, with one message on rank 0.
+    """An error on any rank inside the block ends all ranks, with one message on rank 0.
 
     Raises:
         SystemExit: on the other ranks, with code 2, since rank 0 speaks for them.
@@ -188,14 +188,14 @@ def together() -> Iterator[None]:
 
 
 def fail(error: Exception) -> None:
-    """Raise an error that every rank has found: rank 0 speaks for all."""
+    """Raise an error common to all ranks. Only rank 0 prints it."""
     if is_main():
         raise error
     raise SystemExit(2)
 
 
 def total(tensor: Tensor) -> Tensor:
-    """The sum of ``tensor`` over the ranks, without gradient; ``tensor`` stays what it was."""
+    """The sum of ``tensor`` over the ranks, as a new tensor without gradient."""
     if size() == 1:
         return tensor
     tensor = tensor.detach().clone()
@@ -245,7 +245,7 @@ def concatenate(x: Tensor, dim: int) -> Tensor:
 
 
 def share(count: int) -> slice:
-    """The part of ``count`` samples that is this rank's: consecutive, in the order of the ranks."""
+    """This rank's part of ``count`` samples: consecutive, in the order of the ranks."""
     return slice(count * rank() // size(), count * (rank() + 1) // size())
 
 

@@ -27,7 +27,7 @@ def ring_subspace_attention(
     causal: bool = False,
     group: dist.ProcessGroup | None = None,
 ) -> Tensor:
-    """:func:`crate_kernels.ops.subspace_attention` of a sequence that is shared out over the ranks of ``group``.
+    """:func:`crate_kernels.ops.subspace_attention` of a sequence that is split over the ranks of ``group``.
 
     Equivalent to concatenating ``w`` over the ranks, attending, and keeping this rank's tokens. Each rank sends, for
     shards of n tokens and R ranks: ``(R − 1)·B·n·H·p`` elements forward, ``(R − 1)·B·n·H·(2p + 2)`` backward (plus
@@ -59,7 +59,7 @@ def ring_subspace_attention(
 
 
 class _Ring:
-    """The ranks in a circle, and how many tokens each holds."""
+    """The ranks in ring order, and the number of tokens of each."""
 
     def __init__(self, w: Tensor, group: dist.ProcessGroup | None):
         self.group = group
@@ -71,8 +71,9 @@ class _Ring:
         if any((s[0], *s[2:]) != (w.shape[0], *w.shape[2:]) for s in shapes) or min(self.tokens) < 1:
             raise ValueError(f"w: expected the same B, H, p and at least one token on every rank, got shapes {shapes}")
 
-    def visit(self, mine: list[Tensor]):
-        """Yield ``(owner, its tensors)`` of every other rank, nearest below first, the next ones being on their way.
+    def exchange(self, mine: list[Tensor]):
+        """Yield ``(owner, its tensors)`` of every other rank, the nearest lower rank first. The next tensors are in
+        flight.
 
         The tensors are ``(B, H, rows, width)``; the rows may differ between ranks.
         """
@@ -105,7 +106,7 @@ class _RingAttention(torch.autograd.Function):
         o, lse = blocked.attend(q, q, v, scale, _past_only(q) if causal else None)
         # Parts are merged in the accumulator's precision and rounded once.
         o = o.to(lse.dtype)
-        for owner, (k, *other) in ring.visit([q] if value is None else [q, v]):
+        for owner, (k, *other) in ring.exchange([q] if value is None else [q, v]):
             if causal and owner > ring.rank:
                 continue
             part, part_lse = blocked.attend(q, k, other[0] if other else k, scale)
@@ -129,7 +130,7 @@ class _RingAttention(torch.autograd.Function):
         dw, dv = blocked.attend_backward(*mine, *mine, ctx.scale, past, future)
         scalars = torch.stack([lse, delta], dim=-1)
         everything = [q, g, scalars] if value is None else [q, g, scalars, v]
-        for owner, (k, g_other, scalars_other, *other) in ctx.ring.visit(everything):
+        for owner, (k, g_other, scalars_other, *other) in ctx.ring.exchange(everything):
             lse_other, delta_other = scalars_other.unbind(-1)
             values = other[0] if other else k
             # Under a causal mask the ranks below are keys only, the ranks above are queries only.

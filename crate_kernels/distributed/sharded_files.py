@@ -46,7 +46,7 @@ class _Reader(dcp.FileSystemReader):
 
 
 def disk_error(error: BaseException | None) -> OSError | None:
-    """The error of the disk behind one of torch's writer, which reports only that it stands where it should not."""
+    """The disk error behind an error of torch's writer, which reports only an unexpected file position."""
     while error is not None and not (isinstance(error, OSError) and error.strerror):
         error = error.__context__
     return error
@@ -57,7 +57,7 @@ class _Writer(dcp.FileSystemWriter):
         try:
             return super().write_data(*arguments, **keywords)
         except Exception as error:
-            # What stands behind an error does not travel to the other ranks with it.
+            # The cause of an error is not sent to the other ranks.
             raise disk_error(error) or error from None
 
 

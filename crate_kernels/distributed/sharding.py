@@ -1,4 +1,4 @@
-"""A model on several ranks: copied (DDP) or split (FSDP2), and what training asks of either."""
+"""A model on several ranks: copied (DDP) or sharded (FSDP2)."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from ..nn import CrateBlock, CrateDecoderBlock
 from . import launch
 
 LAYERS = (CrateBlock, CrateDecoderBlock)
-"""The modules that are gathered, and computed again, one at a time."""
+"""The modules that FSDP gathers, and that checkpointing recomputes, one at a time."""
 
 
 def shard(networks: list[nn.Module], device: torch.device, entries: tuple[str, ...] = ()) -> None:
@@ -34,13 +34,13 @@ def shard(networks: list[nn.Module], device: torch.device, entries: tuple[str, .
     Args:
         entries: methods of the networks that are called in place of ``forward``, and not by it.
     """
-    # A warning for models that write into a layer's output in place; none here does.
+    # The warning concerns models that modify a layer's output in place, which no model here does.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     mesh = init_device_mesh(device.type, (launch.size(),))
     for network in networks:
         for layer in layers(network):
             fully_shard(layer, mesh=mesh, reshard_after_forward=True)
-        # The root, too, so that parameters are DTensors whenever they are looked at outside of a forward.
+        # The root is resharded, too, so that parameters are DTensors outside of a forward.
         fully_shard(network, mesh=mesh, reshard_after_forward=True)
         for name in entries:
             register_fsdp_forward_method(network, name)
@@ -63,14 +63,14 @@ def layers(model: nn.Module) -> list[nn.Module]:
 
 
 def checkpoint_activations(model: nn.Module) -> None:
-    """Keep only every layer's input for the backward pass and compute the rest again, in place. Names stay."""
+    """Save only the input of every layer for backward and recompute the rest. Parameter names do not change."""
     for layer in layers(model):
         layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False)
 
 
 @contextlib.contextmanager
 def gathered(model: nn.Module) -> Iterator[None]:
-    """Layers that ran in the block keep their whole parameters until its end, for hooks that look at them."""
+    """Layers that ran in the block keep their gathered parameters until its end, for hooks."""
     parts = [module for module in model.modules() if isinstance(module, FSDPModule)]
     for part in parts:
         part.set_reshard_after_forward(False, recurse=False)
@@ -83,7 +83,7 @@ def gathered(model: nn.Module) -> Iterator[None]:
 
 
 def is_finite(model: nn.Module) -> bool:
-    """Whether this rank's part of every parameter is."""
+    """Whether this rank's part of every parameter is finite."""
     parts = (p.to_local() if isinstance(p, DTensor) else p for p in model.parameters())
     return all(bool(part.isfinite().all()) for part in parts)
 

@@ -63,7 +63,7 @@ def tensor_parallel(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
         if isinstance(style, CrateStyle):
             style.check(model.get_submodule(name), mesh.size(), name)
     for name, style in plan.items():
-        # One at a time: a style for the model itself has no name that a plan could hold.
+        # One module at a time, because a plan has no name for the model itself.
         parallelize_module(model.get_submodule(name), mesh, style)
     for tensor in (*model.parameters(), *model.buffers()):
         if not isinstance(tensor, DTensor) and not tensor.is_meta:
@@ -199,7 +199,7 @@ class DictionaryParallel(CrateStyle):
 
 
 class SharedDropout(ParallelStyle):
-    """:class:`torch.nn.Dropout` of whole tokens: the first rank draws what is dropped, and tells the others."""
+    """:class:`torch.nn.Dropout` of whole tokens: the first rank draws the mask and sends it to the others."""
 
     def _apply(self, module: Any, mesh: DeviceMesh) -> nn.Module:
         module.mesh = mesh
@@ -276,12 +276,12 @@ class _SharedDropout(nn.Dropout):
 
 
 def _shared(x: Tensor, mesh: DeviceMesh) -> Tensor:
-    """``x``, whole on every rank, for use in parts of a sum: the gradients are summed over the ranks."""
+    """``x``, complete on every rank, for a part of a sum: its gradients are summed over the ranks."""
     return DTensor.from_local(x, mesh, [Replicate()], run_check=False).to_local(grad_placements=[Partial()])
 
 
 def _summed(part: Tensor, mesh: DeviceMesh) -> Tensor:
-    """``Σ part`` over the ranks, whole on every one of them."""
+    """``Σ part`` over the ranks, complete on every rank."""
     return (
         DTensor.from_local(part, mesh, [Partial()], run_check=False).redistribute(placements=[Replicate()]).to_local()
     )

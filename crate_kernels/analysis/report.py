@@ -89,7 +89,7 @@ def build(folder: Path, model: CrateModel, metadata: dict, inputs: Tensor | None
     probe = read_records(folder / "layerwise.jsonl")
     sections = [headline(model, metadata, summary)]
     if not summary:
-        sections.append('<p class="note">The run has not finished; these are its figures so far.</p>')
+        sections.append('<p class="note">The run has not finished; these are its metrics so far.</p>')
     if metrics:
         sections += ["<h2>Curves</h2>", figure("curves", lambda path: plot_curves(metrics, path))]
     if speed := summary.get("speed"):

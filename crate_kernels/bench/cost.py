@@ -2,10 +2,10 @@
 
 The counts are those of the mathematics, not of an implementation: matrix products as multiply and add, every input
 read once and every output written once, one exponential per score. Attention uses the customary 4·N²·p forward and
-10·N²·p backward, so that figures compare with other kernels'; a kernel that uses the symmetry of ``w wᵀ`` needs 6 of
-the 8 half-products forward and 7 of 10 backward and may come out above 100 %. An ISTA step counts one product forward
-and two backward (the folded form); making ``W − WᵀW`` (2·d³, independent of the rows) is not counted. LayerNorm,
-ReLU and residuals are a few operations per element and hide behind the bytes.
+10·N²·p backward, so that the results compare with those of other kernels; a kernel that uses the symmetry of ``w wᵀ``
+needs 6 of the 8 half-products forward and 7 of 10 backward and may come out above 100 %. An ISTA step counts one
+product forward and two backward (the folded form); making ``W − WᵀW`` (2·d³, independent of the rows) is not counted.
+LayerNorm, ReLU and residuals are a few operations per element and hide behind the bytes.
 """
 
 from __future__ import annotations

@@ -68,7 +68,7 @@ def _complete(folder: Path) -> Results:
     for device, parts in found.items():
         for part, content in parts.items():
             if content.get("quick"):
-                raise ValueError(f"{folder / device / part}.json is of a quick run, whose figures mean nothing")
+                raise ValueError(f"{folder / device / part}.json is of a quick run, whose times have no meaning")
     return found
 
 

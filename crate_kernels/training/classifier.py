@@ -142,11 +142,11 @@ class Trainer(Engine):
             self.ema.module.load_state_dict(state["ema"])
         self.best, self.test = state["best"], state["test"]
 
-    def like(self, keys: tuple) -> Tensor | None:
+    def sharded_like(self, keys: tuple) -> Tensor | None:
         match keys:
             case ("ema", name):
                 return None if self.ema is None else self.ema.module.state_dict().get(name)
-        return super().like(keys)
+        return super().sharded_like(keys)
 
     # -- training --------------------------------------------------------------------------------------------------
 

@@ -194,7 +194,7 @@ class Engine:
         self.network = network
         self.optimizer = self.make_optimizer()
         if state is not None:
-            self.load_state(checkpoints.restore(state, self.like))
+            self.load_state(checkpoints.restore(state, self.sharded_like))
 
     def autocast(self) -> contextlib.AbstractContextManager:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
@@ -257,7 +257,7 @@ class Engine:
         if launch.is_main() and "meter" in state:
             self.meter.totals = state["meter"].to(self.device)
 
-    def like(self, keys: tuple) -> Tensor | None:
+    def sharded_like(self, keys: tuple) -> Tensor | None:
         """The tensor of the model that has the sharding of the checkpoint's tensor at ``keys``."""
         match keys:
             case ("model", name):

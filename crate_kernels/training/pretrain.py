@@ -282,13 +282,13 @@ class Pretrainer(Engine):
 
     def finish(self, report: Report, began: float) -> None:
         """Evaluate once more, save the model, and write what the subclass draws."""
-        figures, parameters = self.evaluate(), self.trained_parameters()
+        metrics, parameters = self.evaluate(), self.trained_parameters()
         model = self.plain(self.model)
         if model is None:
             return
         self.model = model
-        for figure, value in figures.items():
-            report.line(f"{figure.replace('_', ' ')}: {value:.4f} (untrained {self.untrained[figure]:.4f})")
+        for name, value in metrics.items():
+            report.line(f"{name.replace('_', ' ')}: {value:.4f} (untrained {self.untrained[name]:.4f})")
         path = self.output / "model.safetensors"
         model.save(path, **self.metadata())
         written = [path, *self.draw(), *self.plot_probe()]
@@ -297,7 +297,7 @@ class Pretrainer(Engine):
         report.line(f"loader alone: {loader:.0f} images/s; training took {rate:.0f} images/s")
         self.write_summary(
             {
-                "trained": figures,
+                "trained": metrics,
                 "untrained": self.untrained,
                 "training_seconds": self.seconds,
                 "parameters": parameters,

@@ -314,9 +314,9 @@ class TextTrainer(Engine):
     def evaluate_if_due(self, report: Report) -> bool:
         if self.step % self.settings.evaluate_steps or self.step == self.steps:
             return False
-        figures = self.evaluate()
-        self.log.write(step=self.step, **{f"validation_{name}": value for name, value in figures.items()})
-        report.line(f"step {self.step}: {self.judgment(figures)}")
+        metrics = self.evaluate()
+        self.log.write(step=self.step, **{f"validation_{name}": value for name, value in metrics.items()})
+        report.line(f"step {self.step}: {self.judgment(metrics)}")
         return False
 
     def probe_inputs(self, count: int) -> tuple[Tensor, dict[str, Any]]:
@@ -359,11 +359,11 @@ class TextTrainer(Engine):
             f"{self.precision} on {self.device} ({self.precision_reason})"
         )
 
-    def judgment(self, figures: dict[str, float]) -> str:
-        bits = figures["loss"] / math.log(2) / self.corpus.bytes_per_token
+    def judgment(self, metrics: dict[str, float]) -> str:
+        bits = metrics["loss"] / math.log(2) / self.corpus.bytes_per_token
         return (
-            f"validation loss {figures['loss']:.4f} nats per token ({bits:.3f} bits per byte), "
-            f"{100 * figures['accuracy']:.2f} % of tokens right"
+            f"validation loss {metrics['loss']:.4f} nats per token ({bits:.3f} bits per byte), "
+            f"{100 * metrics['accuracy']:.2f} % of tokens right"
         )
 
     def next_steps(self) -> dict[str, str]:
@@ -375,14 +375,14 @@ class TextTrainer(Engine):
 
     def finish(self, report: Report, began: float) -> None:
         """Evaluate the model beside a model of token frequencies, write a sample, and save the model."""
-        settings, output, figures = self.settings, self.output, self.evaluate()
+        settings, output, metrics = self.settings, self.output, self.evaluate()
         model = self.plain(self.model)
         if model is None:
             return
         path = output / "model.safetensors"
         model.save(path, **self.metadata())
         baseline = self.baseline()
-        report.line(self.judgment(figures))
+        report.line(self.judgment(metrics))
         report.line(
             f"token frequencies alone: {baseline['loss']:.4f} nats per token, {100 * baseline['accuracy']:.2f} % right"
         )
@@ -391,7 +391,7 @@ class TextTrainer(Engine):
         write_atomically(output / "sample.txt", (sample + "\n").encode())
         pictures = self.plot_probe()
         summary = {
-            "validation": figures,
+            "validation": metrics,
             "token_frequencies": baseline,
             "bytes_per_token": self.corpus.bytes_per_token,
             "training_seconds": self.seconds,
@@ -418,5 +418,5 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Train as the command line says; ends with the figures on the validation text and a sample."""
+    """Train as the command line says; ends with the metrics on the validation text and a sample."""
     return command.run(args, TextTrainer)

@@ -56,11 +56,11 @@ def alone(source, tmp_path_factory):
 
 
 def assert_same(got, expected):
-    """The same course: losses, figures, layer-wise measurements and weights."""
+    """The same course: losses, metrics, layer-wise measurements and weights."""
     count = len(got["losses"])
     torch.testing.assert_close(got["losses"], expected["losses"][-count:], **CLOSE)
-    for figures in ("before", "after"):
-        assert got[figures] == pytest.approx(expected[figures], rel=1e-11)
+    for metrics in ("before", "after"):
+        assert got[metrics] == pytest.approx(expected[metrics], rel=1e-11)
     layers = got["layers"] or []
     for ours, theirs in zip(layers, expected["layers"][len(expected["layers"]) - len(layers) :], strict=True):
         assert ours["step"] == theirs["step"]

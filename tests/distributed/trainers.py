@@ -49,7 +49,7 @@ def follow(name: str, data: tuple[str, str], output: Path, parallel: str = "auto
         data: a folder of images, a file of text.
 
     Returns:
-        The losses, the figures before and after, the layer-wise measurements, the weights.
+        The losses, the metrics before and after, the layer-wise measurements, the weights.
     """
     kind, settings = RUNS[name]
     settings = settings | {"text" if kind is TextTrainer else "data": data[kind is TextTrainer]}

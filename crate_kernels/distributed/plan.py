@@ -18,6 +18,7 @@ from torch import nn
 
 from .. import options
 from ..models import CRATE, CrateGPT, create_model
+from ..models.base import CrateModel
 from ..ops.crate_layer.op import operator as crate_layer
 from ..options import option
 
@@ -80,7 +81,7 @@ class PlanOptions:
                 f"--batch-size {self.batch_size} is the batch of all ranks together: {self.gpus} ranks do not divide it"
             )
 
-    def build(self) -> nn.Module:
+    def build(self) -> CrateModel:
         """The model, without memory for its parameters."""
         name = SHORT.get(self.model, self.model)
         if "gpt2" in name:
@@ -146,7 +147,7 @@ class Shape:
     depth: int
 
     @classmethod
-    def of(cls, model: nn.Module, tokens: int) -> Shape:
+    def of(cls, model: CrateModel, tokens: int) -> Shape:
         mssa = model.blocks[0].mssa
         inner, dim = mssa.projection.weight.shape
         return cls(tokens, dim, mssa.heads, inner, len(model.blocks))
@@ -215,7 +216,7 @@ def language_ends(model: CrateGPT, tokens: int, compute: Compute) -> Saved:
     return Saved(8 * tokens + FLOAT + (compute.size * words * dim if low else 0), tokens * token)
 
 
-def saved_for_backward(model: nn.Module, compute: Compute, tokens: int, checkpointing: bool = False) -> Saved:
+def saved_for_backward(model: CrateModel, compute: Compute, tokens: int, checkpointing: bool = False) -> Saved:
     """Bytes that the forward pass of ``model`` saves, parameters left out, and of a language model its loss.
 
     The loss of a classifier, some floats per class and sample, is left out.
@@ -224,10 +225,11 @@ def saved_for_backward(model: nn.Module, compute: Compute, tokens: int, checkpoi
     if isinstance(model, CrateGPT):
         return language_ends(model, tokens, compute) + shape.layers(compute, checkpointing, output=False)
     # The class token is a view of all tokens and keeps them.
+    assert isinstance(model, CRATE)
     return vision_ends(model, compute) + shape.layers(compute, checkpointing, output=model.pool == "cls")
 
 
-def sample_tokens(model: nn.Module) -> int:
+def sample_tokens(model: CrateModel) -> int:
     """Tokens of one sample."""
     return model.block_size if isinstance(model, CrateGPT) else 1 + math.prod(model.grid_size)
 
@@ -262,7 +264,7 @@ class Collective:
         return self.passes * self.bytes * (ranks - 1) / ranks
 
 
-def collectives(model: nn.Module, parallel: str, ranks: int, accumulate: int = 1) -> list[Collective]:
+def collectives(model: CrateModel, parallel: str, ranks: int, accumulate: int = 1) -> list[Collective]:
     """What the ranks exchange in one optimizer step, messages of a few bytes left out.
 
     DDP averages the gradients once a step. FSDP2 gathers each layer's parameters for the forward pass and again for the
@@ -306,7 +308,7 @@ class Memory:
         return max(0, math.floor((limit - self.fixed) / (self.saved.each + self.working.each)))
 
 
-def memory(model: nn.Module, parallel: str, ranks: int, compute: Compute, checkpointing: bool = False) -> Memory:
+def memory(model: CrateModel, parallel: str, ranks: int, compute: Compute, checkpointing: bool = False) -> Memory:
     """The memory of rank 0, whose shards are the largest."""
     tokens = sample_tokens(model)
     shape = Shape.of(model, tokens)

@@ -5,8 +5,9 @@ A call takes one of two routes:
 - Outside tracing the implementation is called directly: through one ``torch.autograd.Function`` if a gradient is
   needed, else as a plain function. Arguments are checked and a backend is chosen once per kind of call. The result, a
   :class:`Plan`, is cached by the metadata of the tensors and by the options.
-- While torch records or transforms the call (``torch.compile``, export, fake tensors, dispatch modes, functorch, tensor
-  subclasses), it goes through the operator ``crate::<name>``, which is registered with ``torch.library``.
+- While torch records the call (``torch.compile``, export, fake tensors, dispatch modes, tensor subclasses), it goes
+  through the operator ``crate::<name>``, which is registered with ``torch.library``. Transforms (``torch.func``,
+  forward-mode derivatives) take the reference equations.
 
 Both routes run the same ``forward`` and ``backward`` of the implementation.
 """

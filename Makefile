@@ -4,7 +4,7 @@ PYTHON ?= python
 WORKERS ?= 2
 PYTEST = OMP_WAIT_POLICY=passive $(PYTHON) -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
-.PHONY: install lint test docs test-oldest bench
+.PHONY: install lint test tests docs test-oldest bench
 
 install:
 	$(PYTHON) -m pip install -e '.[train,test,docs]'
@@ -14,8 +14,10 @@ lint:
 	$(PYTHON) -m ruff format --check .
 	$(PYTHON) -m mypy
 
+test: lint tests
+
 # Twice, because Triton decides when kernels are defined whether they are compiled or interpreted.
-test: lint
+tests:
 	$(PYTEST) --durations=15
 	TRITON_INTERPRET=1 $(PYTEST) tests/triton --durations=5
 
@@ -27,7 +29,7 @@ docs:
 test-oldest:
 	$(PYTHON) -m venv build/oldest
 	build/oldest/bin/python -m pip install 'torch==2.11.*' 'numpy<2.4' -e '.[train,test]'
-	PATH="$(CURDIR)/build/oldest/bin:$$PATH" $(MAKE) test PYTHON=python
+	PATH="$(CURDIR)/build/oldest/bin:$$PATH" $(MAKE) tests PYTHON=python
 
 bench:
 	$(PYTHON) -m pytest benchmarks --benchmark-only

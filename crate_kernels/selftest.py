@@ -84,9 +84,6 @@ def largest_score(operator: str, tensors: Tensors, options: Mapping[str, Any]) -
     return w.shape[-1] ** -0.5 * w.square().sum(-1).max().item()
 
 
-OPERATORS = ("subspace_attention", "mssa_block", "ista_step", "ista_block", "overcomplete_ista", "crate_layer")
-
-
 def known_answer(
     operator: str, backend: str, device: torch.device, dtype: torch.dtype, autocast: bool = False
 ) -> str | None:
@@ -148,7 +145,7 @@ def trusted(operator: str, backend: str, tensors: tuple) -> bool:
     device = tensors[0].device
     if backend not in TESTED.get(device.type, ()) or os.environ.get(ENVIRONMENT_VARIABLE) == "0":
         return True
-    if operator not in OPERATORS:
+    if operator not in ops.OPERATORS:
         return True
     floating = [t.dtype for t in tensors if isinstance(t, Tensor) and t.is_floating_point()]
     dtype = min(floating, key=lambda kind: kind.itemsize)
@@ -205,7 +202,7 @@ def run(args: argparse.Namespace) -> int:
     known = {} if args.all else user_cache.read("selftest").get(user_cache.combination(device), {})
     print(user_cache.combination(device))
     failures = 0
-    for operator in OPERATORS:
+    for operator in ops.OPERATORS:
         for backend in backends.BACKENDS:
             if backend == "reference":
                 continue

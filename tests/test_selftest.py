@@ -44,7 +44,7 @@ def chosen():
     return list(operator._plans.values())[-1].backend
 
 
-@pytest.mark.parametrize("name", selftest.OPERATORS)
+@pytest.mark.parametrize("name", ops.OPERATORS)
 @pytest.mark.parametrize("autocast", [False, True])
 def test_right_kernels_pass(name, autocast):
     assert selftest.known_answer(name, "cpu", CPU, torch.bfloat16 if autocast else torch.float32, autocast) is None
@@ -109,7 +109,7 @@ def test_random_numbers_and_gradient_mode_are_left_alone():
 
 
 def test_the_command_prints_a_table_and_its_exit_code_tells_a_failure(broken, capsys, monkeypatch):
-    monkeypatch.setattr(selftest, "OPERATORS", ("ista_step",))
+    monkeypatch.setattr(ops, "OPERATORS", ("ista_step",))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert main(["selftest"]) == 1
     lines = capsys.readouterr().out.splitlines()

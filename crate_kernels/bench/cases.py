@@ -46,7 +46,7 @@ class Case:
 
     @property
     def attends(self) -> bool:
-        return self.operator in ("subspace_attention", "mssa_block")
+        return self.operator in ("subspace_attention", "mssa_block", "crate_layer")
 
     @property
     def decodes(self) -> bool:
@@ -85,8 +85,10 @@ class Case:
             return [normal(*tokens, d), normal(d, 4 * d, spread=d**-0.5), normal(d, 4 * d, spread=d**-0.5)]
         norm = [1 + normal(d, spread=0.1), normal(d, spread=0.1)]
         matrices = [normal(d, d, spread=d**-0.5)]
-        if self.operator == "mssa_block":
+        if self.operator in ("mssa_block", "crate_layer"):
             matrices += [normal(d, d, spread=d**-0.5), normal(d, spread=0.1)]
+        if self.operator == "crate_layer":
+            matrices += [1 + normal(d, spread=0.1), normal(d, spread=0.1), normal(d, d, spread=d**-0.5)]
         return [normal(*tokens, d), *norm, *matrices]
 
     def call(self, backend: str) -> Callable[..., Tensor]:
@@ -96,7 +98,7 @@ class Case:
         options: dict = {"backend": backend}
         if self.attends:
             options["causal"] = self.causal
-        if self.operator == "mssa_block":
+        if self.operator in ("mssa_block", "crate_layer"):
             options["heads"] = self.heads
         return functools.partial(getattr(ops, self.operator), **options)
 
@@ -106,8 +108,8 @@ class Case:
             return cost.cached_subspace_attention(**shape)
         if self.operator == "subspace_attention":
             return cost.subspace_attention(direction, causal=self.causal, **shape)
-        if self.operator == "mssa_block":
-            return cost.mssa_block(direction, dim=self.dim, causal=self.causal, **shape)
+        if self.operator in ("mssa_block", "crate_layer"):
+            return getattr(cost, self.operator)(direction, dim=self.dim, causal=self.causal, **shape)
         rows = dict(rows=self.batch * self.tokens, dim=self.dim, itemsize=itemsize)
         if self.operator == "overcomplete_ista":
             return cost.overcomplete_ista(direction, atoms=4 * self.dim, tied=False, **rows)
@@ -141,7 +143,7 @@ class Case:
         if not self.attends:
             return 0.0
         w = tensors[0].float()
-        if self.operator == "mssa_block":
+        if self.operator in ("mssa_block", "crate_layer"):
             x = torch.nn.functional.layer_norm(w, w.shape[-1:], tensors[1].float(), tensors[2].float())
             w = (x @ tensors[3].float().T).unflatten(-1, (self.heads, self.width))
         return self.width**-0.5 * w.square().sum(-1).max().item()
@@ -194,7 +196,7 @@ def cases(device: torch.device, quick: bool = False) -> list[Case]:
     found: list[Case] = []
     for size in VISION if on_gpu else ("T", "S", "B"):
         heads, width = VISION[size]
-        for operator in ("subspace_attention", "mssa_block", "ista_step", "ista_block"):
+        for operator in ("subspace_attention", "mssa_block", "ista_step", "ista_block", "crate_layer"):
             found.append(Case(operator, f"CRATE-{size}/16", images, 197, heads, width, compiled=size == "B"))
     sequences = 32 if on_gpu else 1
     found.append(Case("subspace_attention", "CRATE-B/8", images // 4, 785, 12, 64))

@@ -106,6 +106,16 @@ def mssa_block(
     return Cost(attention.flops + moved.flops, moved.bytes, attention.exponentials)
 
 
+def crate_layer(
+    direction: str, *, batch: int, tokens: int, heads: int, width: int, dim: int, causal: bool, itemsize: int
+) -> Cost:
+    """Both half-steps; the tokens between them are written and read once in the backward's stead, as in two blocks."""
+    first = mssa_block(
+        direction, batch=batch, tokens=tokens, heads=heads, width=width, dim=dim, causal=causal, itemsize=itemsize
+    )
+    return first + ista_block(direction, rows=batch * tokens, dim=dim, itemsize=itemsize)
+
+
 def cached_subspace_attention(*, batch: int, tokens: int, heads: int, width: int, itemsize: int) -> Cost:
     """One new token against ``tokens`` cached ones: the cache is read once for both of its roles."""
     pairs = batch * heads * tokens

@@ -67,7 +67,7 @@ def gated(
     reference = _run(reference_call, part, case.judged([grad])[0], case)
     passed: dict[str, Any] = {}
     records: dict[str, dict[str, Any]] = {}
-    kinks = case.operator in ("ista_step", "ista_block", "overcomplete_ista")
+    kinks = case.operator in ("ista_step", "ista_block", "overcomplete_ista", "crate_layer")
     for name, call in calls.items():
         try:
             got = _run(call, leaves, grad, case)

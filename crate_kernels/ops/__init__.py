@@ -13,5 +13,5 @@ from .subspace_attention import cached_subspace_attention as cached_subspace_att
 from .subspace_attention import subspace_attention as subspace_attention
 from .subspace_cross_attention import subspace_cross_attention as subspace_cross_attention
 
-OPERATORS = ("subspace_attention", "mssa_block", "ista_step", "ista_block", "overcomplete_ista")
+OPERATORS = ("subspace_attention", "mssa_block", "ista_step", "ista_block", "overcomplete_ista", "crate_layer")
 """The operators that ``crate-kernels info`` reports and ``crate-kernels bench`` measures."""

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import measured
+from . import measured, tuned
 
 BACKENDS = ("cuda", "triton", "cpu", "eager", "reference")
 """The names of the backends. The file of that name beside an operator's ``op.py`` implements it."""
@@ -127,12 +127,19 @@ judge: Callable[[str, str, tuple], bool] | None = None
 
 
 def automatic_order(found: Mapping[str, Any], tensor: Tensor, size: int, rows: int, causal: bool) -> tuple[str, ...]:
-    """The backends to try for a call, fastest first: as measured on this kind of device, else ``AUTOMATIC``."""
+    """The backends to try for a call, fastest first.
+
+    As ``crate-kernels tune`` measured on this device, else as the package's table has it for this kind of device, else
+    ``AUTOMATIC``.
+    """
     order = AUTOMATIC.get(tensor.device.type, ())
+    dtype = str(tensor.dtype).removeprefix("torch.")
+    own = tuned.ranking(tensor.device, _operator(found), dtype, causal, size, rows)
+    if own is not None:
+        return own + tuple(name for name in order if name not in own)
     if measured.ORDER and tensor.device.type == "cuda":
         capability = "sm_" + "".join(map(str, torch.cuda.get_device_capability(tensor.device)))
         operator = _operator(found)
-        dtype = str(tensor.dtype).removeprefix("torch.")
         for most, most_rows, ranking in measured.ORDER.get((capability, operator, dtype, causal), ()):
             if size <= most and rows <= most_rows:
                 # A backend without a measurement (it refused the measured shapes) may still accept these inputs.

@@ -1,0 +1,153 @@
+"""Measure the backends on the user's device, on the shapes of one model, and let the automatic choice follow.
+
+The correctness gate of the benchmark comes first: a backend with wrong results is not timed. The order of the backends
+is that of the geometric mean of their times in inference and in training. The records go to the user's cache folder
+(see :mod:`crate_kernels.user_cache`), with the device, the versions, the shapes and the times. Nothing is ever measured
+at import or by a call.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from .. import options, timing, user_cache
+from ..distributed import plan
+from ..ops import backends, tuned
+from ..options import option
+from . import dispatch, operators
+from .cases import Case
+
+BLOCKS = ("crate_layer", "mssa_block", "ista_block", "subspace_attention", "ista_step")
+DTYPES = ("float32", "bfloat16", "float16")
+RUNS = ("unless --show or --clear is given", lambda s: not (s.show or s.clear))
+
+
+@dataclass
+class Settings:
+    """The options of ``tune``."""
+
+    model: str = option("crate_base", "the model", choices=(*plan.SHORT, *plan.MODELS), only=RUNS)
+    batch: int | None = option(
+        None, "images or texts of one call; 256 on CUDA and 8 on the CPU by default", least=1, most=1 << 20, only=RUNS
+    )
+    image_size: int | None = option(None, "pixels along an image, of vision models", least=1, most=8192, only=RUNS)
+    context: int | None = option(None, "tokens of a text, of language models", least=1, most=1 << 20, only=RUNS)
+    device: str = option("auto", "cpu or cuda; auto takes CUDA if there is a device")
+    dtype: str | None = option(
+        None, "float32, bfloat16 or float16; bfloat16 on CUDA and float32 on the CPU by default", choices=DTYPES,
+        only=RUNS,
+    )  # fmt: skip
+    seconds: float = option(1.0, "time to aim at for each interleaved measurement", above=0, most=3600, only=RUNS)
+    show: bool = option(False, "print what is stored, measure nothing")
+    clear: bool = option(False, "forget what is stored for this device, measure nothing")
+
+    def check(self, given: Any) -> None:
+        """Raise ValueError for an option that is misspelled or does not apply."""
+        options.check(self, given)
+        options.check_device(self.device)
+        if self.show and self.clear:
+            raise ValueError("--show and --clear exclude each other")
+        language = "gpt2" in self.model
+        if language and self.image_size is not None:
+            raise ValueError("--image-size applies only to vision models")
+        if not language and self.context is not None:
+            raise ValueError("--context applies only to language models")
+
+    def cases(self, batch: int) -> list[Case]:
+        """One case for every operator that a layer of the model may call."""
+        sizes = {"context": self.context, "image_size": self.image_size}
+        wanted = plan.PlanOptions(model=self.model, **{k: v for k, v in sizes.items() if v is not None})
+        model = wanted.build()
+        shape = plan.Shape.of(model, plan.sample_tokens(model))
+        width, causal = shape.inner // shape.heads, model.blocks[0].mssa.causal
+        names = BLOCKS if hasattr(model.blocks[0].ista, "weight") else ("mssa_block", "overcomplete_ista")
+        return [
+            Case(name, self.model, batch, shape.tokens, shape.heads, width, causal and "ista" not in name)
+            for name in names
+        ]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    options.add_arguments(parser, Settings)
+
+
+def run(args: argparse.Namespace) -> int:
+    given = options.given(args, Settings)
+    settings = Settings(**given)
+    settings.check(given)
+    name = ("cuda" if torch.cuda.is_available() else "cpu") if settings.device == "auto" else settings.device
+    device = torch.device(name)
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", torch.cuda.current_device())
+    print(user_cache.combination(device))
+    if settings.clear:
+        print(f"forgot {tuned.clear(device)} records")
+        return 0
+    if not settings.show:
+        tune(settings, device)
+    found = tuned.records(device)
+    print("\n".join(map(line, found)) if found else "nothing is stored")
+    print(f"stored in {user_cache.folder() / f'{tuned.FILE}.json'}")
+    return 0
+
+
+def tune(settings: Settings, device: torch.device) -> None:
+    """Measure, and store a record for every operator."""
+    from ..training.progress import Report
+
+    batch = settings.batch or (256 if device.type == "cuda" else 8)
+    dtype = getattr(torch, settings.dtype or ("bfloat16" if device.type == "cuda" else "float32"))
+    cases = settings.cases(batch)
+    with Report(len(cases)) as report:
+        for number, case in enumerate(cases):
+            report.show(number, case.name)
+            try:
+                record = measure(case, device, dtype, settings.seconds)
+            except torch.OutOfMemoryError:
+                report.line(f"{case.name}: the device has no room for the float64 reference; take a smaller --batch")
+                continue
+            for backend, reason in record["left_out"].items():
+                report.line(f"{case.operator}: {backend} is not measured: {reason}")
+            tuned.store(device, [record])
+            report.show(number + 1, case.name)
+
+
+def measure(case: Case, device: torch.device, dtype: torch.dtype, seconds: float) -> dict[str, Any]:
+    """The record of one operator: what it holds for, the order of the backends, and the seconds of each."""
+    leaves = [t.requires_grad_() for t in case.tensors(device, dtype)]
+    calls = {name: case.call(name) for name in backends.BACKENDS if name != "reference"}
+    passed, checked = operators.gated(case, calls, leaves)
+    times: dict[str, dict[str, float]] = {name: {} for name in passed}
+    for direction in dispatch.DIRECTIONS:
+        runs = {name: operators.prepared(call, leaves, direction) for name, call in passed.items()}
+        for name, samples in timing.measure(runs, device, seconds=seconds, rounds=(5, 50)).items():
+            times[name][direction] = timing.quantiles(samples)["p50"]
+    about = {"operator": case.operator, "shape": case.shape()}
+    return {
+        "operator": case.operator,
+        "dtype": str(dtype).removeprefix("torch."),
+        "causal": case.causal,
+        "size": dispatch.size(about),
+        "rows": dispatch.token_rows(about),
+        "shape": case.shape(),
+        "order": sorted(times, key=lambda name: math.prod(times[name].values())),
+        "seconds": times,
+        "left_out": {name: record.get("skipped") or record["refused"] for name, record in checked.items()
+                     if name not in passed},
+    }  # fmt: skip
+
+
+def line(record: dict[str, Any]) -> str:
+    """One record for the terminal."""
+    best = record["order"][0] if record["order"] else None
+    times = "; ".join(
+        f"{name} {' and '.join(f'{1e3 * value:.3g}' for value in record['seconds'][name].values())} ms"
+        for name in record["order"]
+    )
+    what = f"{record['operator']} {record['dtype']} size {record['size']} rows {record['rows']}"
+    return f"{what}{' causal' if record['causal'] else ''}: {best or 'no backend passed'} ({times})"

@@ -62,7 +62,7 @@ class Settings:
         """One case for every operator that a layer of the model may call."""
         sizes = {"context": self.context, "image_size": self.image_size}
         wanted = plan.PlanOptions(model=self.model, **{k: v for k, v in sizes.items() if v is not None})
-        model = wanted.build()
+        model: Any = wanted.build()
         shape = plan.Shape.of(model, plan.sample_tokens(model))
         width, causal = shape.inner // shape.heads, model.blocks[0].mssa.causal
         names = BLOCKS if hasattr(model.blocks[0].ista, "weight") else ("mssa_block", "overcomplete_ista")

@@ -1,4 +1,4 @@
-"""Which backend was fastest on this machine, as ``crate-kernels tune`` measured it and the user's cache folder holds it.
+"""Which backend was fastest on this device: what ``crate-kernels tune`` measured and the user's cache folder holds.
 
 A record holds for calls of the same operator, dtype and order of tokens (causal or not), with the same size (N for the
 attention operators, d for the others), and with half to twice as many rows as were measured.

@@ -430,6 +430,42 @@ inline void dictionary_gradient(const Source& x, const Source& g, const Source& 
     multiply<kPairs>(w, packed, width, width, width, finish);
 }
 
+// The ISTA half's gradients where rows are few: without the folded matrix, whose products would cost more than all others.
+// With h = g Wᵀ: g Mᵀ = h - h W and dW = eta ((x - x Wᵀ)ᵀ g - hᵀ x).
+template <bool kPairs>
+inline void few_rows_backward(const LayerBackward& call, const Source& g, const Norm& norm, int64_t rows, int64_t width,
+                              float eta, const MutableArray& dx, const ColumnSums& sums) {
+    Frame frame;
+    const Source x = norm.of(call.middle);
+    const int64_t stride = round_up(width, kColumns);
+    float* left = frame.take(2 * rows * stride);   // x - x Wᵀ, and -h below it
+    float* right = frame.take(2 * rows * stride);  // g, and x below it
+    float* negative_h = left + rows * stride;
+    for (int64_t i = 0; i < rows; ++i) {
+        fetch(g, i, 0, width, right + i * stride);
+        fetch(x, i, 0, width, right + (rows + i) * stride);
+    }
+    float* packed = frame.take(packed_floats<kPairs>(width, width));
+    pack_matrix<kPairs>(call.weights.dictionary, true, 0, width, width, packed);
+    Finish finish;
+    finish.alpha = -1.0f;
+    finish.out = {negative_h, kFloat32, stride};
+    multiply<kPairs>(Source(right, stride), packed, rows, width, width, finish);
+    finish.out = {left, kFloat32, stride};
+    finish.residual = Source(right + rows * stride, stride);
+    multiply<kPairs>(finish.residual, packed, rows, width, width, finish);
+    multiply_transposed_into<kPairs>(Source(left, stride), Source(right, stride), width, 2 * rows, width, eta,
+                                     call.ddictionary);
+    for (int64_t i = 0; i < rows; ++i)
+        for (int64_t k = 0; k < width; k += kLanes) {
+            float* p = right + i * stride + k;
+            store(p, load(p) - load(negative_h + i * stride + k) * eta);
+        }
+    pack_matrix<kPairs>(call.weights.dictionary, false, 0, width, width, packed);
+    multiply_norm_backward<kPairs>(Source(negative_h, stride), packed, rows, width, width, eta, Source(right, stride),
+                                   call.middle, norm, Source(), dx, sums);
+}
+
 template <bool kPairs>
 inline void backward(const LayerBackward& call) {
     const LayerShape& shape = call.shape;
@@ -453,13 +489,17 @@ inline void backward(const LayerBackward& call) {
             dx = {frame.take(rows * stride), kFloat32, stride};
             dmiddle = {dx.data, dx.type, dx.stride};
         }
-        Frame inside;
-        const float* folded = packed_fold<kPairs>(inside, weights, width, true);
-        multiply_norm_backward<kPairs>(g, folded, rows, width, width, eta, g, call.middle, norm, Source(), dx, sums);
+        if (2 * rows < width) {
+            few_rows_backward<kPairs>(call, g, norm, rows, width, eta, dx, sums);
+        } else {
+            Frame inside;
+            const float* folded = packed_fold<kPairs>(inside, weights, width, true);
+            multiply_norm_backward<kPairs>(g, folded, rows, width, width, eta, g, call.middle, norm, Source(), dx, sums);
+            dictionary_gradient<kPairs>(norm.of(call.middle), g, weights.dictionary, rows, width, eta, call.ddictionary);
+        }
         sums.finish(0, width, 1.0f, call.dista_norm_weight);
         sums.finish(1, width, 1.0f, call.dista_norm_bias);
         if (mssa) sums.finish(2, width, float(shape.mssa_step_size), call.doutput_bias);
-        dictionary_gradient<kPairs>(norm.of(call.middle), g, weights.dictionary, rows, width, eta, call.ddictionary);
     }
     if (!mssa) return;
 

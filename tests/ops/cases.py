@@ -81,18 +81,6 @@ def cases() -> list[Case]:
     strided = normal(2, 3, 17, 8).transpose(1, 2)
     found.append(Case("attention-strided", ops.subspace_attention, (strided, None)))
 
-    def cross(name, batch, queries, keys, heads, width, value=False, **options):
-        w, *rest = (normal(batch, tokens, heads, width) for tokens in (queries, keys, keys))
-        found.append(
-            Case(f"cross-{name}", ops.subspace_cross_attention, (w, rest[0], rest[1] if value else None), options)
-        )
-
-    cross("one", 1, 1, 3, 1, 4)
-    cross("few-queries", 2, 5, 130, 2, 8)
-    cross("few-keys", 2, 130, 5, 1, 16, scale=0.4)
-    cross("value-lengths", 3, 21, 19, 2, 7, value=True, lengths=torch.tensor([4, 1, 19]))
-    cross("empty", 0, 3, 4, 2, 8)
-
     for rows, width in ((1, 8), (7, 8), (8, 8), (50, 8), (33, 17)):
         shape = f"{rows}x{width}"
         found.append(Case(f"ista-{shape}", ops.ista_step, (normal(rows, width), matrix(width, width))))
@@ -142,6 +130,18 @@ def cases() -> list[Case]:
     layer("no-bias", 2, 9, 12, 3, 4, bias=False, mssa_step_size=-1.0, step_size=0.3, lambd=0.2)
     layer("long", 1, 130, 40, 1, 40)
     layer("empty", 0, 9, 12, 3, 4)
+
+    def cross(name, batch, queries, keys, heads, width, value=False, **options):
+        w, *rest = (normal(batch, tokens, heads, width) for tokens in (queries, keys, keys))
+        found.append(
+            Case(f"cross-{name}", ops.subspace_cross_attention, (w, rest[0], rest[1] if value else None), options)
+        )
+
+    cross("one", 1, 1, 3, 1, 4)
+    cross("few-queries", 2, 5, 130, 2, 8)
+    cross("few-keys", 2, 130, 5, 1, 16, scale=0.4)
+    cross("value-lengths", 3, 21, 19, 2, 7, value=True, lengths=torch.tensor([4, 1, 19]))
+    cross("empty", 0, 3, 4, 2, 8)
     return found
 
 

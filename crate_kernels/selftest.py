@@ -143,20 +143,30 @@ def trusted(operator: str, backend: str, tensors: tuple) -> bool:
     earlier result counts then, and without one the answer is no.
     """
     device = tensors[0].device
-    if backend not in TESTED.get(device.type, ()) or os.environ.get(ENVIRONMENT_VARIABLE) == "0":
-        return True
-    if operator not in ops.OPERATORS:
+    if backend not in TESTED.get(device.type, ()) or operator not in ops.OPERATORS:
         return True
     floating = [t.dtype for t in tensors if isinstance(t, Tensor) and t.is_floating_point()]
-    dtype = min(floating, key=lambda kind: kind.itemsize)
-    if dtype == torch.float64:
+    if torch.float64 in floating:
         return True
+    low = [dtype for dtype in floating if dtype != torch.float32]
+    dtype = low[0] if low else torch.float32
     autocast = tensors[0].dtype != dtype
-    name = _name(operator, backend, dtype, autocast)
+    traced = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
+    return _verdict(operator, backend, device.type, device.index, dtype, autocast, traced)
+
+
+@torch.compiler.assume_constant_result
+def _verdict(
+    operator: str, backend: str, kind: str, index: int | None, dtype: torch.dtype, autocast: bool, traced: bool
+) -> bool:
+    """The answer of :func:`trusted`. While a call is traced, this function runs as it is."""
+    if os.environ.get(ENVIRONMENT_VARIABLE) == "0":
+        return True
+    device, name = torch.device(kind if index is None else f"{kind}:{index}"), _name(operator, backend, dtype, autocast)
     with _lock:
         known = user_cache.read("selftest").get(user_cache.combination(device), {})
         if name not in known:
-            if torch.compiler.is_compiling() or ops.operator.traced() or _captures(device):
+            if traced or _captures(device):
                 return False
             known = _remember(device, name, known_answer(operator, backend, device, dtype, autocast))
         failure = known[name]

@@ -8,13 +8,14 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from crate_kernels import cli, options
+from crate_kernels import cli, options, user_cache
 
 pytest.importorskip("timm")
 
 from crate_kernels.analysis import command as analyze
 from crate_kernels.analysis import report, segment
 from crate_kernels.bench import command as bench
+from crate_kernels.bench import tune
 from crate_kernels.distributed import plan
 from crate_kernels.training import command as training
 from crate_kernels.training.classifier import Trainer
@@ -33,6 +34,7 @@ COMMANDS = {
     "segment": (["a.png", "--checkpoint", "runs/x"], segment.Settings),
     "bench": ([], bench.Settings),
     "plan": ([], plan.PlanOptions),
+    "tune": ([], tune.Settings),
 }
 """Command -> the arguments that it cannot do without, and its options."""
 
@@ -49,6 +51,8 @@ def no_work(monkeypatch, tmp_path):
     monkeypatch.setattr(report, "write", lambda *arguments: 0)
     monkeypatch.setattr(segment, "segment_files", lambda *arguments: 0)
     monkeypatch.setattr(plan, "report", lambda *arguments: "")
+    monkeypatch.setattr(tune, "tune", lambda *arguments: None)
+    monkeypatch.setenv(user_cache.ENVIRONMENT_VARIABLE, str(tmp_path / "cache"))
     for name in ("measure", "render", "compare"):
         monkeypatch.setattr(bench, name, lambda *arguments: 0)
 

@@ -84,11 +84,19 @@ def test_the_environment_variable_skips_the_test(broken, monkeypatch):
     assert chosen() == "cpu"
 
 
-def test_nothing_runs_while_a_call_is_traced(monkeypatch):
-    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
-    assert not selftest.trusted("ista_step", "cpu", (torch.ones(2, 8), torch.eye(8)))
+def test_a_traced_call_takes_an_earlier_result_and_runs_no_test():
+    def backends_of(graph_of):
+        graphs = []
+        torch._dynamo.reset()
+        torch.compile(graph_of, fullgraph=True, backend=lambda graph, _: graphs.append(graph) or graph.forward)(
+            torch.ones(2, 8), torch.eye(8)
+        )
+        return [node.args[-1] for node in graphs[0].graph.nodes if "ista_step" in str(node.target)]
+
+    assert backends_of(ops.ista_step) == ["eager"]
     assert not user_cache.read("selftest")
-    monkeypatch.undo()
+    call()
+    assert backends_of(ops.ista_step) == ["cpu"]
 
 
 def test_a_cache_that_cannot_be_read_or_written_is_no_error(tmp_path, monkeypatch):

@@ -60,7 +60,7 @@ class Settings:
 
     def cases(self, batch: int) -> list[Case]:
         """One case for every operator that a layer of the model may call."""
-        sizes = {"context": self.context, "image_size": self.image_size}
+        sizes: dict[str, Any] = {"context": self.context, "image_size": self.image_size}
         wanted = plan.PlanOptions(model=self.model, **{k: v for k, v in sizes.items() if v is not None})
         model: Any = wanted.build()
         shape = plan.Shape.of(model, plan.sample_tokens(model))

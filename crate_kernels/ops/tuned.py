@@ -6,7 +6,6 @@ attention operators, d for the others), and with half to twice as many rows as w
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -21,7 +20,8 @@ def ranking(
     device: torch.device, operator: str, dtype: str, causal: bool, size: int, rows: int
 ) -> tuple[str, ...] | None:
     """The backends for such a call, fastest first; None if nobody measured one."""
-    for record in _records(device):
+    load(device.type, device.index)
+    for record in _loaded[device.type, device.index]:
         same = (record["operator"], record["dtype"], record["causal"], record["size"])
         if same == (operator, dtype, causal, size) and record["rows"] <= 2 * rows and rows <= 2 * record["rows"]:
             return tuple(record["order"])
@@ -44,7 +44,7 @@ def store(device: torch.device, found: list[dict[str, Any]]) -> None:
     content = user_cache.read(FILE)
     content[user_cache.combination(device)] = list(merged.values())
     user_cache.write(FILE, content)
-    _records.cache_clear()
+    _loaded.clear()
 
 
 def clear(device: torch.device) -> int:
@@ -52,11 +52,20 @@ def clear(device: torch.device) -> int:
     content = user_cache.read(FILE)
     count = len(content.pop(user_cache.combination(device), []))
     user_cache.write(FILE, content)
-    _records.cache_clear()
+    _loaded.clear()
     return count
 
 
-@functools.cache
-def _records(device: torch.device) -> tuple[dict[str, Any], ...]:
-    """Read once in a process: a call must not wait for a file."""
-    return tuple(records(device)) if (user_cache.folder() / f"{FILE}.json").exists() else ()
+_loaded: dict[tuple[str, int | None], tuple[dict[str, Any], ...]] = {}
+"""The records of each device, read once in a process: a call must not wait for a file."""
+
+
+@torch.compiler.assume_constant_result
+def load(kind: str, index: int | None) -> bool:
+    """Read the records of a device if nobody has. A traced call runs this function while it is traced."""
+    if (kind, index) not in _loaded:
+        exist = (user_cache.folder() / f"{FILE}.json").exists()
+        _loaded[kind, index] = (
+            tuple(records(torch.device(kind if index is None else f"{kind}:{index}"))) if exist else ()
+        )
+    return True

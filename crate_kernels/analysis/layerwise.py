@@ -21,7 +21,7 @@ class Layerwise:
     ``coding_rate (L, B)``: R^c of the tokens in their subspaces, ``w = LN(z) Uᵀ``, entering each layer's attention.
     ``sparsity (L, B)``: the non-zero fraction of each layer's output.
     ``compressed_rate (L, B)``: R^c of the tokens that leave each layer's attention, in the subspaces of the same layer.
-    Only :func:`crate_kernels.analysis.half_steps` measures it; otherwise it is empty.
+    :func:`layerwise` does not measure it and leaves it empty.
     """
 
     coding_rate: Tensor = field(default_factory=lambda: torch.empty(0, 0))
@@ -85,16 +85,36 @@ def layerwise(model: nn.Module, *inputs, **keywords) -> Layerwise:
     Raises:
         ValueError: the model has no such layer.
     """
-    rates, nonzeros = [], []
+    return _measure(model, inputs, keywords, compression=False)
+
+
+@torch.no_grad()
+def layerwise_compression(model: nn.Module, *inputs, **keywords) -> Layerwise:
+    """As :func:`layerwise`, with ``compressed_rate``: every layer's attention runs twice."""
+    return _measure(model, inputs, keywords, compression=True)
+
+
+def _measure(model: nn.Module, inputs: tuple, keywords: dict, compression: bool) -> Layerwise:
+    rates: list[Tensor] = []
+    compressed: list[Tensor] = []
+    nonzeros: list[Tensor] = []
+
+    def rate(block: Any, tokens: Tensor) -> Tensor:
+        w = block.mssa.project(block.mssa_norm(tokens)).transpose(1, 2)
+        return subspace_coding_rate(w).float().cpu()
 
     def measure(block: Any, arguments: tuple, keywords: dict, output: Tensor):
-        w = block.mssa.project(block.mssa_norm(arguments[0])).transpose(1, 2)
-        rates.append(subspace_coding_rate(w).float().cpu())
+        rates.append(rate(block, arguments[0]))
+        if compression:
+            compressed.append(rate(block, block.compress(*arguments, **keywords)))
         nonzeros.append(sparsity(output).cpu())
 
     with evaluating(model), observing(model, CrateBlock, measure):
         model(*inputs, **keywords)
-    return Layerwise(torch.stack(rates), torch.stack(nonzeros))
+    found = Layerwise(torch.stack(rates), torch.stack(nonzeros))
+    if compression:
+        found.compressed_rate = torch.stack(compressed)
+    return found
 
 
 @contextlib.contextmanager

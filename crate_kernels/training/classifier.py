@@ -18,7 +18,8 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from ..analysis import half_steps, plot_layerwise
+from ..analysis import plot_layerwise
+from ..analysis.layerwise import layerwise_compression
 from ..data.batches import (
     Normalization,
     TrainingOrder,
@@ -290,7 +291,7 @@ class Trainer(Engine):
         summary |= {"broken_images": list(self.data.broken.found), "loader_images_per_second": loader}
         report.line(f"loader alone: {loader:.0f} images/s; training took {rate:.0f} images/s")
         images, labels = self.example()
-        measurement = half_steps(model, images).published()
+        measurement = layerwise_compression(model, images)
         picture = plot_layerwise(measurement, self.output / "layerwise.png", title=f"{self.data.name}, layer by layer")
         pictures = ", ".join(map(str, [picture, *self.plot_probe()]))
         summary["layerwise"] = measurement.summary()

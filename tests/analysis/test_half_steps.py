@@ -7,6 +7,7 @@ import torch
 
 from crate_kernels.analysis import coding_rate, effective_rank, half_steps, layerwise, subspace_coding_rate
 from crate_kernels.analysis.command import measure, table
+from crate_kernels.analysis.layerwise import layerwise_compression
 from crate_kernels.models import CRATE, CrateAlpha, CrateBert, CrateGPT, CrateMAE
 from crate_kernels.nn import CrateBlock
 
@@ -70,9 +71,13 @@ def test_values_at_each_point_are_those_of_the_layer():
 
 def test_the_published_convention_is_the_quick_probe():
     model, images = build("crate")
-    published, quick = half_steps(model, images).published(), layerwise(model, images)
-    torch.testing.assert_close(published.coding_rate, quick.coding_rate)
-    torch.testing.assert_close(published.sparsity, quick.sparsity)
+    published = half_steps(model, images).published()
+    quick, more = layerwise(model, images), layerwise_compression(model, images)
+    for measured in (quick, more):
+        torch.testing.assert_close(published.coding_rate, measured.coding_rate)
+        torch.testing.assert_close(published.sparsity, measured.sparsity)
+    torch.testing.assert_close(published.compressed_rate, more.compressed_rate)
+    assert not quick.compressed_rate.numel()
 
 
 def test_attention_with_its_own_subspaces_compresses():

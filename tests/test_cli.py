@@ -42,7 +42,7 @@ def test_a_missing_package_is_named_with_its_remedy():
     assert done.stderr == "crate-kernels: this command needs the package timm: pip install 'crate_kernels[train]'\n"
 
 
-def test_our_own_defects_are_not_hidden(monkeypatch):
+def test_internal_errors_show_their_traceback(monkeypatch):
     assert not cli.expected(KeyError("x"))
     assert not cli.expected(ModuleNotFoundError("", name="crate_kernels.gone"))
     assert not cli.expected(AssertionError())

@@ -490,7 +490,7 @@ def test_folded_is_never_stale(change):
     prepared.check()
 
 
-def test_folded_is_kept_and_dropped():
+def test_folded_is_cached_and_dropped():
     p = Prepared()
     assert p.ista.folded() is p.ista.folded() is not None
     p.ista.train()

@@ -167,7 +167,7 @@ def test_processes_change_nothing(tmp_path):
     assert not (tmp_path / "several" / "parts").exists()
 
 
-def test_a_killed_preparation_goes_on(tmp_path, monkeypatch):
+def test_a_killed_preparation_resumes(tmp_path, monkeypatch):
     path = write_lines(tmp_path / "x.jsonl", DOCUMENTS)
     whole = prepared(tmp_path / "whole", [path], settings(2000))
     encode, calls = ByteTokenizer.encode_array, []

@@ -179,7 +179,7 @@ def test_every_command_takes_the_same_course_on_two_and_four_ranks(source, alone
         assert [path.name for path in half.glob("last*")] == ["last.pt"]
 
 
-def test_a_sharded_state_executes_no_code_and_must_be_whole(source, tmp_path):
+def test_a_sharded_checkpoint_executes_no_code_and_must_be_complete(source, tmp_path):
     class Code:
         def __reduce__(self):
             return os.mkdir, (str(tmp_path / "should-not-exist"),)
@@ -218,7 +218,7 @@ def write_a_sharded_state(folder):
     checkpoints.save_run(folder, {"step": 7, "model": model.state_dict()})
 
 
-def test_the_newer_state_counts(tmp_path):
+def test_the_newer_checkpoint_counts(tmp_path):
     """Killed between writing a state and dropping the one before, a run has two."""
     checkpoints.save_run(tmp_path, {"step": 5})
     (tmp_path / "last-00000009").mkdir()

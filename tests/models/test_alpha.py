@@ -47,7 +47,7 @@ def test_huge_has_heads_of_width_80():
 
 @pytest.mark.parametrize("options", [{}, dict(heads=4, dim_head=5), dict(clipa=True)])
 @pytest.mark.parametrize("backend", ["reference", "eager"])
-def test_model_equals_the_literal_equations(backend, options):
+def test_model_equals_the_reference_equations(backend, options):
     model = small(**options).double()
     actual = outputs_and_gradients(model, lambda m: m(IMAGES.double()), backend)
     assert_same(actual, outputs_and_gradients(model, lambda m: reference(m, IMAGES.double())))

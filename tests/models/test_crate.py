@@ -72,7 +72,7 @@ def test_patch8_parameter_counts(name, millions):
 
 @pytest.mark.parametrize("options", [{}, dict(pool="mean", ista=0.7), dict(heads=1, dim_head=24), dict(heads=2)])
 @pytest.mark.parametrize("backend", ["reference", "eager"])
-def test_model_equals_the_literal_equations(backend, options):
+def test_model_equals_the_reference_equations(backend, options):
     model, images = small(**options).double(), IMAGES.double()
     parameters = list(model.parameters())
     with ops.use_backend(backend):

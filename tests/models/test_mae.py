@@ -69,7 +69,7 @@ def test_parameter_counts(size, trainable, total):
 
 @pytest.mark.parametrize("options", [{}, dict(norm_pix_loss=True), dict(num_heads=1, decoder_num_heads=4)])
 @pytest.mark.parametrize("backend", ["reference", "eager"])
-def test_model_equals_the_literal_equations(backend, options):
+def test_model_equals_the_reference_equations(backend, options):
     model = small(**options).double()
     actual = outputs_and_gradients(model, lambda m: m(IMAGES.double(), noise=NOISE)[:2], backend)
     assert_same(actual, outputs_and_gradients(model, lambda m: reference(m)[:2]), UNUSED)

@@ -54,7 +54,7 @@ class Code:
         return os.mkdir, ("should-not-exist",)
 
 
-def test_only_a_whole_state_of_ours_is_read_and_no_code_runs(tmp_path, monkeypatch):
+def test_only_complete_checkpoints_of_runs_are_read_and_no_code_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     path = tmp_path / "last.pt"
     with pytest.raises(CheckpointError, match=r"nothing to resume: there is no .*last\.pt"):
@@ -131,7 +131,7 @@ def test_a_folder_that_is_half_removed_or_of_another_name_is_no_state(sharded, t
     assert sorted(os.listdir(tmp_path)) == ["last-00000013", "last-backup"]
 
 
-def test_a_folder_is_no_state_from_the_moment_its_removal_begins(sharded, tmp_path, monkeypatch):
+def test_a_folder_under_removal_is_no_checkpoint(sharded, tmp_path, monkeypatch):
     checkpoints.save_run(tmp_path, sharded)
     monkeypatch.setattr(shutil, "rmtree", lambda path, **options: None)  # killed before the first file is gone
     checkpoints.discard(tmp_path)

@@ -172,7 +172,7 @@ def test_a_full_disk_ends_a_run_with_one_sentence_and_a_state(text, tmp_path, mo
     assert all(torch.equal(ours[name], expected[name]) for name in expected)
 
 
-def test_a_restart_goes_on_with_the_same_run_only(text, tmp_path, monkeypatch, capsys):
+def test_a_restart_resumes_the_same_run_only(text, tmp_path, monkeypatch, capsys):
     output, step = tmp_path / "run", Engine.train_step
 
     def stop(self, batches):
@@ -222,7 +222,7 @@ def test_a_resumed_run_reads_the_data_it_began_with(text, tmp_path, capsys):
     assert "the run to resume reads other data: a text of 4,740 tokens (sha256 " in said
 
 
-def test_weights_that_are_no_numbers_are_not_kept(text, tmp_path, monkeypatch, capsys):
+def test_non_finite_weights_are_not_saved(text, tmp_path, monkeypatch, capsys):
     output, step = tmp_path / "run", Engine.train_step
 
     def diverge(self, batches):

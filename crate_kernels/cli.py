@@ -23,6 +23,7 @@ COMMANDS = {
     "analyze": ("crate_kernels.analysis.command", "measure coding rate and sparsity, layer by layer"),
     "segment": ("crate_kernels.analysis.segment", "segment images by the attention of a trained model"),
     "report": ("crate_kernels.analysis.report", "write one run as a single HTML file"),
+    "export": ("crate_kernels.deployment.command", "write a trained model for ONNX Runtime, OpenVINO or AOTInductor"),
     "plan": ("crate_kernels.distributed.plan", "predict the memory and communication of a run on many GPUs"),
     "bench": ("crate_kernels.bench.command", "measure operators and models, compare and report results"),
     "tune": ("crate_kernels.bench.tune", "measure which backend is fastest on this device, and remember it"),

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from . import ops
-from .ops import checks
-from .ops.subspace_attention.masks import finite_where_hidden
+from .ops import checks, standard
+from .ops.masks import finite_where_hidden
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -240,19 +240,50 @@ class KeepsFolded(nn.Module):
             self._folded = None
         return super().train(mode)
 
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        # An export cannot tell whether the weight is still the tensor that was folded.
+        self._folded = None
+        super().register_parameter(name, param)
+
     def folded(self) -> Tensor | None:
         """The cached ``W − WᵀW``, computed again if the weight has changed; None where caching is not allowed."""
         weight = self.weight
-        # A compiled graph cannot check the version counter in every call, and inference tensors have none.
-        if not self.keep_folded or self.training or torch.compiler.is_compiling() or weight.is_inference():
+        if not self.keep_folded or self.training:
             return None
-        state = (weight._version, weight.data_ptr(), weight.dtype, weight.device, tuple(weight.stride()))
-        if self._folded is None or self._folded[0] != state:
-            # A matrix computed in inference mode could not be used later where gradients are needed. The detached
-            # weight keeps the storage alive, so that no other weight can get the same address.
+        if torch.compiler.is_compiling():
+            return self._folded_in_graph(weight)
+        if weight.is_inference():  # such tensors have no version counter
+            return None
+        if self._folded is None or self._folded[0] != self._weight_state():
+            # A matrix computed in inference mode could not be used later where gradients are needed.
             with torch.inference_mode(False):
-                self._folded = (state, ops.fold(weight), weight.detach())
+                self.keep(ops.fold(weight))
         return self._folded[1]
+
+    def keep(self, folded: Tensor) -> None:
+        """Cache ``folded (d, d)`` as the folded matrix of the weight as it is now."""
+        # The detached weight keeps the storage alive, so that no other weight can get the same address.
+        self._folded = (self._weight_state(), folded, self.weight.detach())
+
+    def _weight_state(self) -> tuple:
+        weight = self.weight
+        return weight._version, weight.data_ptr(), weight.dtype, weight.device, tuple(weight.stride())
+
+    def _folded_in_graph(self, weight: Tensor) -> Tensor | None:
+        """What a graph of torch.compile or torch.export holds. It cannot check the version counter in every call."""
+        if standard.exporting():
+            if self._folded is not None:
+                (version, *_), folded, alias = self._folded
+                if (alias._version, alias.dtype, alias.device) == (version, weight.dtype, weight.device):
+                    return folded  # a constant of the exported program
+            return standard.fold(weight)
+        # A graph with frozen parameters computes this once, when it is compiled.
+        return standard.fold(weight) if _parameters_are_frozen() else None
+
+
+@torch.compiler.assume_constant_result
+def _parameters_are_frozen() -> bool:
+    return torch._inductor.config.freezing and not torch.is_grad_enabled()
 
 
 class ISTA(KeepsFolded):
@@ -609,9 +640,13 @@ def prepare_for_inference(model: Model) -> Model:
     The cache follows changes of the weights (in-place writes, ``load_state_dict``, ``.to``), and ``train()`` drops it.
     torch does not see some writes (in place through ``weight.data``, or through a NumPy view). Call this function
     again after such a write.
+
+    An exported program (``torch.export``, ``torch.onnx.export``) holds the folded matrices as constants.
     """
     model.eval()
     for module in model.modules():
         if isinstance(module, KeepsFolded):
             module.keep_folded, module._folded = True, None
+            if type(module.weight) in (Tensor, nn.Parameter) and not module.weight.is_meta:
+                module.folded()
     return model

@@ -73,6 +73,14 @@ def test_operator_in_another_network():
     assert load("operator_in_another_network").main(epochs=5) > 0.9
 
 
+def test_huggingface_trainer(tmp_path):
+    pytest.importorskip("transformers")
+    pytest.importorskip("accelerate")
+    before, after = load("huggingface_trainer").main(["--bytes", "30000", "--output", str(tmp_path)])
+    assert after < before - 1.5
+    assert (tmp_path / "model.safetensors").is_file()
+
+
 def test_lightning_trainer(tmp_path):
     pytest.importorskip("lightning")
     pytest.importorskip("mlxtend")

@@ -13,7 +13,7 @@ LAYERS = (
     {"ops"},
     {"nn", "selftest"},
     {"data", "distributed", "models", "fusion", "runs"},
-    {"training", "analysis", "bench", "collect_env"},
+    {"training", "analysis", "bench", "deployment", "collect_env"},
     {"cli", "__main__"},
 )
 """Modules and packages of the top level, the lowest layer first. A layer imports from itself and from lower layers."""

@@ -103,6 +103,17 @@ def test_segment(runs, name, data, tmp_path, capsys):
         assert "which takes no images" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("name", RUNS)
+def test_export(runs, name, tmp_path, capsys):
+    path = tmp_path / "exported.safetensors"
+    assert main(["export", str(runs / name), "--format", "safetensors", "--output", str(path)]) == 0
+    assert "relative error 0.0e+00" in capsys.readouterr().out
+    source, metadata = folder.open_model(runs / name)
+    again, kept = folder.open_model(path)
+    assert type(again) is type(source)
+    assert {"mean", "std"} <= kept.keys() if name in VISION else kept["tokenizer"] == metadata["tokenizer"]
+
+
 @pytest.mark.parametrize("name", VISION)
 def test_weights_are_fine_tuned(runs, name, data, tmp_path, monkeypatch):
     monkeypatch.setattr(classifier, "against_reference", lambda *arguments: {})

@@ -16,6 +16,7 @@ from crate_kernels.analysis import command as analyze
 from crate_kernels.analysis import report, segment
 from crate_kernels.bench import command as bench
 from crate_kernels.bench import tune
+from crate_kernels.deployment import command as export
 from crate_kernels.distributed import plan
 from crate_kernels.training import command as training
 from crate_kernels.training.classifier import Trainer
@@ -32,6 +33,7 @@ COMMANDS = {
     "analyze": (["runs/x"], analyze.Settings),
     "report": (["runs/x"], report.Settings),
     "segment": (["a.png", "--checkpoint", "runs/x"], segment.Settings),
+    "export": (["runs/x"], export.Settings),
     "bench": ([], bench.Settings),
     "plan": ([], plan.PlanOptions),
     "tune": ([], tune.Settings),
@@ -53,6 +55,7 @@ def no_work(monkeypatch, tmp_path):
     monkeypatch.setattr(plan, "report", lambda *arguments: "")
     monkeypatch.setattr(tune, "tune", lambda *arguments: None)
     monkeypatch.setenv(user_cache.ENVIRONMENT_VARIABLE, str(tmp_path / "cache"))
+    monkeypatch.setattr(export, "export", lambda *arguments: 0)
     for name in ("measure", "render", "compare"):
         monkeypatch.setattr(bench, name, lambda *arguments: 0)
 
@@ -171,6 +174,8 @@ def test_every_unknown_word_is_refused_with_the_known_ones(command, capsys):
         ("train-text --temperature -1", "--temperature must be at least 0, got -1.0"),
         ("train-text --top-p 0", "--top-p must be above 0 and at most 1, got 0.0"),
         ("analyze x --text a --data b", "--text applies only without --data"),
+        ("export x --format tensorrt", "--format must be one of onnx, openvino, aoti, safetensors, got tensorrt"),
+        ("export x --format safetensors --any-size", "--any-size applies only with --format onnx, openvino or aoti"),
         ("bench --batches 0", "--batches must be whole numbers from 1 to 1048576, got 0"),
         ("bench --quick --sizes tiny", "--sizes applies only with --suite models or all, and without --quick"),
         ("bench --suite models --operators ista_step", "--operators applies only with --suite operators or all"),

@@ -305,13 +305,32 @@ def interpolate_positions(
     Raises:
         ValueError: the grid is another one, and that is not ``allowed``.
     """
-    if grid == trained:
+    # An exported program whose grid is not fixed interpolates always: for the trained grid that changes nothing.
+    if all(isinstance(size, int) for size in grid) and grid == trained:
         return positions
     if not allowed:
         raise ValueError(f"images: {grid[0]} x {grid[1]} patches, but the model has {trained[0]} x {trained[1]}")
-    patches = positions[:, 1:].transpose(1, 2).unflatten(2, trained)
-    patches = nn.functional.interpolate(patches.float(), size=grid, mode="bicubic", antialias=True)
-    return torch.cat([positions[:, :1], patches.to(positions.dtype).flatten(2).transpose(1, 2)], dim=1)
+    dtype = torch.promote_types(positions.dtype, torch.float32)
+    rows, columns = (cubic_matrix(*sizes, dtype, positions.device) for sizes in zip(trained, grid, strict=True))
+    patches = columns @ positions[:, 1:].to(dtype).unflatten(1, trained)  # (1, trained rows, columns, dim)
+    patches = (rows @ patches.flatten(2)).unflatten(2, (grid[1], -1)).flatten(1, 2)
+    return torch.cat([positions[:, :1], patches.to(positions.dtype)], dim=1)
+
+
+def cubic_matrix(old: int, new: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """The matrix ``(new, old)`` of bicubic interpolation with antialiasing along one dimension.
+
+    It is that of ``torch.nn.functional.interpolate(mode="bicubic", antialias=True)``, which not every runtime has: each
+    row is Keys' cubic with a = −½, stretched where the grid shrinks, and sums to one.
+    """
+    places = torch.arange(new, dtype=dtype, device=device) + 0.5
+    scale = old / (places[-1:] + 0.5)  # a tensor, so that an exported program takes any size
+    distance = (torch.arange(old, dtype=dtype, device=device) + 0.5 - (places * scale)[:, None]) / scale.clamp(min=1)
+    x = distance.abs()
+    near = (1.5 * x - 2.5) * x * x + 1
+    far = ((-0.5 * x + 2.5) * x - 4) * x + 2
+    weights = torch.where(x < 1, near, torch.where(x < 2, far, torch.zeros_like(x)))
+    return weights / weights.sum(dim=1, keepdim=True)
 
 
 def pair(name: str, value: int | tuple[int, int]) -> tuple[int, int]:

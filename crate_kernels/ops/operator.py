@@ -1,6 +1,6 @@
 """How a public function calls its implementation; the same for every operator.
 
-A call takes one of two routes:
+A call takes one of three routes:
 
 - Outside tracing the implementation is called directly: through one ``torch.autograd.Function`` if a gradient is
   needed, else as a plain function. Arguments are checked and a backend is chosen once per kind of call. The result, a
@@ -8,8 +8,10 @@ A call takes one of two routes:
 - While torch records the call (``torch.compile``, export, fake tensors, dispatch modes, tensor subclasses), it goes
   through the operator ``crate::<name>``, which is registered with ``torch.library``. Transforms (``torch.func``,
   forward-mode derivatives) take the reference equations.
+- In an export that requests no backend it becomes standard ATen operators (``standard.py``), which run without this
+  package.
 
-Both routes run the same ``forward`` and ``backward`` of the implementation.
+The first two run the same ``forward`` and ``backward`` of the implementation.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from . import backends, checks
+from . import backends, checks, standard
 from .kept import kept
 
 MOST_PLANS = 512
@@ -178,8 +180,10 @@ class Operator:
         self._plans.clear()
 
     def _dispatched(self, check: Callable[..., tuple], backend: str | None, tensors: tuple, options: tuple) -> Tensor:
-        """The call through the registered operator."""
+        """The call through the registered operator; in an export that asks for no backend, in standard operators."""
         scalars = check(*tensors, *options)
+        if standard.exporting() and backend is None and backends.requested_backend() is None:
+            return getattr(standard, self.name)(*tensors, *scalars)
         dtype = backends.autocast_dtype(tensors[0])
         cast = self._cast(tensors, dtype)
         name = self._choose(backend, cast, scalars)

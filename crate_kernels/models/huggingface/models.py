@@ -422,8 +422,8 @@ class CrateGPTForCausalLM(_WithHead, GenerationMixin):
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
         logits_to_keep: int | Tensor = 0,
-        shift_labels: Tensor | None = None,
         num_items_in_batch: Tensor | int | None = None,
+        **others: Tensor | None,
     ) -> CausalLMOutputWithPast:
         """Predict the token after each.
 
@@ -431,13 +431,19 @@ class CrateGPTForCausalLM(_WithHead, GenerationMixin):
             labels: ``(B, N)``, usually ``input_ids``, -100 where nothing is asked; shifted here. Neither is padding
                 asked for, nor does it answer.
             logits_to_keep: logits of the last so many tokens only, or of the tokens at these indices; 0 for all.
-            shift_labels: ``(B, N)``, the labels already shifted, in place of ``labels``.
             num_items_in_batch: the loss is the sum over all labels divided by this number, by default by their number.
-            others: see :meth:`CrateGPTModel.forward`.
+            others: ``shift_labels (B, N)``, the labels already shifted, in place of ``labels``. The trainer of
+                transformers takes every parameter whose name contains "label" for one that each batch must have, so
+                that this one has no parameter.
+
+        All further arguments: see :meth:`CrateGPTModel.forward`.
 
         Returns:
             ``loss`` (None without labels), ``logits (B, N, vocab_size)``, and what the model without head returns.
         """
+        shift_labels = others.pop("shift_labels", None)
+        if others:
+            raise TypeError(f"forward() got an unexpected keyword argument {next(iter(others))!r}")
         output = self.model(
             input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache,
             output_attentions, output_hidden_states, True,

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..backends import accumulation_dtype
-from .masks import forbidden
+from ..masks import forbidden
 
 BLOCK_ELEMENTS = 1 << 26
 """Most score elements held at once (256 MiB in float32)."""

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from ..backends import accumulation_dtype
+from ..masks import finite_where_hidden, forbidden
 from .blocked import blocked_backward, blocked_forward
-from .masks import finite_where_hidden, forbidden
 
 SHORT_SEQUENCE = 256
 """Largest N for which the CPU backward computes bfloat16 and float16 in float32. In bfloat16 torch's flash kernel takes

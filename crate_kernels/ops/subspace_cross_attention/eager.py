@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from ..backends import accumulation_dtype
+from ..masks import finite_where_hidden, forbidden
 from ..subspace_attention.blocked import attend, row_blocks
-from ..subspace_attention.masks import finite_where_hidden, forbidden
 
 
 def why_not(w: Tensor, *_) -> None:

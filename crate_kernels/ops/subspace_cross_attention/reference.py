@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..subspace_attention.masks import finite_where_hidden, forbidden
+from ..masks import finite_where_hidden, forbidden
 
 
 def why_not(w: Tensor, *_) -> None:

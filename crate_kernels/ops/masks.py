@@ -1,4 +1,4 @@
-"""Which keys a query may not see: the rules that the reference and the eager backend share."""
+"""Which keys a query may not see: the rules that every implementation in torch shares."""
 
 from __future__ import annotations
 

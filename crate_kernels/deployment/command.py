@@ -1,0 +1,143 @@
+"""``crate-kernels export``: a trained model as a file for another runtime, checked against the model."""
+
+from __future__ import annotations
+
+import argparse
+import warnings
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from .. import options
+from ..agreement import relative
+from ..models import CrateModel
+from ..models.registry import FACTORIES
+from ..models.vision import VisionModel
+from ..options import option
+from ..runs.folder import open_model
+from ..timing import medians
+from .formats import FORMATS, Run, files, size
+from .program import Deployable, example
+
+ROUNDS = 20
+"""Calls by which the speed is measured."""
+
+LARGEST_ERROR = {False: 1e-3, True: 5e-2}
+"""Of a file with float32 weights, and with float16 weights: far above rounding, far below a wrong program."""
+
+
+@dataclass
+class Settings:
+    """The options of ``export``."""
+
+    format: str = option("onnx", "what to write", choices=FORMATS)
+    model: str | None = option(
+        None, "registered name of the model, for a public checkpoint that does not name it", choices=FACTORIES
+    )
+    half: bool = option(False, "weights in float16")
+    image_size: int | None = option(
+        None, "pixels of the images, square; without it the model's own size", least=1, most=8192
+    )
+    any_size: bool = option(
+        False, "take images of any size that the patches divide, from two patches up in each direction",
+        only=("with --format onnx, openvino or aoti", lambda s: s.format != "safetensors"),
+    )  # fmt: skip
+    batch_size: int = option(8, "inputs per call when the speed is measured", "measurement", least=1, most=4096)
+    output: str | None = option(None, "the file to write; without it a name beside the checkpoint", "output")
+    overwrite: bool = option(False, "replace the file if it exists", "output")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("checkpoint", help="the folder of a training run, or a model's safetensors file")
+    options.add_arguments(parser, Settings)
+
+
+def run(args: argparse.Namespace) -> int:
+    return export(Path(args.checkpoint), options.parse(args, Settings))
+
+
+def export(checkpoint: Path, settings: Settings) -> int:
+    """Write the model of ``checkpoint`` as a file, and check and measure the file."""
+    kind = FORMATS[settings.format]
+    if missing := kind.missing():
+        raise ValueError(f"--format {settings.format} needs {', '.join(missing)}: see docs/deployment.md")
+    model, metadata = open_model(checkpoint, settings.model)
+    if isinstance(model, VisionModel):
+        if settings.image_size:
+            _resize(model, settings.image_size)
+    elif settings.image_size or settings.any_size:
+        name = "--image-size" if settings.image_size else "--any-size"
+        raise ValueError(f"{name} applies only to models of images, and {checkpoint} holds a {type(model).__name__}")
+    path = _path(checkpoint, settings, kind.suffix)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the exporters' own, about their own insides
+        kind.write(model, path, half=settings.half, any_size=settings.any_size, metadata=metadata)
+    print(f"{' and '.join(map(str, files(path)))}: {size(path) / 2**20:.1f} MiB", flush=True)
+    print(f"takes {_inputs(model, metadata, settings)}", flush=True)
+    compare(model, kind.open(path), settings)
+    return 0
+
+
+def _resize(model: VisionModel, pixels: int) -> None:
+    height, width = model.patch_embedding.patch_size
+    if pixels % height or pixels % width:
+        raise ValueError(f"--image-size must be a multiple of the patch size {height} x {width}, got {pixels}")
+    model.set_input_size(pixels)
+
+
+def _path(checkpoint: Path, settings: Settings, suffix: str) -> Path:
+    if settings.output is None:
+        folder, name = (checkpoint, "model") if checkpoint.is_dir() else (checkpoint.parent, checkpoint.stem)
+        path = folder / f"{name}{'-exported' if suffix == '.safetensors' else ''}{suffix}"
+    else:
+        path = Path(settings.output)
+        if path.suffix != suffix:
+            raise ValueError(f"--output must end in {suffix} with --format {settings.format}, got {path}")
+    if path.exists() and path.samefile(checkpoint):
+        raise ValueError(f"--output {path} is the checkpoint itself")
+    for file in files(path):
+        if file.exists() and not (settings.overwrite and file.is_file()):
+            raise ValueError(f"{file} is there already: give --overwrite, or another --output")
+    return path
+
+
+def _inputs(model: CrateModel, metadata: dict, settings: Settings) -> str:
+    """The file's inputs in words."""
+    if not isinstance(model, VisionModel):
+        return ", ".join(f"{name} int64" for name in Deployable(model).names) + (
+            f" of the tokenizer {metadata['tokenizer']}" if "tokenizer" in metadata else ""
+        )
+    height, width = ("H", "W") if settings.any_size else model.image_size
+    words = f"images (B, {model.in_chans}, {height}, {width}) float32"
+    if "mean" in metadata and "std" in metadata:
+        words += f", pixels of 0..1 less the mean {metadata['mean']}, divided by {metadata['std']}"
+    return words
+
+
+def compare(model: CrateModel, run: Run, settings: Settings) -> None:
+    """Print how far a file is from ``model``, and how fast both are, for one input and for several.
+
+    Raises:
+        RuntimeError: the file computes something else.
+    """
+    model = Deployable(model)
+    generator = torch.Generator().manual_seed(0)
+    for count in dict.fromkeys((1, settings.batch_size)):
+        inputs = example(model, count, generator)
+        calls = {"file": partial(run, *inputs), "model": partial(model, *inputs)}
+        with torch.no_grad():
+            got, wanted = (call() for call in calls.values())
+            error = relative(got, wanted)
+            if not error <= LARGEST_ERROR[settings.half]:
+                raise RuntimeError(
+                    f"the file does not compute what the model computes: relative error {error:.1e} on {count} inputs"
+                )
+            seconds = medians(calls, torch.device("cpu"), ROUNDS)
+        same, total = int((got.argmax(-1) == wanted.argmax(-1)).sum()), wanted[..., 0].numel()
+        print(
+            f"batch {count}: relative error {error:.1e}, the same greatest output in {same} of {total};"
+            f" {1e3 * seconds['file']:.2f} ms, this package {1e3 * seconds['model']:.2f} ms"
+        )

@@ -254,16 +254,17 @@ class KeepsFolded(nn.Module):
             return self._folded_in_graph(weight)
         if weight.is_inference():  # such tensors have no version counter
             return None
-        if self._folded is None or self._folded[0] != self._weight_state():
-            # A matrix computed in inference mode could not be used later where gradients are needed.
-            with torch.inference_mode(False):
-                self.keep(ops.fold(weight))
-        return self._folded[1]
+        if self._folded is not None and self._folded[0] == self._weight_state():
+            return self._folded[1]
+        # A matrix computed in inference mode could not be used later where gradients are needed.
+        with torch.inference_mode(False):
+            return self.keep(ops.fold(weight))
 
-    def keep(self, folded: Tensor) -> None:
-        """Cache ``folded (d, d)`` as the folded matrix of the weight as it is now."""
+    def keep(self, folded: Tensor) -> Tensor:
+        """Cache ``folded (d, d)`` as the folded matrix of the weight as it is now, and return it."""
         # The detached weight keeps the storage alive, so that no other weight can get the same address.
         self._folded = (self._weight_state(), folded, self.weight.detach())
+        return folded
 
     def _weight_state(self) -> tuple:
         weight = self.weight

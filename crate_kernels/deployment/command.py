@@ -123,11 +123,11 @@ def compare(model: CrateModel, run: Run, settings: Settings) -> None:
     Raises:
         RuntimeError: the file computes something else.
     """
-    model = Deployable(model)
+    deployed = Deployable(model)
     generator = torch.Generator().manual_seed(0)
     for count in dict.fromkeys((1, settings.batch_size)):
-        inputs = example(model, count, generator)
-        calls = {"file": partial(run, *inputs), "model": partial(model, *inputs)}
+        inputs = example(deployed, count, generator)
+        calls = {"file": partial(run, *inputs), "model": partial(deployed, *inputs)}
         with torch.no_grad():
             got, wanted = (call() for call in calls.values())
             error = relative(got, wanted)

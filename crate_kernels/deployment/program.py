@@ -40,10 +40,12 @@ class Deployable(nn.Module):
         self.dtype = dtype
         if dtype != torch.float32:
             # First fold, then narrow: the fold of a narrowed dictionary would be rounded twice.
-            folded = [(module, module.folded()) for module in self.model.modules() if isinstance(module, KeepsFolded)]
+            dictionaries = [module for module in self.model.modules() if isinstance(module, KeepsFolded)]
+            folded = [module.folded() for module in dictionaries]
             self.model.to(dtype)
-            for module, matrix in folded:
-                module.keep(matrix.to(dtype))
+            for module, matrix in zip(dictionaries, folded, strict=True):
+                if matrix is not None:
+                    module.keep(matrix.to(dtype))
         self.train(False)
 
     @property

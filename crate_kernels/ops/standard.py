@@ -34,7 +34,8 @@ def subspace_cross_attention(
 
 
 def _attention(w: Tensor, keys: Tensor, value: Tensor, lengths: Tensor | None, scale: float, causal: bool) -> Tensor:
-    mask = None if lengths is None else ~forbidden(keys.shape[1], lengths, causal, w.device)
+    hidden = None if lengths is None else forbidden(keys.shape[1], lengths, causal, w.device)
+    mask = None if hidden is None else ~hidden
     o = scaled_dot_product_attention(
         w.transpose(1, 2), keys.transpose(1, 2), value.transpose(1, 2), mask, is_causal=causal and mask is None,
         scale=scale,

@@ -174,7 +174,6 @@ def test_every_unknown_word_is_refused_with_the_known_ones(command, capsys):
         ("train-text --temperature -1", "--temperature must be at least 0, got -1.0"),
         ("train-text --top-p 0", "--top-p must be above 0 and at most 1, got 0.0"),
         ("analyze x --text a --data b", "--text applies only without --data"),
-        ("export x --format tensorrt", "--format must be one of onnx, openvino, aoti, safetensors, got tensorrt"),
         ("export x --format safetensors --any-size", "--any-size applies only with --format onnx, openvino or aoti"),
         ("bench --batches 0", "--batches must be whole numbers from 1 to 1048576, got 0"),
         ("bench --quick --sizes tiny", "--sizes applies only with --suite models or all, and without --quick"),

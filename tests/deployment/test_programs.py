@@ -147,7 +147,7 @@ def test_attention_hides_what_lies_beyond_the_lengths(causal):
 
 
 def test_frozen_compiled_models_fold_once():
-    model, images = CRATE(**SMALL | dict(depth=1)).prepare_for_inference(), torch.randn(2, 3, 16, 16)
+    model, images = CRATE(**SMALL | dict(depth=1), num_classes=5).prepare_for_inference(), torch.randn(2, 3, 16, 16)
     wanted = expected(model, (images,))
     with torch.no_grad(), torch._inductor.config.patch(freezing=True):
         compiled = torch.compile(model, fullgraph=True)

@@ -183,6 +183,8 @@ class Operator:
         """The call through the registered operator; in an export that asks for no backend, in standard operators."""
         scalars = check(*tensors, *options)
         if standard.exporting() and backend is None and backends.requested_backend() is None:
+            if self._lengths is not None:
+                checks.length_values(tensors[self._lengths], tensors[self._keys].shape[1])
             return getattr(standard, self.name)(*tensors, *scalars)
         dtype = backends.autocast_dtype(tensors[0])
         cast = self._cast(tensors, dtype)

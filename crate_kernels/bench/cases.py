@@ -198,6 +198,13 @@ def cases(device: torch.device, quick: bool = False) -> list[Case]:
         heads, width = VISION[size]
         for operator in ("subspace_attention", "mssa_block", "ista_step", "ista_block", "crate_layer"):
             found.append(Case(operator, f"CRATE-{size}/16", images, 197, heads, width, compiled=size == "B"))
+    if not on_gpu:
+        # Short sequences: the default model of `crate-kernels train`, and small images.
+        for operator in ("subspace_attention", "crate_layer"):
+            found.append(Case(operator, "28 x 28 images", 128, 17, 4, 24))
+        found += [
+            Case("subspace_attention", "64 x 64 images", 8, 65, heads, width) for heads, width in ((12, 48), (12, 64))
+        ]
     sequences = 32 if on_gpu else 1
     found.append(Case("subspace_attention", "CRATE-B/8", images // 4, 785, 12, 64))
     found.append(Case("overcomplete_ista", "CRATE-alpha-B/16", images // 2, 197, 12, 64, compiled=True))

@@ -50,6 +50,7 @@ def accuracies(model, metadata) -> dict[str, float]:
 @torch.no_grad()
 def speeds(model, batch: int, rounds: int) -> dict[str, dict[str, float]]:
     """Median milliseconds of each variant, and how many times as fast as this package's kernels it is."""
+    torch._dynamo.reset()  # else the second size would be compiled for all sizes
     images = torch.randn(batch, model.in_chans, *model.image_size)
     built = variants(model)
     calls = {

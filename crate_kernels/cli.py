@@ -1,4 +1,4 @@
-"""The command ``crate-kernels``: a table of subcommands, each imported only when it is asked for."""
+"""The command ``crate-kernels``: a table of subcommands, each imported only when it is called."""
 
 from __future__ import annotations
 
@@ -72,8 +72,8 @@ def main(arguments: list[str] | None = None) -> int:
 def leave(code: int | None) -> NoReturn:
     """End this process with ``code``.
 
-    A rank of torchrun's leaves without the interpreter's own end, during which a thread of gloo that is late to let go
-    of a tensor aborts the process (github.com/pytorch/pytorch/pull/179291).
+    A rank of torchrun ends without the interpreter's shutdown, during which a thread of gloo that still holds a tensor
+    aborts the process (github.com/pytorch/pytorch/pull/179291).
     """
     if "TORCHELASTIC_RUN_ID" in os.environ:
         sys.stdout.flush()
@@ -93,10 +93,10 @@ def command() -> NoReturn:
 
 
 def expected(error: Exception) -> bool:
-    """Whether an error is the user's to mend (a wrong argument, file or installation) and not a defect of ours.
+    """Whether the user can correct an error (a wrong argument, file or installation), so that it is no internal error.
 
-    Files, values and backends are refused with these types and a full sentence; the subclasses excluded here
-    come from code that does not know it went wrong.
+    Refusals of files, values and backends have these types and a complete sentence. The excluded subclasses are raised
+    by unexpected failures.
     """
     if isinstance(error, ImportError):
         return not (error.name or "").startswith("crate_kernels")

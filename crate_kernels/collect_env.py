@@ -1,4 +1,4 @@
-"""What is installed and which backends can run here, each with its reason: ``python -m crate_kernels.collect_env``."""
+"""Report of versions, and of which backends can run here or why not: ``python -m crate_kernels.collect_env``."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .version import __version__
 
 
 def example_inputs(operator: str, device: torch.device, dtype: torch.dtype) -> tuple:
-    """Small inputs of an operator's ``why_not``, to ask a backend whether it would run here."""
+    """Small example inputs for an operator's ``why_not``."""
     d, heads = 128, 2
     matrix, vector = torch.empty(d, d, device=device, dtype=dtype), torch.empty(d, device=device, dtype=dtype)
     tokens = torch.empty(1, 16, d, device=device, dtype=dtype)

@@ -1,4 +1,4 @@
-"""Options of the commands: fields of a dataclass that know their help, their range, and when they apply."""
+"""Options of the commands: dataclass fields with help text, range, and the condition under which they apply."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 LARGEST = 2**31 - 1
-"""Largest whole number that an option takes unless it says otherwise."""
+"""Largest integer that an option accepts by default."""
 
 GROUPS = ("options", "data", "model", "optimization", "machine", "ranks and memory", "measurement", "output")
 """The headings of the help, in their order."""
@@ -18,7 +18,7 @@ GROUPS = ("options", "data", "model", "optimization", "machine", "ranks and memo
 METAVARS = {"int": "N", "float": "X", "str": "TEXT"}
 
 Condition = tuple[str, Callable[[Any], bool]]
-"""When an option applies: in words for the user, and as a function of the settings."""
+"""When an option applies: a text for the user, and a function of the settings."""
 
 
 def option(
@@ -38,7 +38,7 @@ def option(
     Args:
         default: None stands for "not set".
         text: one line of help.
-        group: heading that the option stands under in the help.
+        group: heading of the option in the help.
         least, above, most, below: the range of a number.
         choices: the values of a word.
         only: when the option applies; elsewhere it is refused.
@@ -51,7 +51,7 @@ def option(
 
 
 def fields(kind: Any) -> list[dataclasses.Field]:
-    """The options among the fields of a dataclass. Others are recorded, but stand on no command line."""
+    """The fields of a dataclass that are options. Other fields are recorded, but have no command-line argument."""
     return [field for field in dataclasses.fields(kind) if field.metadata]
 
 
@@ -69,7 +69,7 @@ def type_name(field: dataclasses.Field) -> str:
 
 
 def check(settings: Any, given: Iterable[str] = ()) -> None:
-    """Raise ValueError, naming the option and what it accepts, for a value that it does not.
+    """Raise ValueError for a value that an option does not accept; the message names the option and its range.
 
     Args:
         settings: a dataclass of options.
@@ -140,7 +140,7 @@ DEVICE = re.compile(r"auto|cpu|cuda(:\d+)?")
 
 
 def check_device(value: str) -> None:
-    """Raise ValueError for a device that is misspelled or not there."""
+    """Raise ValueError for a misspelled or missing device."""
     import torch
 
     if not DEVICE.fullmatch(value):
@@ -155,7 +155,7 @@ def check_device(value: str) -> None:
 
 
 def add_arguments(parser: argparse.ArgumentParser, kind: type, variants: Mapping[str, Any] | None = None) -> None:
-    """An argument for each option of ``kind``. Arguments that are not given stay out of the parsed namespace.
+    """Add an argument for each option of ``kind``. Missing arguments are not in the parsed namespace.
 
     Args:
         variants: settings whose defaults the help shows: "" for those of the bare command, and by their label those of

@@ -1,12 +1,12 @@
-"""Text on its way to a terminal."""
+"""Text for the terminal."""
 
 import unicodedata
 
 
 def printable(text: str) -> str:
-    """``text`` with a visible sign for every control character, which could change the terminal's state.
+    """``text`` with a visible sign for every control character, because these can change the terminal's state.
 
-    Line feeds and tabs stay.
+    Line feeds and tabs are unchanged.
     """
     return "".join(c if c in "\n\t" or unicodedata.category(c) != "Cc" else _sign(ord(c)) for c in text)
 

@@ -1,6 +1,6 @@
 """The timer: interleaved rounds over several functions, quantiles, and ratios taken round by round.
 
-Every round times each function once, in a shuffled order, so that a busy spell or a falling clock touches all of them.
+Every round times each function once, in shuffled order, so that other load or a falling clock rate affects all of them.
 A ratio is the median over rounds of the ratios within one round. On CUDA the samples are device events, the L2 cache is
 overwritten before each short sample, and a function that launches many small kernels is replayed as a CUDA graph.
 """
@@ -16,7 +16,8 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 
 SHORTEST_SAMPLE = 1e-3
-"""Seconds; on the CPU faster calls are repeated within a sample, far above the clock's resolution."""
+"""Shortest sample in seconds. On the CPU faster calls are repeated within a sample, far above the clock's
+resolution."""
 
 
 def quantiles(values: Sequence[float]) -> dict[str, float]:
@@ -48,7 +49,7 @@ def measure(
 
     Args:
         runs: name -> function; each has run once already.
-        seconds: when the minimum of ``rounds`` is done, stop after so long.
+        seconds: time limit after the least number of rounds.
         rounds: least and most rounds.
         cold: overwrite the L2 cache before each sample (CUDA).
     """
@@ -115,7 +116,7 @@ def _flush_buffer() -> torch.Tensor:
 
 
 def as_graph(run: Callable[[], object]) -> tuple[Callable[[], object], bool]:
-    """``run`` as a CUDA graph's replay and True, or itself and False where it cannot be captured.
+    """The replay of ``run`` as a CUDA graph and True, or ``run`` and False if it cannot be captured.
 
     The stream that is current must be a side stream, and the forward of any backward in ``run`` must have run on it.
     """

@@ -31,9 +31,9 @@ def subspace_attention(
         value: ``(B, N, H, p)``, the dtype and device of ``w``; replaces ``w`` as the value (rotary embeddings: pass
             ``rope(w), w``).
         scale: factor of the scores; ``p ** -0.5`` if None.
-        causal: token i sees only tokens j <= i.
-        lengths: ``(B,)`` int32 or int64 in 1..N; keys at ``lengths[b]`` and beyond are hidden from every query. Hidden
-            tokens may hold anything, NaN too. They attend to the visible keys, but their outputs are rarely of use.
+        causal: token i attends only to tokens j <= i.
+        lengths: ``(B,)`` int32 or int64 in 1..N; the keys at ``lengths[b]`` and behind are masked. Masked tokens
+            may hold anything, NaN too. They attend to the unmasked keys, but their outputs are rarely useful.
         backend: ``"reference"``, ``"eager"``, ``"cpu"``, ``"triton"``, ``"cuda"``, or None for the automatic choice.
 
     Returns:
@@ -43,7 +43,7 @@ def subspace_attention(
         TypeError: an argument is of a wrong type or dtype, or dtypes differ.
         ValueError: a shape, device or value does not fit. Values of ``lengths`` are checked on the CPU alone, because
             reading them would stall a GPU; in a compiled graph the error is a RuntimeError.
-        RuntimeError: the backend asked for cannot run these inputs; the message says why.
+        RuntimeError: the requested backend cannot run these inputs; the message gives the reason.
     """
     return operator(_check, backend, (w, value, lengths), (scale, causal))
 

@@ -39,7 +39,7 @@ def subspace_cross_attention(
     Raises:
         TypeError: an argument is of a wrong type or dtype, or dtypes differ.
         ValueError: a shape, device or value does not fit.
-        RuntimeError: the backend asked for cannot run these inputs; the message says why.
+        RuntimeError: the requested backend cannot run these inputs; the message gives the reason.
     """
     return operator(_check, backend, (w, context, value, lengths), (scale,))
 

@@ -28,8 +28,8 @@ class Settings:
     """The options of ``bench``."""
 
     suite: str = option(
-        "all", "what to measure: operators, models, both (all), or the host time of a layer (overhead)",
-        choices=(*results.PARTS, "all", "overhead"),
+        "all", "what to measure: operators, models, the host time of a layer (overhead), or all of them",
+        choices=(*results.PARTS, "all"),
     )  # fmt: skip
     device: str = option("auto", "cpu or cuda; auto takes CUDA if there is a device")
     dtype: str | None = option(
@@ -110,15 +110,7 @@ def run(args: argparse.Namespace) -> int:
         return compare(*settings.compare, settings.relative)
     if settings.renders:
         return render(settings)
-    return overhead() if settings.suite == "overhead" else measure(settings)
-
-
-def overhead() -> int:
-    """Print the host time of a layer for every implementation."""
-    from . import overhead as suite
-
-    print(suite.table(list(suite.measure())))
-    return 0
+    return measure(settings)
 
 
 def render(settings: Settings) -> int:
@@ -166,7 +158,7 @@ def measure(settings: Settings) -> int:
     about = f"{environment['device']}, torch {torch.__version__}, {environment['threads']} threads"
     print(f"{about}, commit {environment['commit']}")
     peak_rates = None
-    if not settings.check_only:
+    if not settings.check_only and settings.suite != "overhead":
         peak_rates = peaks.measure(device, [dtype], settings.quick)
         copy, (product,) = peak_rates["copy"] / 1e9, peak_rates["product"].values()
         print(f"measured peaks: copy {copy:.4g} GB/s, product {product / 1e12:.4g} TFLOP/s {dtype}")
@@ -176,9 +168,12 @@ def measure(settings: Settings) -> int:
     for part in results.PARTS if settings.suite == "all" else [settings.suite]:
         records: list[dict] = []
         content = dict(part=part, environment=environment, peaks=peak_rates, quick=settings.quick, records=records)
-        stream = (
-            _operators(settings, device, dtype, peak_rates) if part == "operators" else _models(settings, device, dtype)
-        )
+        if part == "operators":
+            stream = _operators(settings, device, dtype, peak_rates)
+        elif part == "models":
+            stream = _models(settings, device, dtype)
+        else:
+            stream = _overhead(settings)
         for record in stream:
             records.append(record)
             print(line(record), flush=True)
@@ -236,8 +231,20 @@ def _models(settings: Settings, device: torch.device, dtype: torch.dtype) -> Ite
         )  # fmt: skip
 
 
+def _overhead(settings: Settings) -> Iterable[dict]:
+    from . import overhead
+
+    if settings.check_only:  # the suite holds every implementation against plain torch before it times one
+        return
+    seconds = settings.seconds or (0.02 if settings.quick else 2.0)
+    yield from overhead.measure(seconds, compiled=not settings.quick)
+
+
 def line(record: dict) -> str:
     """One record for the terminal."""
+    if "microseconds" in record:
+        what = f"a layer · {record['task']} · {record['implementation']}"
+        return f"{what}: {record['microseconds']:.0f} µs of the host, {record['ratio']:.2f} of plain torch"
     if "operator" in record:
         shape = record["shape"]
         what = f"{record['operator']} {record['family']} B{shape['batch']} N{shape['tokens']}"

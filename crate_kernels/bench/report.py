@@ -10,11 +10,22 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from . import results
-from .models import COMPILED, OURS, OURS_WITH_MKL, PREPARED, REFERENCE, VIT, VIT_COMPILED
+from .models import (
+    COMPILED,
+    OURS,
+    OURS_BF16,
+    OURS_WITH_MKL,
+    PREPARED,
+    PREPARED_BF16,
+    REFERENCE,
+    VIT,
+    VIT_COMPILED,
+)  # fmt: skip
+from .overhead import table as overhead_table
 
 README_MARKERS = "<!-- bench:begin -->", "<!-- bench:end -->"
 DOCS_MARKERS = "<!-- results:begin -->", "<!-- results:end -->"
-OWN = ("cuda", "triton", "eager", OURS, OURS_WITH_MKL, PREPARED)
+OWN = ("cuda", "triton", "cpu", "eager", OURS, OURS_WITH_MKL, PREPARED, OURS_BF16, PREPARED_BF16)
 """The implementations of this package; all others are baselines."""
 NO_GPU = "No GPU has been measured yet."
 
@@ -89,10 +100,13 @@ def readme_text(found: Results) -> str:
     for device, parts in found.items():
         records = timed(parts.get("models", {}).get("records", []))
         rows = []
+        low = any(r["implementation"] == PREPARED_BF16 for r in records)
         models = {name: [r for r in records if r["model"] == name] for name in unique(r["model"] for r in records)}
         for model, mine in models.items():
             cells = [_headline(mine, "forward", OURS), _headline(mine, "forward", PREPARED)]
             cells.append(_headline(mine, "training step", OURS))
+            if low:
+                cells += [_headline(mine, "forward", PREPARED_BF16), _headline(mine, "training step", OURS_BF16)]
             cells.append(_saved([r for r in parts["models"]["records"] if r.get("model") == model]))
             rows.append([model, *cells])
         if not rows:
@@ -109,6 +123,8 @@ def readme_text(found: Results) -> str:
             f" Last column: bytes saved for backward per token-channel and layer, here / by the reference equations.\n"
         )
         heads = ["", "inference", "inference, prepared", "training step", "saved for backward"]
+        if low:
+            heads[-1:-1] = ["inference, prepared, bf16 autocast", "training step, bf16 autocast"]
         lines.append(table(heads, rows) + "\n")
         lines.extend(_by_algebra_alone(models.values()))
     if all(device == "cpu" for device in found):
@@ -170,6 +186,9 @@ def docs_text(found: Results) -> str:
             lines.append(_source(device, part, content))
         if "models" in parts:
             lines += _models_text(parts["models"]["records"], device)
+        if "overhead" in parts:
+            lines += ["#### Host time of a layer\n", "A tiny layer on one thread, in the thread's own time.\n"]
+            lines.append(overhead_table(parts["overhead"]["records"]) + "\n")
         if "operators" in parts:
             lines += _operators_text(parts["operators"]["records"], device)
         lines += _behind_text(parts)
@@ -182,11 +201,11 @@ def _source(device: str, part: str, content: dict) -> str:
     driver = f", driver {environment['driver']}" if environment.get("driver") else f", {environment['threads']} threads"
     if environment.get("load_average"):
         driver += f", load average {environment['load_average']:.1f} at the start"
+    source = f"`benchmarks/results/{device}/{part}.json`: commit {environment['commit']}; {versions}{driver}."
+    if peak_rates is None:
+        return source + "\n"
     products = ", ".join(f"{v / 1e12:.3g} TFLOP/s {k}" for k, v in peak_rates["product"].items())
-    return (
-        f"`benchmarks/results/{device}/{part}.json`: commit {environment['commit']}; {versions}{driver}."
-        f" Measured peaks of that run: copy {peak_rates['copy'] / 1e9:.4g} GB/s, product {products}.\n"
-    )
+    return source + f" Measured peaks of that run: copy {peak_rates['copy'] / 1e9:.4g} GB/s, product {products}.\n"
 
 
 def _models_text(records: list[dict], device: str) -> list[str]:
@@ -354,7 +373,22 @@ def plots(parts: dict[str, dict], folder: Path) -> list[Path]:
 def _plot_models(figure, records: list[dict]) -> None:
     """Speed over the reference model, every implementation, at the batch of the README's table."""
     present = {r["implementation"] for r in records}
-    shown = [c for c in (COMPILED, OURS_WITH_MKL, OURS, PREPARED, "triton", "cuda", VIT, VIT_COMPILED) if c in present]
+    shown = [
+        c
+        for c in (
+            COMPILED,
+            OURS_WITH_MKL,
+            OURS,
+            PREPARED,
+            PREPARED_BF16,
+            OURS_BF16,
+            "triton",
+            "cuda",
+            VIT,
+            VIT_COMPILED,
+        )
+        if c in present
+    ]
     for axes, task in zip(figure.subplots(1, 2, sharey=True), ("forward", "training step"), strict=True):
         models = unique(r["model"] for r in records)
         for place, implementation in enumerate(shown):

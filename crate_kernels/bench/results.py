@@ -16,8 +16,8 @@ import torch
 from ..version import __version__
 
 FORMAT = 1
-PARTS = ("operators", "models")
-"""One file each: ``<results>/<device>/operators.json`` and ``models.json``."""
+PARTS = ("operators", "models", "overhead")
+"""One file each: ``<results>/<device>/operators.json``, ``models.json`` and ``overhead.json``."""
 
 
 def environment(device: torch.device, commit: str | None = None) -> dict:

@@ -11,7 +11,7 @@ import yaml
 from .pages import ROOT
 
 PACKAGES = ["crate_kernels", "crate_kernels.ops", "crate_kernels.models", "crate_kernels.fusion",
-            "crate_kernels.analysis", "crate_kernels.distributed"]  # fmt: skip
+            "crate_kernels.analysis", "crate_kernels.deployment", "crate_kernels.distributed"]  # fmt: skip
 """Packages whose every exported function and class is documented."""
 
 MODULES = ["crate_kernels.nn", "crate_kernels.models.generation", "crate_kernels.models.tokenizers",

@@ -64,7 +64,7 @@ def test_only_complete_checkpoints_of_runs_are_read_and_no_code_runs(tmp_path, m
     with pytest.raises(CheckpointError, match="truncated or no checkpoint of a run"):
         checkpoints.load(path)
     torch.save(STATE["model"], path)
-    with pytest.raises(CheckpointError, match="weights alone are given with --init"):
+    with pytest.raises(CheckpointError, match="give a file of weights with --init"):
         checkpoints.load(path)
     torch.save(STATE | {"format": checkpoints.FORMAT, "code": Code()}, path)
     with pytest.raises(CheckpointError, match="no checkpoint of a run"):

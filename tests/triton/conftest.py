@@ -47,6 +47,7 @@ def small_tiles(request):
         configurations.override("attention_forward", BLOCK_M=32, BLOCK_N=16),
         configurations.override("attention_backward", BLOCK_M=32, BLOCK_N=16),
         configurations.override("attention_delta", BLOCK_M=32),
+        configurations.override("decoding", BLOCK_N=16),
         configurations.override("product", BLOCK_M=32, BLOCK_N=16, BLOCK_K=16),
         configurations.override("fold_norm", BLOCK_K=16, BLOCK_N=16),
     ):

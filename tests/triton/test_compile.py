@@ -11,7 +11,17 @@ import pytest
 
 REPORT = Path(__file__).parents[2] / "benchmarks" / "compile_report.py"
 TARGETS = ["sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx90a", "gfx942"]
-KERNELS = {"forward", "backward", "delta", "product", "fold_norm", "layer_norm_backward"}
+KERNELS = {
+    "forward",
+    "backward",
+    "delta",
+    "product",
+    "fold_norm",
+    "layer_norm_backward",
+    "row_statistics",
+    "decode",
+    "merge",
+}
 
 
 @pytest.mark.slow

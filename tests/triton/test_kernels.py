@@ -13,8 +13,10 @@ from torch.library import opcheck
 from torch.nn.functional import layer_norm
 
 from crate_kernels import ops
-from crate_kernels.agreement import judge
+from crate_kernels.agreement import judge, relative
+from crate_kernels.nn import CrateBlock, prepare_for_inference
 from crate_kernels.ops import backends
+from crate_kernels.ops.ista_block import triton as ista_block
 from crate_kernels.ops.subspace_attention import triton as attention
 from crate_kernels.ops.triton_kernels import configurations, launch
 from crate_kernels.ops.triton_kernels.layer_norm import layer_norm_backward
@@ -47,12 +49,21 @@ def test_product_with_every_epilogue(rows, inner, columns):
     close(product(a, b, gate=gate)[0], plain * (wide[4] > 0))
 
 
+@pytest.fixture(params=[False, True], ids=["as on most devices", "as on Hopper"])
+def flip(request, monkeypatch):
+    monkeypatch.setattr(launch, "wgmma", lambda _: request.param)
+    configurations.forget()
+    yield
+    configurations.forget()
+
+
+@pytest.mark.usefixtures("flip")
 def test_product_gates_its_rows():
     a, b, gate = normal(40, 24), normal(24, 24, seed=1), normal(40, 24, seed=2)
-    out, gated = product(a, b, alpha=0.1, residual=a, gate_rows=gate)
+    result = product(a, b, alpha=0.1, residual=a, gate_rows=gate)
     expected = a * (gate > 0)
-    assert torch.equal(gated, expected)
-    close(out, expected.double() + 0.1 * expected.double() @ b.double())
+    assert torch.equal(result.gated, expected)
+    close(result.out, expected.double() + 0.1 * expected.double() @ b.double())
 
 
 def test_product_takes_strided_rows():
@@ -63,10 +74,11 @@ def test_product_takes_strided_rows():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("offset", [0.0, 50.0])
+@pytest.mark.usefixtures("flip")
 def test_product_behind_a_norm(dtype, offset):
     z = normal(45, 37, dtype=dtype) + offset
     matrix, gamma, beta = normal(37, 21, dtype=dtype), 1 + 0.2 * normal(37), normal(37, seed=1)
-    out, mean, rstd = product(z, fold_norm(matrix, gamma, beta, 1e-5))
+    out, mean, rstd, *_ = product(z, fold_norm(matrix, gamma, beta, 1e-5))
     wide = z.double()
     close(mean, wide.mean(1))
     close(rstd, (wide.var(1, correction=0) + 1e-5).rsqrt(), eps=2e-5 if offset else 2e-6)
@@ -75,6 +87,32 @@ def test_product_behind_a_norm(dtype, offset):
     reference = layer_norm(z, (37,), gamma.to(dtype), beta.to(dtype), 1e-5) @ matrix
     verdict = judge([out], [exact], [reference], dtype, kinks=False)
     assert verdict.passed, verdict.detail
+
+
+@pytest.mark.parametrize("columns", [3, 16, 37])
+def test_a_product_measures_the_rows_that_it_writes_for_the_next_norm(columns):
+    rows = product(normal(45, 20), normal(20, columns), residual=normal(45, columns) + 7, measure=True)
+    norm = fold_norm(normal(columns, 21), 1 + 0.2 * normal(columns), normal(columns, seed=1), 1e-5)
+    given = product(rows.out, norm, statistics=rows.statistics)
+    taken = product(rows.out, norm)
+    wide = rows.out.double()
+    close(given.mean, wide.mean(1))
+    close(given.rstd, (wide.var(1, correction=0) + 1e-5).rsqrt())
+    close(given.out, taken.out.double())
+
+
+def test_tf32_behind_a_norm_is_as_exact_as_tf32_of_normalized_rows(monkeypatch):
+    """A row's mean must not be rounded with the row, and one outlier must not decide where a row is centered."""
+    z, matrix = normal(40, 768), normal(768, 24, seed=1)
+    z[:, 0] += 20
+    z += 5
+    ones, zeros = torch.ones(768, device=DEVICE), torch.zeros(768, device=DEVICE)
+    exact = layer_norm(z.double(), (768,), eps=1e-5) @ matrix.double()
+    monkeypatch.setattr(launch, "dot_precision", lambda _: "tf32")
+    plain = product(layer_norm(z, (768,), eps=1e-5), matrix).out
+    folded = product(z, fold_norm(matrix, ones, zeros, 1e-5)).out
+    assert relative(plain, exact) > 1e-4  # the products are those of tf32
+    assert relative(folded, exact) < 1.2 * relative(plain, exact)
 
 
 @pytest.mark.parametrize(("rows", "width"), [(1, 1), (3, 17), (50, 24), (600, 8)])
@@ -101,7 +139,7 @@ def test_layer_norm_backward(rows, width, residual, monkeypatch):
 
 def test_a_column_of_one_value_has_the_norm_of_its_epsilon():
     z = torch.full((5, 8), 3.0, device=DEVICE)
-    out, mean, rstd = product(
+    out, mean, rstd, *_ = product(
         z, fold_norm(normal(8, 4), torch.ones(8, device=DEVICE), torch.zeros(8, device=DEVICE), 0.25)
     )
     assert torch.equal(mean, z[:, 0])
@@ -185,11 +223,11 @@ def test_float32_is_multiplied_in_full_unless_torch_allows_tf32():
 
 
 def test_configurations_are_overridden_and_restored():
-    w = torch.empty(1, 300, 1, 64, dtype=torch.bfloat16)
+    kind = (torch.device("cpu"), torch.bfloat16, 300, 64)
     with configurations.override("attention_delta", BLOCK_M=128):
         with configurations.override("attention_delta", num_warps=2):
-            assert configurations.configuration("attention_delta", w, 300, 64) == {"BLOCK_M": 128, "num_warps": 2}
-        assert configurations.configuration("attention_delta", w, 300, 64)["num_warps"] == 4
+            assert configurations.configuration("attention_delta", *kind) == {"BLOCK_M": 128, "num_warps": 2}
+        assert configurations.configuration("attention_delta", *kind)["num_warps"] == 4
     with pytest.raises(ValueError, match="unknown kernel 'attention'"), configurations.override("attention"):
         pass
 
@@ -203,7 +241,7 @@ def test_chained_products_have_no_short_side_where_wgmma_takes_them(monkeypatch)
     with monkeypatch.context() as patch:  # ends before the small tiles do
         patch.setattr(configurations, "_overrides", {})
         for dtype, kernel, rows, width in shapes:
-            options = configurations.configuration(kernel, torch.empty(0, dtype=dtype), rows, width)
+            options = configurations.configuration(kernel, torch.device("cpu"), dtype, rows, width)
             sides = options["BLOCK_M"], options["BLOCK_N"], triton.next_power_of_2(width)
             assert options["BLOCK_M"] < 64 or min(sides) >= 64, (kernel, dtype, rows, width)
 
@@ -213,8 +251,57 @@ def test_every_accepted_shape_has_a_configuration():
         for kernel in ("attention_forward", "attention_delta", "attention_backward"):
             for rows in (1, 64, 65, 512, 100_000):
                 for width in range(8, 257):
-                    operand = torch.empty(0, dtype=dtype)
-                    assert configurations.configuration(kernel, operand, rows, width)
+                    assert configurations.configuration(kernel, torch.device("cpu"), dtype, rows, width)
+
+
+def test_a_call_of_a_known_kind_looks_nothing_up(monkeypatch):
+    case = CASES["layer-plain"].to(torch.float32)
+    tensors = [t.to(DEVICE).requires_grad_() for t in case.tensors]
+
+    def step(factor=1.0):
+        out = ops.crate_layer(*(factor * t for t in tensors), **case.options, backend="triton")
+        return [out, *torch.autograd.grad(out.sum(), tensors)]
+
+    first = step()
+
+    def fail(*_):
+        raise AssertionError("looked up again")
+
+    monkeypatch.setattr(configurations, "configuration", fail)
+    for module in (attention, sys.modules[product.__module__]):
+        monkeypatch.setattr(module, "configuration", fail)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", fail)
+    for one, other in zip(first, step(), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_a_prepared_layer_folds_its_norms_once_and_notices_changed_weights(monkeypatch):
+    torch.manual_seed(0)
+    block = prepare_for_inference(CrateBlock(24, 3, 8)).to(DEVICE)
+    z, folds = normal(2, 20, 24), []
+    monkeypatch.setattr(ista_block, "fold", lambda *a, fold=ista_block.fold: folds.append(1) or fold(*a))
+    with ops.use_backend("triton"), torch.no_grad():
+        first = block(z)
+        assert torch.equal(block(z), first)
+        assert len(folds) == 1
+        for parameter in (
+            block.mssa.projection.weight,
+            block.mssa_norm.bias,
+            block.ista_norm.weight,
+            block.ista.weight,
+        ):
+            parameter.mul_(1.5).add_(0.1)
+            got = block(z)
+            assert not torch.equal(got, first)
+            with ops.use_backend("eager"):
+                torch.testing.assert_close(got, block(z), rtol=1e-4, atol=1e-4)
+            first = got
+        assert len(folds) == 5
+        block.mssa.projection.weight.data.mul_(1.5)  # torch does not count this write
+        prepare_for_inference(block)
+        with ops.use_backend("eager"):
+            expected = block(z)
+        torch.testing.assert_close(block(z), expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(

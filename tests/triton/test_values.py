@@ -1,11 +1,14 @@
 """Every operator on the shapes and values that hurt: output and all gradients against the float64 reference."""
 
+import math
+from dataclasses import replace
 from functools import partial
 
 import pytest
 import torch
 
 from crate_kernels import ops
+from crate_kernels.agreement import relative
 from crate_kernels.ops.subspace_attention import triton as kernels
 from crate_kernels.ops.triton_kernels import configurations, launch
 
@@ -219,6 +222,43 @@ def test_rows_far_from_zero(offset, dtype):
     check(case, dtype)
     case = mssa(2, 30, 24, 2, 8)
     check(Case("", case.operator, (case.tensors[0] + offset, *case.tensors[1:]), case.options), dtype)
+
+
+def layer(batch, tokens, width, heads, p, **options):
+    attention = mssa(batch, tokens, width, heads, p)
+    # Biases of 5 keep all units of the ReLU open: a unit that flips would hide what this case is about.
+    norm = 1 + normal(width, spread=0.2, seed=5), 5 + normal(width, spread=0.2, seed=6)
+    dictionary = normal(width, width, spread=width**-0.5, seed=7)
+    return Case("", ops.crate_layer, (*attention.tensors, *norm, dictionary), dict(heads=heads, **options))
+
+
+STREAM = {
+    "mssa": mssa(2, 40, 48, 3, 16),
+    "mssa identity output": mssa(2, 40, 48, 3, 16, output=False),
+    "mssa half step": mssa(2, 40, 48, 3, 16, step_size=0.5),
+    "ista step": Case("", ops.ista_step, (5 + normal(90, 48), normal(48, 48, spread=48**-0.5))),
+    "ista step, few rows": Case("", ops.ista_step, (5 + normal(30, 48), normal(48, 48, spread=48**-0.5))),
+    "ista block": Case("", ops.ista_block, (normal(90, 48), *layer(2, 40, 48, 3, 16).tensors[6:])),
+    "ista block, few rows": Case("", ops.ista_block, (normal(30, 48), *layer(2, 40, 48, 3, 16).tensors[6:])),
+    "layer": layer(2, 40, 48, 3, 16),
+    "layer far from zero": replace(
+        layer(2, 40, 48, 3, 16), tensors=(3 + normal(2, 40, 48), *layer(2, 40, 48, 3, 16).tensors[1:])
+    ),
+}
+
+
+@pytest.mark.parametrize("dtype", [BRAIN, HALF], ids=str)
+@pytest.mark.parametrize("name", STREAM)
+def test_the_stream_stays_float32_under_autocast(name, dtype):
+    """At most 1.3 times the error of the reference under the same autocast: output, and all gradients together."""
+    case = STREAM[name].to(SINGLE)
+    exact = run(case, "reference", torch.float64)
+    with torch.autocast(DEVICE, dtype):
+        reference, got = (run(case, backend, SINGLE) for backend in ("reference", "triton"))
+    assert all(t.dtype == SINGLE for t in got)
+    errors = [[relative(a, b) for a, b in zip(result, exact, strict=True)] for result in (got, reference)]
+    assert errors[0][0] <= 1.3 * errors[1][0]
+    assert math.hypot(*errors[0][1:]) <= 1.3 * math.hypot(*errors[1][1:])
 
 
 def test_norm_parameters_in_float32_beside_bfloat16_rows():

@@ -8,8 +8,13 @@ from types import ModuleType
 from torch import Tensor
 
 
-def compose(mssa_block: ModuleType, ista_block: ModuleType) -> tuple[Callable, Callable, Callable]:
-    """-> ``why_not``, ``forward`` and ``backward`` of the layer, as ``op.py`` describes them."""
+def compose(
+    mssa_block: ModuleType, ista_block: ModuleType, *, narrow: bool = False
+) -> tuple[Callable, Callable, Callable]:
+    """-> ``why_not``, ``forward`` and ``backward`` of the layer, as ``op.py`` describes them.
+
+    ``narrow``: ``ista_block.backward`` takes the stream in the dtype in which it was saved.
+    """
 
     def why_not(z, mssa_norm_weight, mssa_norm_bias, u_weight, out_weight, out_bias, ista_norm_weight, ista_norm_bias,
                 weight, folded, lengths, *numbers) -> str | None:  # fmt: skip
@@ -82,9 +87,10 @@ def compose(mssa_block: ModuleType, ista_block: ModuleType) -> tuple[Callable, C
         ista_eps: float,
     ) -> tuple[Tensor | None, ...]:
         """-> the gradients that ``op.py`` lists."""
+        between = between.flatten(0, 1)
         dbetween, *ista_gradients = ista_block.backward(
-            grad.flatten(0, 1), between.flatten(0, 1).to(z.dtype), ista_norm_weight, ista_norm_bias, weight, folded,
-            out.flatten(0, 1), ista_mean.flatten(), ista_rstd.flatten(), step_size, ista_eps,
+            grad.flatten(0, 1), between if narrow else between.to(z.dtype), ista_norm_weight, ista_norm_bias, weight,
+            folded, out.flatten(0, 1), ista_mean.flatten(), ista_rstd.flatten(), step_size, ista_eps,
         )  # fmt: skip
         gradients = mssa_block.backward(
             dbetween.view(z.shape), z, mssa_norm_weight, mssa_norm_bias, u_weight, out_weight, out_bias, lengths,

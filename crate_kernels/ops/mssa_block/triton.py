@@ -1,6 +1,7 @@
-"""LayerNorm, subspace attention, output projection and residual in Triton: three launches over the rows forward.
+"""LayerNorm, subspace attention, output projection and residual in Triton: four launches over the rows forward.
 
-The projection normalizes its rows itself, the output projection adds bias and residual. In the backward the products
+The first launch takes the statistics of the rows. The projection normalizes its rows itself. The output projection adds
+bias and residual, and can measure the rows that it writes, for the norm that follows. In the backward the products
 without an epilogue are the vendor's; one pass over the rows does LayerNorm, residual and their parameters' gradients.
 """
 
@@ -10,7 +11,10 @@ from torch import Tensor
 
 from ..subspace_attention import triton as attention
 from ..triton_kernels import layer_norm
-from ..triton_kernels.product import fold_norm, product
+from ..triton_kernels.product import FoldedNorm, Statistics, fold_norm, product
+
+MIXED = True
+"""The stream may be float32 beside narrower matrices, as it is under autocast."""
 
 
 def why_not(
@@ -44,16 +48,55 @@ def forward(
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """-> ``out (B, N, d)``, ``w, o (B, N, H, p)``, ``lse (B, H, N)``, ``mean, rstd (B, N)``."""
+    return measured_forward(
+        z, norm_weight, norm_bias, u_weight, out_weight, out_bias, lengths, heads, scale, causal, step_size, eps
+    )[:-2]
+
+
+def fold(u_weight: Tensor, norm_weight: Tensor, norm_bias: Tensor, eps: float) -> FoldedNorm:
+    """The norm folded into the projection."""
+    return fold_norm(u_weight.T, norm_weight, norm_bias, eps)
+
+
+def measured_forward(
+    z: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    u_weight: Tensor,
+    out_weight: Tensor | None,
+    out_bias: Tensor | None,
+    lengths: Tensor | None,
+    heads: int,
+    scale: float,
+    causal: bool,
+    step_size: float,
+    eps: float,
+    *,
+    norm: FoldedNorm | None = None,
+    measure: bool = False,
+    copy: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Statistics | None, Tensor | None]:
+    """What ``forward`` returns, the statistics of the rows of ``out``, and ``out`` in the dtype of the matrices.
+
+    The last two are None where ``measure`` and ``copy`` do not ask for them, and where no product writes ``out``.
+    ``norm`` is what :func:`fold` returns, if it is known.
+    """
     batch, tokens, width = z.shape
     rows = z.reshape(-1, width)
-    w, mean, rstd = product(rows, fold_norm(u_weight.T, norm_weight, norm_bias, eps))
-    w = w.view(batch, tokens, heads, u_weight.shape[0] // heads)
+    projected = product(rows, fold(u_weight, norm_weight, norm_bias, eps) if norm is None else norm)
+    w = projected.out.view(batch, tokens, heads, u_weight.shape[0] // heads)
     o, lse = attention.forward(w, None, lengths, scale, causal)
+    statistics = copied = None
     if out_weight is None:
         out = z.add(o.flatten(2), alpha=step_size).contiguous()
     else:
-        (out,) = product(o.view(-1, u_weight.shape[0]), out_weight.T, alpha=step_size, bias=out_bias, residual=rows)
-    return out.view(z.shape), w, o, lse, mean.view(batch, tokens), rstd.view(batch, tokens)
+        result = product(
+            o.view(-1, u_weight.shape[0]), out_weight.T, alpha=step_size, bias=out_bias, residual=rows,
+            measure=measure, copy=u_weight.dtype if copy else None,
+        )  # fmt: skip
+        out, statistics, copied = result.out.view(z.shape), result.statistics, result.copy
+    mean, rstd = projected.mean.view(batch, tokens), projected.rstd.view(batch, tokens)
+    return out, w, o, lse, mean, rstd, statistics, copied
 
 
 def backward(
@@ -78,18 +121,20 @@ def backward(
     """-> ``(dz, dnorm_weight, dnorm_bias, du_weight, dout_weight, dout_bias)``, the last two None where absent."""
     step = grad.reshape(-1, z.shape[-1])
     rows = z.reshape(-1, z.shape[-1])
+    narrow = step.to(u_weight.dtype)
     if out_weight is None:
         dout_weight = None
-        do = step if step_size == 1 else step_size * step
+        do = narrow if step_size == 1 else step_size * narrow
     else:
         # The step size goes with the small factor, not over the rows.
-        dout_weight = _scaled(step.T @ o.view(-1, u_weight.shape[0]), step_size)
-        do = step @ (out_weight if step_size == 1 else step_size * out_weight)
+        dout_weight = _scaled(narrow.T @ o.view(-1, u_weight.shape[0]), step_size)
+        do = narrow @ (out_weight if step_size == 1 else step_size * out_weight)
     dw, _ = attention.backward(do.view(o.shape), w, None, lengths, o, lse, scale, causal)
     dw = dw.view(-1, u_weight.shape[0])
     dz, dnorm_weight, dnorm_bias, x, total = layer_norm.layer_norm_backward(
-        dw @ u_weight, rows, norm_weight, norm_bias, mean.view(-1), rstd.view(-1), residual=step
-    )
+        dw @ u_weight, rows, norm_weight, norm_bias, mean.view(-1), rstd.view(-1),
+        residual=step, dtype=u_weight.dtype,
+    )  # fmt: skip
     dout_bias = None if out_bias is None else _scaled(total, step_size).to(out_bias.dtype)
     return dz.view(z.shape), dnorm_weight, dnorm_bias, dw.T @ x, dout_weight, dout_bias
 

@@ -1,9 +1,7 @@
 """Subspace attention in Triton: the scores are symmetric and one tensor is query, key and value.
 
-Forward: one program per tile of queries. The ordinary path is the online softmax. Where the norms of the tokens allow
-it, ``s·w_i·w_j <= c_i + c_j`` with ``c = s‖w‖²/2`` bounds every score of row i by ``c_i + max c``: with that bound in
-place of the running maximum nothing is ever rescaled. The largest term left, the row's own ``exp(c_i − max c)``, must
-not underflow; each program decides that for its rows.
+Forward: one program per tile of queries, the online softmax. The tiles that a mask cuts come first, straight down; one
+loop over whole tiles follows.
 
 Backward: one program per tile of tokens, one loop over all other tokens, one output. Token i is a query to j and a key
 to j, and both roles take the score ``w_i·w_j``::
@@ -24,7 +22,7 @@ from torch import Tensor
 from ..checks import length_values
 from ..triton_kernels import launch
 from ..triton_kernels.arithmetic import dot, rounded
-from ..triton_kernels.configurations import configuration
+from ..triton_kernels.configurations import configuration, once
 
 LOG2E = 1.4426950408889634
 MAX_WIDTH = 256
@@ -59,16 +57,33 @@ def forward(
     lse = torch.empty((batch, heads, tokens), dtype=torch.float32, device=w.device)
     if o.numel() == 0:
         return o, lse
-    options = configuration("attention_forward", w, tokens, width)
-    options["CUT"] = _cut(options, tokens, causal or lengths is not None)
+    tiles, options = _forward_options(
+        w.device, w.dtype, tokens, width, scale < 0, causal, lengths is not None, launch.dot_precision(w.dtype)
+    )
     launch.launch(
-        _forward, triton.cdiv(tokens, options["BLOCK_M"]) * batch * heads,
+        _forward, tiles * batch * heads,
         w, value, lengths, o, lse, *w.stride()[:3], *(w if value is None else value).stride()[:3],
-        heads, tokens, abs(scale) * LOG2E,
-        NEGATIVE=scale < 0, CAUSAL=causal, P=width, WIDTH=_padded(width),
-        PRECISION=launch.dot_precision(w.dtype), **options,
+        heads, tokens, abs(scale) * LOG2E, **options,
     )  # fmt: skip
     return o, lse
+
+
+@once
+def _forward_options(
+    device: torch.device,
+    dtype: torch.dtype,
+    tokens: int,
+    width: int,
+    negative: bool,
+    causal: bool,
+    hiding: bool,
+    precision: str,
+) -> tuple[int, dict]:
+    """The tiles of a head in the forward, and its compile-time parameters."""
+    options = configuration("attention_forward", device, dtype, tokens, width)
+    options |= {"CUT": _cut(options, tokens, causal or hiding), "NEGATIVE": negative, "CAUSAL": causal}
+    options |= {"P": width, "WIDTH": _padded(width), "PRECISION": precision}
+    return triton.cdiv(tokens, options["BLOCK_M"]), options
 
 
 def backward(
@@ -95,25 +110,43 @@ def backward(
     symmetric = not causal and lengths is None
     weight = torch.empty_like(lse) if symmetric else None
     middle = torch.empty(lse.shape[:2], dtype=lse.dtype, device=lse.device) if symmetric else None
-    shape = {"P": width, "WIDTH": _padded(width)}
-    options = configuration("attention_delta", w, tokens, width)
-    launch.launch(
-        _delta, triton.cdiv(tokens, options["BLOCK_M"]) * batch * heads,
-        o, grad, lse, delta, weight, middle, *grad.stride()[:3], heads, tokens, **shape, **options,
+    delta_tiles, delta_options, tiles, options = _backward_options(
+        w.device, w.dtype, tokens, width, causal, lengths is not None, value is not None,
+        launch.dot_precision(w.dtype),
     )  # fmt: skip
-    options = configuration("attention_backward", w, tokens, width)
-    options["CUT"] = _cut(options, tokens, not symmetric)
-    if launch.tensor_memory(w.device) and shape["WIDTH"] > 64:
-        options["num_stages"] = 1  # operands that wait for tensor memory fill the shared memory beside a second stage
     launch.launch(
-        _backward, triton.cdiv(tokens, options["BLOCK_M"]) * batch * heads,
+        _delta, delta_tiles * batch * heads,
+        o, grad, lse, delta, weight, middle, *grad.stride()[:3], heads, tokens, **delta_options,
+    )  # fmt: skip
+    launch.launch(
+        _backward, tiles * batch * heads,
         grad, w, value, lengths, lse, delta, weight, middle, dw, dvalue,
         *grad.stride()[:3], *w.stride()[:3], *(w if value is None else value).stride()[:3],
-        heads, tokens, scale, scale * LOG2E,
-        CAUSAL=causal, SEPARATE=value is not None or launch.tensor_memory(w.device),
-        PRECISION=launch.dot_precision(w.dtype), **shape, **options,
+        heads, tokens, scale, scale * LOG2E, **options,
     )  # fmt: skip
     return dw, dvalue
+
+
+@once
+def _backward_options(
+    device: torch.device,
+    dtype: torch.dtype,
+    tokens: int,
+    width: int,
+    causal: bool,
+    hiding: bool,
+    value: bool,
+    precision: str,
+) -> tuple[int, dict, int, dict]:
+    """The tiles of a head in both kernels of the backward, each with its compile-time parameters."""
+    shape = {"P": width, "WIDTH": _padded(width)}
+    delta = configuration("attention_delta", device, dtype, tokens, width) | shape
+    options = configuration("attention_backward", device, dtype, tokens, width) | shape
+    options |= {"CUT": _cut(options, tokens, causal or hiding), "CAUSAL": causal, "PRECISION": precision}
+    options["SEPARATE"] = value or launch.tensor_memory(device)
+    if launch.tensor_memory(device) and shape["WIDTH"] > 64:
+        options["num_stages"] = 1  # operands that wait for tensor memory fill the shared memory beside a second stage
+    return triton.cdiv(tokens, delta["BLOCK_M"]), delta, triton.cdiv(tokens, options["BLOCK_M"]), options
 
 
 def _padded(width: int) -> int:

@@ -1,7 +1,7 @@
 """Matrix product and rounding as every kernel does them, on hardware and in Triton's interpreter.
 
-The interpreter multiplies the bit patterns of bfloat16 and truncates where hardware rounds to nearest even; under
-``TRITON_INTERPRET=1`` both functions say in float32 what the hardware does.
+The interpreter multiplies the bit patterns of bfloat16, truncates where hardware rounds to nearest even, and knows no
+tf32, whose last 13 bits hardware drops. Under ``TRITON_INTERPRET=1`` both functions do in float32 what hardware does.
 """
 
 from __future__ import annotations
@@ -20,6 +20,9 @@ def dot(a, b, acc, PRECISION: tl.constexpr):
     if _INTERPRETED:
         a = a.to(tl.float32)
         b = b.to(tl.float32)
+        if PRECISION == "tf32":
+            a = (a.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)
+            b = (b.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)
     return tl.dot(a, b, acc, input_precision=PRECISION)
 
 

@@ -11,11 +11,13 @@ options for experiments::
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import TypeVar
 
-from torch import Tensor
+import torch
 
 from . import launch
 
@@ -82,13 +84,23 @@ TABLE = {
         (4, 64, 0, AMD, _attention(32, 32, 4, 1)),  # four warps have 512 registers a thread
         (4, 256, 0, 0, _attention(32, 16, 8, 1)),
     ),
+    # Two programs a multiprocessor, three tiles of each on their way, cover the latency of memory.
+    "decoding": (
+        (2, 64, 0, CONSUMER, _tiles(0, 128, 4, 3)),
+        (2, 128, 0, CONSUMER, _tiles(0, 64, 4, 3)),
+        (4, 64, 0, CONSUMER, _tiles(0, 64, 4, 3)),
+        (4, 128, 0, 0, _tiles(0, 32, 4, 2)),
+        (4, 256, 0, 0, _tiles(0, 16, 4, 2)),
+    ),
     "fold_norm": ((4, ANY, 0, 0, {"BLOCK_K": 128, "BLOCK_N": 16, "num_warps": 4}),),
     "product": (
         # The largest tile whose epilogues fit registers; a wider one (256 columns) spills them.
         (2, ANY, 4096, AMPERE, _tiles(128, 128, 8, 3, BLOCK_K=64)),
         (2, ANY, 4096, 0, _tiles(128, 128, 8, 3, BLOCK_K=32)),
-        # Few rows: more programs.
-        (2, ANY, 0, 0, _tiles(64, 64, 4, 3, BLOCK_K=32)),
+        # Few rows: more programs, and fewer rounds of each, since nothing else hides a round's latency.
+        (2, ANY, 0, HOPPER, _tiles(64, 64, 4, 3, BLOCK_K=128)),
+        (2, ANY, 0, CONSUMER, _tiles(64, 64, 4, 3, BLOCK_K=64)),
+        (2, ANY, 0, AMD, _tiles(64, 64, 4, 3, BLOCK_K=32)),
         # Float32 outside the tensor cores.
         (4, ANY, 0, 0, _tiles(64, 64, 4, 2, BLOCK_K=32)),
     ),
@@ -97,9 +109,29 @@ TABLE = {
 _overrides: dict[str, dict] = json.loads(os.environ.get(ENVIRONMENT_VARIABLE) or "{}")
 
 
-def configuration(kernel: str, operand: Tensor, rows: int, width: int) -> dict:
-    """Launch options of ``kernel`` for an operand like ``operand`` of ``rows`` rows of ``width`` elements."""
-    size, memory = operand.element_size(), launch.shared_memory(operand.device)
+_Function = TypeVar("_Function", bound=Callable)
+_caches: list = []
+
+
+def once(function: _Function) -> _Function:
+    """Decorate a function of one kind of launch: its result is kept for each kind, until ``override`` changes options.
+
+    The result must not be changed. It is what a launch needs beyond its tensors, so a call computes none of it twice.
+    """
+    cached = functools.lru_cache(maxsize=512)(function)
+    _caches.append(cached)
+    return cached
+
+
+def forget() -> None:
+    """Drop the results of all functions that :func:`once` decorates."""
+    for cached in _caches:
+        cached.cache_clear()
+
+
+def configuration(kernel: str, device: torch.device, dtype: torch.dtype, rows: int, width: int) -> dict:
+    """Launch options of ``kernel`` on ``device`` for an operand of ``rows`` rows of ``width`` elements of ``dtype``."""
+    size, memory = dtype.itemsize, launch.shared_memory(device)
     for most_size, most_width, least_rows, least_memory, options in TABLE[kernel]:
         if size <= most_size and width <= most_width and rows >= least_rows and memory >= least_memory:
             return options | _overrides.get(kernel, {})
@@ -113,6 +145,7 @@ def override(kernel: str, **options) -> Iterator[None]:
         raise ValueError(f"unknown kernel {kernel!r}; accepted are {', '.join(TABLE)}")
     previous = _overrides.get(kernel)
     _overrides[kernel] = (previous or {}) | options
+    forget()
     try:
         yield
     finally:
@@ -120,3 +153,4 @@ def override(kernel: str, **options) -> Iterator[None]:
             del _overrides[kernel]
         else:
             _overrides[kernel] = previous
+        forget()

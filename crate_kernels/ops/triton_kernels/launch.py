@@ -24,10 +24,15 @@ def why_not(tensor: Tensor) -> str | None:
     if device.type != "cuda":
         return f"Triton kernels need a CUDA or ROCm device, or TRITON_INTERPRET=1; the tensors are on {device.type}"
     if torch.version.hip is None:
-        properties = torch.cuda.get_device_properties(device)
-        if properties.major < 8:
-            return f"Triton kernels need compute capability 8.0; {device} has {properties.major}.{properties.minor}"
+        major, minor = _properties(device).major, _properties(device).minor
+        if major < 8:
+            return f"Triton kernels need compute capability 8.0; {device} has {major}.{minor}"
     return None
+
+
+@functools.cache
+def _properties(device: torch.device):
+    return torch.cuda.get_device_properties(device)
 
 
 def launch(kernel, grid: int, tensor: Tensor, *arguments, **options):
@@ -43,8 +48,9 @@ def launch(kernel, grid: int, tensor: Tensor, *arguments, **options):
 
 def dot_precision(dtype: torch.dtype) -> str:
     """``input_precision`` of ``tl.dot``: float32 is multiplied as tf32 only where torch's own flag allows it."""
-    allowed = torch.backends.cuda.matmul.fp32_precision == "tf32" and torch.version.hip is None
-    return "tf32" if dtype == torch.float32 and allowed else "ieee"
+    if dtype != torch.float32 or torch.version.hip is not None:
+        return "ieee"
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
 @functools.cache
@@ -52,10 +58,20 @@ def shared_memory(device: torch.device) -> int:
     """Bytes of shared memory that one program may use."""
     if device.type != "cuda":
         return 64 * 1024
-    properties = torch.cuda.get_device_properties(device)
-    if torch.version.hip is not None:
-        return properties.shared_memory_per_block
-    return properties.shared_memory_per_block_optin
+    properties = _properties(device)
+    return properties.shared_memory_per_block if torch.version.hip else properties.shared_memory_per_block_optin
+
+
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    """The number of multiprocessors of the device; a few for one that runs the interpreter."""
+    return _properties(device).multi_processor_count if device.type == "cuda" else 4
+
+
+@functools.cache
+def wgmma(device: torch.device) -> bool:
+    """Whether products are ``wgmma`` instructions (Hopper)."""
+    return device.type == "cuda" and torch.version.hip is None and _properties(device).major == 9
 
 
 @functools.cache
@@ -66,7 +82,7 @@ def tensor_memory(device: torch.device) -> bool:
     """
     if device.type != "cuda" or torch.version.hip is not None:
         return False
-    return torch.cuda.get_device_properties(device).major == 10
+    return _properties(device).major == 10
 
 
 def unit_stride(tensor: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from . import launch
 from .arithmetic import rounded
 
 MAX_WIDTH = 8192
-PROGRAMS = 256
+PROGRAMS = 512
 """Partial sums over the rows: fixed, so that gradients do not depend on the device's size."""
 
 
@@ -23,17 +23,26 @@ def why_not(z: Tensor) -> str | None:
 
 
 def layer_norm_backward(
-    grad: Tensor, z: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, rstd: Tensor, residual: Tensor | None = None
+    grad: Tensor,
+    z: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    *,
+    residual: Tensor | None = None,
+    dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
     """Gradients of ``x = LN(z)`` for ``grad (n, d)``, all in one pass over the rows.
 
     Returns:
-        ``dz (n, d)``, to which ``residual (n, d)`` is added; ``dweight, dbias (d,)``; ``x (n, d)`` itself, which the
-        gradient of the matrix behind it needs; the float32 sum (d,) of the rows of ``residual``, or None.
+        ``dz (n, d)``, to which ``residual (n, d)`` is added, in the dtype of ``residual``, without one in that of
+        ``grad``; ``dweight, dbias (d,)``; ``x (n, d)`` itself in ``dtype`` (that of ``z`` if None), which the gradient
+        of the matrix behind it needs; the float32 sum (d,) of the rows of ``residual``, or None.
     """
     rows, width = z.shape
-    dz = torch.empty((rows, width), dtype=z.dtype, device=z.device)
-    x = torch.empty_like(dz)
+    dz = torch.empty((rows, width), dtype=(grad if residual is None else residual).dtype, device=z.device)
+    x = torch.empty((rows, width), dtype=z.dtype if dtype is None else dtype, device=z.device)
     block = triton.next_power_of_2(width)
     tile = max(1, min(16, 2048 // block))
     programs = min(PROGRAMS, triton.cdiv(rows, tile))

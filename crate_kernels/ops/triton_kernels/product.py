@@ -1,8 +1,9 @@
 """One matrix product with what stands around the products of a CRATE layer.
 
 The LayerNorm in front (``norm``) is folded into the product: with ``A = γ∘a``, ``LN(z) a = (z A − μ·1ᵀA)/σ + βᵀa``. The
-product runs on raw rows, their statistics are gathered from the very tiles it multiplies, and ``LN(z)`` is never
-written. Behind it, in float32: bias, scale, residual, threshold, ReLU, the mask of a ReLU's gradient.
+product reads raw rows. Their statistics come from the kernel that wrote the rows, or from one pass over them;
+``LN(z)`` is never written. Behind the product, in float32: bias, scale, residual, threshold, ReLU, the mask of a ReLU's
+gradient, and the statistics of the rows that result.
 """
 
 from __future__ import annotations
@@ -16,7 +17,29 @@ from torch import Tensor
 
 from . import launch
 from .arithmetic import dot, rounded
-from .configurations import configuration
+from .configurations import configuration, once
+
+
+class Statistics(NamedTuple):
+    """Mean and spread of the rows of a matrix ``(n, k)``, each for ``part`` columns of a row at a time."""
+
+    mean: Tensor
+    """``(parts, n)`` float32."""
+    spread: Tensor
+    """``(parts, n)`` float32: the sum of the squared distances from that mean."""
+    part: int
+    """Columns of a part; the last part may be shorter."""
+
+
+class Result(NamedTuple):
+    """What :func:`product` returns; None for what was not requested."""
+
+    out: Tensor
+    mean: Tensor | None = None
+    rstd: Tensor | None = None
+    gated: Tensor | None = None
+    statistics: Statistics | None = None
+    copy: Tensor | None = None
 
 
 class FoldedNorm(NamedTuple):
@@ -40,7 +63,7 @@ def fold_norm(a: Tensor, weight: Tensor, bias: Tensor, eps: float) -> FoldedNorm
     folded = torch.empty_like(a)  # keeps the strides of a dense a, so that it is read the way it was laid out
     column_sum = torch.empty(columns, dtype=torch.float32, device=a.device)
     shift = torch.empty_like(column_sum)
-    options = configuration("fold_norm", a, columns, inner)
+    options = _fold_options(a.device, a.dtype, columns, inner)
     launch.launch(
         _fold_norm, triton.cdiv(columns, options["BLOCK_N"]),
         a, weight, bias, folded, column_sum, shift, inner, columns, *a.stride(), *folded.stride(), **options,
@@ -48,10 +71,27 @@ def fold_norm(a: Tensor, weight: Tensor, bias: Tensor, eps: float) -> FoldedNorm
     return FoldedNorm(weight, bias, eps, folded, column_sum, shift)
 
 
+def row_statistics(rows: Tensor) -> Statistics:
+    """The statistics of ``rows (n, k)``, in one pass over them."""
+    rows = launch.unit_stride(rows)
+    count, width = rows.shape
+    mean = torch.empty((1, count), dtype=torch.float32, device=rows.device)
+    spread = torch.empty_like(mean)
+    if count:
+        block = triton.next_power_of_2(width)
+        tile = max(1, 4096 // block)
+        launch.launch(
+            _row_statistics, triton.cdiv(count, tile), rows, mean, spread, count, width, rows.stride(0),
+            BLOCK_M=tile, BLOCK_N=block, num_warps=min(16, max(4, block // 512)),
+        )  # fmt: skip
+    return Statistics(mean, spread, width)
+
+
 def product(
     a: Tensor,
     b: Tensor | FoldedNorm,
     *,
+    statistics: Statistics | None = None,
     alpha: float = 1.0,
     bias: Tensor | None = None,
     residual: Tensor | None = None,
@@ -60,44 +100,107 @@ def product(
     relu: bool = False,
     gate: Tensor | None = None,
     gate_rows: Tensor | None = None,
-) -> tuple[Tensor, ...]:
+    measure: bool = False,
+    copy: torch.dtype | None = None,
+) -> Result:
     """``relu(alpha·(a b + bias) + beta·residual − shift)`` for ``a (n, k)``, ``b (k, m)``; the ReLU where asked for.
 
-    - ``b`` a :class:`FoldedNorm`: ``a`` and, if given, ``residual`` are normalized. Returns also the rows' mean, rstd.
-    - ``gate (n, m)``: the result is zeroed where ``gate <= 0``, the gradient of the ReLU that gave ``gate``.
-      The mean's part is subtracted from a float32 sum that holds it, which leaves an error of about
-      ``2^-23·√k·|μ|/σ·|A|`` in the result, so rows whose mean is thousands of standard deviations away should be
-      normalized first. Float32 rows are centered on their first element, whose distance from the mean replaces ``|μ|``.
-    - ``gate_rows (n, k)``: the same on ``a``, whose rows are not normalized. Returns also that gated ``a``; where
-      ``residual is a``, it is gated too.
+    - ``b`` a :class:`FoldedNorm`: ``a`` and, if given, ``residual`` (then the same tensor) are normalized. The rows'
+      ``mean`` and ``rstd`` are returned as well. ``statistics`` are those of ``a``; without them one more pass reads
+      ``a``. Float32 rows are normalized before the product. 16-bit rows are multiplied as they are: the mean's part is
+      then subtracted from a float32 sum that holds it, which leaves an error of about ``2^-23·√k·|μ|/σ·|A|`` in the
+      result. Rows whose mean is thousands of standard deviations away should be normalized first.
+    - ``gate (n, m)``: the result is zeroed where ``gate <= 0``, the gradient of the ReLU that produced ``gate``.
+    - ``gate_rows (n, k)``: the same on ``a``, whose rows are not normalized. That ``gated`` a is returned as well, in
+      the dtype of ``b``; where ``residual is a``, it is gated too.
+    - ``a`` may be float32 beside a 16-bit ``b``. The kernel rounds it to the dtype of ``b`` before it multiplies.
+    - The result has the dtype of ``residual``, without one that of ``b``.
+    - ``copy``: a copy of the result in this dtype is returned as well.
+    - ``measure``: the ``statistics`` of the result's rows are returned as well, for the product behind the next norm.
     """
     norm = b if isinstance(b, FoldedNorm) else None
     matrix = b if norm is None else norm.folded
-    if norm is not None:
-        bias = norm.shift
     a = launch.unit_stride(a)
-    bias, gate, gate_rows = (None if t is None else t.contiguous() for t in (bias, gate, gate_rows))
     rows, inner = a.shape
     columns = matrix.shape[1]
-    out = torch.empty((rows, columns), dtype=a.dtype, device=a.device)
-    mean = None if norm is None else torch.empty(rows, dtype=torch.float32, device=a.device)
-    rstd = None if norm is None else torch.empty_like(mean)
-    gated = None if gate_rows is None else torch.empty((rows, inner), dtype=a.dtype, device=a.device)
+
+    def vector(*shape: int) -> Tensor:
+        return torch.empty(shape, dtype=torch.float32, device=a.device)
+
+    dtype = matrix.dtype if residual is None else residual.dtype
+    out = torch.empty((rows, columns), dtype=dtype, device=a.device)
+    mean = rstd = gated = measured = None
+    if norm is not None:
+        bias = norm.shift
+        mean, rstd = vector(rows), vector(rows)
+        statistics = row_statistics(a) if statistics is None else statistics
+    if gate_rows is not None:
+        gated = torch.empty((rows, inner), dtype=matrix.dtype, device=a.device)
+    bias, gate, gate_rows = (None if t is None else t.contiguous() for t in (bias, gate, gate_rows))
+    parts = 1 if statistics is None else statistics.mean.shape[0]
+    changed = gate_rows is not None or (norm is not None and a.dtype == torch.float32)
+    read = a.dtype.itemsize + (0 if gate_rows is None else gate_rows.dtype.itemsize)
+    programs, across, options = _options(
+        a.device, matrix.dtype, rows, inner, columns, parts, relu, changed, read, launch.dot_precision(matrix.dtype)
+    )
+    copied = None if copy is None else torch.empty((rows, columns), dtype=copy, device=a.device)
+    if measure:
+        measured = Statistics(vector(across, rows), vector(across, rows), options["BLOCK_N"])
     if rows:
-        options = configuration("product", a, rows, columns)
-        options["BLOCK_K"] = max(16, min(options["BLOCK_K"], triton.next_power_of_2(inner)))
-        programs = triton.cdiv(rows, options["BLOCK_M"]) * triton.cdiv(columns, options["BLOCK_N"])
         residual = None if residual is None else launch.unit_stride(residual)
         launch.launch(
             _product, programs,
-            a, matrix, out, bias, residual, gate, gate_rows, gated,
+            a, matrix, out, copied, bias, residual, gate, gate_rows, gated,
             None if norm is None else norm.weight, None if norm is None else norm.bias,
-            None if norm is None else norm.column_sum, mean, rstd,
+            None if norm is None else norm.column_sum,
+            None if norm is None else statistics.mean, None if norm is None else statistics.spread,
+            mean, rstd, None if measured is None else measured.mean, None if measured is None else measured.spread,
             rows, columns, inner, a.stride(0), *matrix.stride(), 0 if residual is None else residual.stride(0),
+            parts, 0 if norm is None else statistics.part,
             alpha, beta, shift, 0.0 if norm is None else norm.eps,
-            RELU=relu, EVEN_K=inner % options["BLOCK_K"] == 0, PRECISION=launch.dot_precision(a.dtype), **options,
+            **options,
         )  # fmt: skip
-    return tuple(t for t in (out, mean, rstd, gated) if t is not None)
+    return Result(out, mean, rstd, gated, measured, copied)
+
+
+@once
+def _fold_options(device: torch.device, dtype: torch.dtype, columns: int, inner: int) -> dict:
+    return configuration("fold_norm", device, dtype, columns, inner)
+
+
+@once
+def _options(
+    device: torch.device,
+    dtype: torch.dtype,
+    rows: int,
+    inner: int,
+    columns: int,
+    parts: int,
+    relu: bool,
+    changed: bool,
+    read: int,
+    precision: str,
+) -> tuple[int, int, dict]:
+    """The programs of a product, those of them side by side over its columns, and its compile-time parameters.
+
+    ``changed``: the rows are gated or normalized on their way into the product. ``read``: the bytes that each of their
+    elements takes, its gate included.
+    """
+    options = configuration("product", device, dtype, rows, columns)
+    options["BLOCK_K"] = max(16, min(options["BLOCK_K"], triton.next_power_of_2(inner)))
+    # As many stages as fit. With sums in registers one stage is being read while the others arrive, in their buffers.
+    stage = options["BLOCK_K"] * (options["BLOCK_M"] * read + options["BLOCK_N"] * dtype.itemsize)
+    buffers = launch.shared_memory(device) // stage + (0 if launch.tensor_memory(device) else 1)
+    options["num_stages"] = max(1, min(options["num_stages"], buffers))
+    across = triton.cdiv(columns, options["BLOCK_N"])
+    options |= {
+        "RELU": relu,
+        "EVEN_K": inner % options["BLOCK_K"] == 0,
+        "PARTS": triton.next_power_of_2(parts),
+        "PRECISION": precision,
+        "FLIP": changed and options.get("FLIP", launch.wgmma(device)),
+    }
+    return triton.cdiv(rows, options["BLOCK_M"]) * across, across, options
 
 
 # -- kernels -------------------------------------------------------------------------------------------------------
@@ -127,15 +230,38 @@ def _fold_norm(
 
 
 @triton.jit
+def _row_statistics(
+    z, mean, spread, rows, width, z_m,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    n = tl.arange(0, BLOCK_N)
+    inside = (m < rows)[:, None] & (n < width)[None, :]
+    values = tl.load(z + tl.cast(m, tl.int64)[:, None] * z_m + n[None, :], mask=inside, other=0.0).to(tl.float32)
+    middle, squares = _spread(values, inside, width)
+    tl.store(mean + m, middle, mask=m < rows)
+    tl.store(spread + m, squares, mask=m < rows)
+
+
+@triton.jit
+def _spread(values, inside, count):
+    """The mean of each row of a tile that is zero outside, and the sum of the squared distances from it."""
+    middle = tl.sum(values, 1) / count
+    off = tl.where(inside, values - middle[:, None], 0.0)
+    return middle, tl.sum(off * off, 1)
+
+
+@triton.jit
 def _product(
-    a, b, out, bias, residual, gate, gate_rows, gated, norm_weight, norm_bias, column_sum, mean_out, rstd_out,
-    rows, columns, inner, a_m, b_k, b_n, r_m, alpha, beta, shift, eps,
-    RELU: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr,
+    a, b, out, copy, bias, residual, gate, gate_rows, gated, norm_weight, norm_bias, column_sum, part_mean, part_spread,
+    mean_out, rstd_out, measured_mean, measured_spread,
+    rows, columns, inner, a_m, b_k, b_n, r_m, parts, part, alpha, beta, shift, eps,
+    RELU: tl.constexpr, EVEN_K: tl.constexpr, PARTS: tl.constexpr, PRECISION: tl.constexpr, FLIP: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     NORM: tl.constexpr = norm_weight is not None
-    # Float32 operands are centered on the row's first element, lest the mean's part drown the rest. 16-bit rows go to
-    # the tensor cores as they are: each product is exact there, their float32 sums are not (see ``product``).
+    # Float32 rows are normalized before the product: what rounds them for the tensor cores (tf32, a 16-bit b) would
+    # round the mean with the rest. 16-bit rows are exact there as they are; their float32 sums are not (``product``).
     CENTRE: tl.constexpr = NORM and a.dtype.element_ty == tl.float32
     # All column tiles of some rows run together: the rows are read once, the small b stays in L2.
     across = tl.cdiv(columns, BLOCK_N)
@@ -148,17 +274,31 @@ def _product(
     m_in = (m < rows)[:, None]
     n_in = (n < columns)[None, :]
 
+    mean = tl.zeros([BLOCK_M], tl.float32)
+    rstd = mean
+    if NORM:
+        # The parts of a row are merged as Chan et al. do: as exact as two passes over the row.
+        t = tl.arange(0, PARTS)
+        at = tl.cast(t, tl.int64)[None, :] * rows + row[:, None]
+        inside = m_in & (t < parts)[None, :]
+        count = tl.minimum(inner - t * part, part).to(tl.float32)[None, :]
+        means = tl.load(part_mean + at, mask=inside, other=0.0)
+        mean = tl.sum(means * count, 1) / inner
+        gap = tl.where(inside, means - mean[:, None], 0.0)
+        spread = tl.sum(tl.load(part_spread + at, mask=inside, other=0.0) + gap * gap * count, 1)
+        rstd = 1.0 / tl.sqrt(spread / inner + eps)
+        if tile_n == 0:
+            tl.store(mean_out + m, mean, mask=m < rows)
+            tl.store(rstd_out + m, rstd, mask=m < rows)
+
     a_at = a + row[:, None] * a_m + k[None, :]
     b_at = b + tl.cast(k, tl.int64)[:, None] * b_k + tl.cast(n, tl.int64)[None, :] * b_n
     g_at = gate_rows
     if gate_rows is not None:
         g_at = gate_rows + row[:, None] * inner + k[None, :]
-    origin = tl.zeros([BLOCK_M], tl.float32)
-    if CENTRE:
-        origin = tl.load(a + row * a_m, mask=m < rows, other=0.0)
-    mean = tl.zeros([BLOCK_M], tl.float32)
-    spread = tl.zeros([BLOCK_M], tl.float32)
-    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    # FLIP: bᵀaᵀ in place of a b. Rows that change on their way would be wgmma's first operand in registers, and ptxas
+    # then waits for every wgmma (C7515). As the second operand they go through shared memory.
+    acc = tl.zeros([BLOCK_N if FLIP else BLOCK_M, BLOCK_M if FLIP else BLOCK_N], tl.float32)
     for start in range(0, inner, BLOCK_K):
         if EVEN_K:
             x = tl.load(a_at, mask=m_in, other=0.0)
@@ -175,34 +315,21 @@ def _product(
             x = tl.where(open_.to(tl.float32) <= 0, 0.0, x)
             g_at += BLOCK_K
         if CENTRE:
-            x = x - origin[:, None]
-            if not EVEN_K:
-                x = tl.where(k_in[None, :], x, 0.0)
+            x = (x - mean[:, None]) * rstd[:, None]  # beyond column k it meets zeros of b
+        if x.dtype != y.dtype:
+            x = rounded(x.to(tl.float32), y.dtype)
+        if FLIP:
+            x, y = tl.trans(y), tl.trans(x)
         acc = dot(x, y, acc, PRECISION)
-        if NORM:  # while the tensor cores work
-            # Means and squared deviations per tile, merged as Chan et al. do: as exact as two passes over the row.
-            count = tl.minimum(inner - start, BLOCK_K).to(tl.float32)
-            wide = x.to(tl.float32)
-            tile_mean = tl.sum(wide, 1) / count
-            off = wide - tile_mean[:, None]
-            if not EVEN_K:
-                off = tl.where(k_in[None, :], off, 0.0)
-            gap = tile_mean - mean
-            share = count / (start + count)
-            spread += tl.sum(off * off, 1) + gap * gap * (start * share)
-            mean += gap * share
         a_at += BLOCK_K
         b_at += tl.cast(BLOCK_K, tl.int64) * b_k
 
+    if FLIP:
+        acc = tl.trans(acc)
     inside = m_in & n_in
-    if NORM:
-        rstd = 1.0 / tl.sqrt(spread / inner + eps)
+    if NORM and not CENTRE:
         sums = tl.load(column_sum + n, mask=n < columns, other=0.0)
         acc = (acc - mean[:, None] * sums[None, :]) * rstd[:, None]
-        mean += origin
-        if tile_n == 0:
-            tl.store(mean_out + m, mean, mask=m < rows)
-            tl.store(rstd_out + m, rstd, mask=m < rows)
     # All that is added to a column as one vector: each vector that is live in here costs a register per column.
     column = tl.zeros([BLOCK_N], tl.float32) - shift
     if bias is not None:
@@ -225,4 +352,14 @@ def _product(
         acc = tl.where(acc <= 0, 0.0, acc)  # NaN stays
     if gate is not None:
         acc = tl.where(tl.load(gate + out_at, mask=inside, other=0.0).to(tl.float32) <= 0, 0.0, acc)
-    tl.store(out + out_at, rounded(acc, out.dtype.element_ty), mask=inside)
+    result = rounded(acc, out.dtype.element_ty)
+    tl.store(out + out_at, result, mask=inside)
+    if copy is not None:
+        tl.store(copy + out_at, rounded(acc, copy.dtype.element_ty), mask=inside)
+    if measured_mean is not None:
+        # Of what was stored, which is what the next norm reads.
+        count = tl.minimum(columns - tile_n * BLOCK_N, BLOCK_N)
+        middle, squares = _spread(tl.where(inside, result.to(tl.float32), 0.0), inside, count)
+        at = tl.cast(tile_n, tl.int64) * rows + row
+        tl.store(measured_mean + at, middle, mask=m < rows)
+        tl.store(measured_spread + at, squares, mask=m < rows)

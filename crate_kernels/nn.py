@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from . import ops
+from .graphs import Graphs
 from .ops import checks, standard
 from .ops.masks import finite_where_hidden
 
@@ -633,7 +634,7 @@ def _as_map(tokens: Tensor, like: Tensor) -> Tensor:
     return tokens.transpose(1, 2).unflatten(2, like.shape[2:])
 
 
-def prepare_for_inference(model: Model) -> Model:
+def prepare_for_inference(model: Model, *, cuda_graph: bool = False) -> Model:
     """Put ``model`` in evaluation mode and let its ISTA modules cache their folded matrix. Return ``model``.
 
     ``model`` is one of this package, or any model in which :func:`crate_kernels.fuse` found ISTA modules.
@@ -643,7 +644,22 @@ def prepare_for_inference(model: Model) -> Model:
     again after such a write.
 
     An exported program (``torch.export``, ``torch.onnx.export``) holds the folded matrices as constants.
+
+    Args:
+        cuda_graph: replay the forward from CUDA graphs, one for each kind of input (shapes, dtypes, other arguments),
+            at most :data:`crate_kernels.graphs.MOST_GRAPHS`. Call the model under ``torch.no_grad()`` or
+            ``torch.inference_mode()``, from one thread and on one stream at a time. The first call of a kind captures
+            its graph and takes longer. Results are copies, which later calls leave alone. Where no graph can be used,
+            with tensors on a CPU for example, the plain forward runs: :class:`crate_kernels.graphs.Graphs` lists when.
+            After adding or replacing modules, call this function again.
+
+    Raises:
+        RuntimeError: with ``cuda_graph``, if torch finds no CUDA device.
     """
+    if cuda_graph:
+        object.__setattr__(model, "forward", Graphs(model))
+    elif isinstance(model.forward, Graphs):
+        object.__setattr__(model, "forward", model.forward.plain)
     model.eval()
     for module in model.modules():
         if isinstance(module, KeepsFolded):

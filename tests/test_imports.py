@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[1] / "crate_kernels"
 LAYERS = (
     {"version", "agreement", "timing", "options", "terminal", "user_cache"},
     {"ops"},
-    {"nn", "selftest"},
+    {"nn", "selftest", "graphs"},
     {"data", "distributed", "models", "fusion", "runs"},
     {"training", "analysis", "bench", "deployment", "collect_env"},
     {"cli", "__main__"},

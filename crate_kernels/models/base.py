@@ -87,6 +87,6 @@ class CrateModel(nn.Module):
             raise NotImplementedError(f"{type(self).__name__} has no public checkpoint layout")
         return checkpoint.to_public(self, self.layout)
 
-    def prepare_for_inference(self) -> Self:
+    def prepare_for_inference(self, *, cuda_graph: bool = False) -> Self:
         """Evaluation mode with cached folded matrices, see :func:`crate_kernels.nn.prepare_for_inference`."""
-        return prepare_for_inference(self)
+        return prepare_for_inference(self, cuda_graph=cuda_graph)

@@ -9,7 +9,7 @@ using namespace crate;
 
 namespace {
 
-constexpr int kInterface = 1;
+constexpr int kInterface = 2;
 constexpr double kLog2OfE = 1.4426950408889634;
 
 thread_local std::string last_error;
@@ -30,6 +30,8 @@ Error bad_format(int format, int last) {
     return format >= 0 && format <= last ? nullptr : "the format is not one that the kernel takes";
 }
 
+constexpr Error kBadStream = "the residual stream has neither the format of the products nor float32";
+
 Error bad_heads(int batch, int tokens, int heads, int width, int format) {
     if (batch < 0 || heads < 0) return "a size is negative";
     if (Error error = bad_format(format, kFloat16)) return error;
@@ -41,11 +43,10 @@ Error bad_strides(int64_t batch, int64_t token, int64_t head) {
     return rows_aligned ? nullptr : "rows of a head do not begin on 16-byte boundaries";
 }
 
-Error bad_columns(int64_t rows, int columns, int format) {
+Error bad_columns(int64_t rows, int columns) {
     if (rows < 0) return "a size is negative";
-    if (columns < 1 || columns % kChunkElements != 0 || columns > kMaxColumns)
-        return "the number of columns must be a multiple of 8, up to 2048";
-    return bad_format(format, kFloat16);
+    const bool served = columns >= 1 && columns % kChunkElements == 0 && columns <= kMaxColumns;
+    return served ? nullptr : "the number of columns must be a multiple of 8, up to 2048";
 }
 
 // The first that is not null.
@@ -93,25 +94,31 @@ int crate_cuda_attention_backward(const void* grad, const void* w, const void* o
     return report("attention_backward", error);
 }
 
-int crate_cuda_layer_norm_forward(const void* z, const float* weight, const float* bias, void* x, float* mean, float* rstd,
-                                  const void* grad, const void* out, void* gated, int64_t rows, int columns, int format,
-                                  double eps, void* stream) {
-    const LayerNormForwardParams params{z, weight, bias, x, mean, rstd, grad, out, gated, rows, columns, float(eps)};
-    const bool together = !mean == !rstd && !grad == !out && !grad == !gated;
-    Error error = first(bad_columns(rows, columns, format), misaligned(z, weight, bias, x, grad, out, gated),
-                        together ? nullptr : "mean and rstd come together, and so do grad, out and gated");
-    if (!error) error = launch_layer_norm_forward(params, format == kBfloat16, stream);
+int crate_cuda_layer_norm_forward(const void* z, const float* weight, const float* bias, void* x, float* x_wide, float* mean,
+                                  float* rstd, const void* grad, const void* out, void* gated, float* gated_wide,
+                                  int64_t rows, int columns, int format, int stream_format, int known, double eps,
+                                  void* stream) {
+    const LayerNormForwardParams params{z, weight, bias, x, x_wide, mean, rstd, grad, out, gated, gated_wide,
+                                        rows, columns, known != 0, float(eps)};
+    const bool together = !grad == !out && !grad == !gated;
+    Error error = first(bad_columns(rows, columns), bad_format(format, kFloat16),
+                        stream_format == format || stream_format == kFloat32 ? nullptr : kBadStream,
+                        misaligned(z, weight, bias, x, x_wide, grad, out, gated, gated_wide),
+                        together ? nullptr : "grad, out and gated come together");
+    if (!error) error = launch_layer_norm_forward(params, format, stream_format, stream);
     return report("layer_norm_forward", error);
 }
 
 int crate_cuda_layer_norm_backward(const void* dx, const void* z, const float* mean, const float* rstd, const float* weight,
-                                   const void* residual, void* dz, float* partial, float* sums, int64_t rows, int columns,
-                                   int blocks, int format, void* stream) {
+                                   const void* residual, void* dz, float* partial, float* dweight, float* dbias,
+                                   float* residual_sum, int64_t rows, int columns, int blocks, int stream_format,
+                                   void* stream) {
     const LayerNormBackwardParams params{dx, z, mean, rstd, weight, residual, dz, partial, rows, columns};
-    const ReduceRowsParams reduction{partial, sums, blocks, (residual ? 3 : 2) * columns};
-    Error error = first(bad_columns(rows, columns, format), misaligned(dx, z, weight, residual, dz, partial),
-                        blocks < 0 ? "a size is negative" : nullptr);
-    if (!error) error = launch_layer_norm_backward(params, format == kBfloat16, blocks, stream);
+    const ReduceRowsParams reduction{partial, dweight, dbias, residual_sum, blocks, residual ? 3 : 2, columns};
+    Error error = first(bad_columns(rows, columns), bad_format(stream_format, kFloat32), misaligned(dx, z, weight, residual, dz, partial),
+                        blocks < 0 ? "a size is negative" : nullptr,
+                        !residual == !residual_sum ? nullptr : "residual and its sum come together");
+    if (!error) error = launch_layer_norm_backward(params, stream_format, blocks, stream);
     if (!error) error = launch_reduce_rows(reduction, stream);
     return report("layer_norm_backward", error);
 }

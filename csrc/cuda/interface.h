@@ -36,17 +36,21 @@ CRATE_API int crate_cuda_attention_backward(
     int64_t w_token_stride, int64_t w_head_stride, int batch, int tokens, int heads, int width, int format, double scale,
     int causal, void* stream);
 
-// x = LN(z), contiguous (rows, columns); mean and rstd (rows,) may be null. With grad and out, which come together, also
-// gated = grad where out > 0, else 0.
+// x = LN(z), contiguous (rows, columns), in `format`; mean and rstd (rows,) are results, or operands if `known`. With grad
+// and out, which come together, also gated = grad where out > 0, else 0, in `format`. z, grad and out are in
+// `stream_format`, which is `format` or float32; beside float32, x_wide and gated_wide, which may be null, take x and
+// gated in float32 too.
 CRATE_API int crate_cuda_layer_norm_forward(
-    const void* z, const float* weight, const float* bias, void* x, float* mean, float* rstd, const void* grad,
-    const void* out, void* gated, int64_t rows, int columns, int format, double eps, void* stream);
+    const void* z, const float* weight, const float* bias, void* x, float* x_wide, float* mean, float* rstd,
+    const void* grad, const void* out, void* gated, float* gated_wide, int64_t rows, int columns, int format,
+    int stream_format, int known, double eps, void* stream);
 
-// -> dz and sums (2 or 3, columns): dweight, dbias and, where a residual is given and added to dz, its sum over the rows.
-// partial (blocks, 2 or 3, columns) is scratch.
+// -> dz, dweight and dbias (columns,) and, where a residual is given and added to dz, its sum over the rows (columns,).
+// partial (blocks, 2 or 3, columns) is scratch. dx, z, residual and dz are in `stream_format`.
 CRATE_API int crate_cuda_layer_norm_backward(
     const void* dx, const void* z, const float* mean, const float* rstd, const float* weight, const void* residual,
-    void* dz, float* partial, float* sums, int64_t rows, int columns, int blocks, int format, void* stream);
+    void* dz, float* partial, float* dweight, float* dbias, float* residual_sum, int64_t rows, int columns, int blocks,
+    int stream_format, void* stream);
 
 // out (rows, columns) = alpha a b + c + bias, then ReLU if asked; a is (rows, depth). A stride is that of the rows as they
 // are stored; a transposed matrix is stored the other way round. c has the format of out and may be null, as may bias

@@ -3,6 +3,9 @@
 
 #include <cuda_runtime.h>
 
+#include <algorithm>
+#include <atomic>
+
 #include "cuda/launch.h"
 
 namespace crate {
@@ -19,18 +22,37 @@ __global__ void __launch_bounds__(Kernel::kMaxThreads, Kernel::kMinBlocks) head_
     Kernel::run(params);
 }
 
+// Lets blocks of a kernel have the shared memory that its largest head needs, as far as the device has it, and gives
+// shared memory preference over the cache, so that two blocks fit a multiprocessor. Once for each device and always with
+// the same values: a call that asked for its own need could take away what a call of another thread had asked for.
+template <class Kernel>
+cudaError_t prepare() {
+    static std::atomic<uint64_t> prepared{0};
+    int device, available;
+    if (const cudaError_t error = cudaGetDevice(&device)) return error;
+    const uint64_t bit = device < 64 ? uint64_t(1) << device : 0;
+    if (prepared.load(std::memory_order_acquire) & bit) return cudaSuccess;
+    if (const cudaError_t error = cudaDeviceGetAttribute(&available, cudaDevAttrMaxSharedMemoryPerBlockOptin, device))
+        return error;
+    const int bytes = std::min(Kernel::shared_bytes(Kernel::kMostTokens), available);
+    if (const cudaError_t error = cudaFuncSetAttribute(head_kernel<Kernel>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes))
+        return error;
+    if (const cudaError_t error = cudaFuncSetAttribute(head_kernel<Kernel>, cudaFuncAttributePreferredSharedMemoryCarveout,
+                                                       cudaSharedmemCarveoutMaxShared))
+        return error;
+    prepared.fetch_or(bit, std::memory_order_release);
+    return cudaSuccess;
+}
+
 // One block a head.
 template <class Kernel>
 Error launch_heads(const typename Kernel::Params& params, int batch, Stream stream) {
-    const int bytes = Kernel::shared_bytes(params.tokens);
-    if (bytes > 48 * 1024)
-        if (const cudaError_t error =
-                cudaFuncSetAttribute(head_kernel<Kernel>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes))
-            return text(error);
     const int64_t blocks = int64_t(batch) * params.heads;
     if (blocks == 0) return nullptr;
     if (blocks > INT32_MAX) return "there are more heads than a grid has blocks";
-    head_kernel<Kernel><<<unsigned(blocks), Kernel::warps(params.tokens) * 32, bytes, cudaStream_t(stream)>>>(params);
+    if (const cudaError_t error = prepare<Kernel>()) return text(error);
+    head_kernel<Kernel><<<unsigned(blocks), Kernel::warps(params.tokens) * 32, Kernel::shared_bytes(params.tokens),
+                          cudaStream_t(stream)>>>(params);
     return text(cudaGetLastError());
 }
 

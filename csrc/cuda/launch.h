@@ -13,8 +13,9 @@ constexpr Error kNotServed = "no kernel was built for heads of this width and nu
 
 Error launch_attention_forward(const AttentionForwardParams&, bool is_bf16, int width, int batch, Stream);
 Error launch_attention_backward(const AttentionBackwardParams&, bool is_bf16, int width, int batch, Stream);
-Error launch_layer_norm_forward(const LayerNormForwardParams&, bool is_bf16, Stream);
-Error launch_layer_norm_backward(const LayerNormBackwardParams&, bool is_bf16, int blocks, Stream);
+// `stream_format` is `format` or float32.
+Error launch_layer_norm_forward(const LayerNormForwardParams&, int format, int stream_format, Stream);
+Error launch_layer_norm_backward(const LayerNormBackwardParams&, int stream_format, int blocks, Stream);
 Error launch_reduce_rows(const ReduceRowsParams&, Stream);
 
 // Bytes of shared memory that a block takes; 0 where no kernel serves the head.

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 
+#include "crate/dispatch.h"
 #include "cuda/launch.cuh"
 
 namespace crate {
@@ -10,36 +11,36 @@ namespace crate {
 constexpr int64_t kForwardBlocks = 4096;
 
 template <class Kernel>
-__global__ void __launch_bounds__(kMaxColumns / kChunkElements) rows_kernel(const typename Kernel::Params params) {
+__global__ void __launch_bounds__(kMaxColumns / kChunkElements, 1) rows_kernel(const typename Kernel::Params params) {
     Kernel::run(params, gridDim.x);
 }
 __global__ void __launch_bounds__(ReduceRows::kThreads) reduce_rows_kernel(const ReduceRowsParams params) {
     ReduceRows::run(params);
 }
 
-template <template <class> class Kernel, class Params>
-static Error launch_rows(const Params& params, bool is_bf16, int blocks, Stream stream) {
+template <class Kernel>
+static Error launch_rows(const typename Kernel::Params& params, int64_t blocks, Stream stream) {
     const int threads = layer_norm_threads(params.columns), bytes = layer_norm_shared_bytes(params.columns);
     if (blocks == 0) return nullptr;
-    if (is_bf16)
-        rows_kernel<Kernel<bf16>><<<blocks, threads, bytes, cudaStream_t(stream)>>>(params);
-    else
-        rows_kernel<Kernel<fp16>><<<blocks, threads, bytes, cudaStream_t(stream)>>>(params);
+    rows_kernel<Kernel><<<unsigned(blocks), threads, bytes, cudaStream_t(stream)>>>(params);
     return text(cudaGetLastError());
 }
 
-Error launch_layer_norm_forward(const LayerNormForwardParams& params, bool is_bf16, Stream stream) {
+Error launch_layer_norm_forward(const LayerNormForwardParams& params, int format, int stream_format, Stream stream) {
     const int64_t groups = (params.rows + kRowsAtOnce - 1) / kRowsAtOnce;
-    return launch_rows<LayerNormForward>(params, is_bf16, int(std::min(groups, kForwardBlocks)), stream);
+    return dispatch_stream(format, stream_format, [&]<class T, class S>() {
+        return launch_rows<LayerNormForward<T, S>>(params, std::min(groups, kForwardBlocks), stream);
+    });
 }
 
-Error launch_layer_norm_backward(const LayerNormBackwardParams& params, bool is_bf16, int blocks, Stream stream) {
-    return launch_rows<LayerNormBackward>(params, is_bf16, blocks, stream);
+Error launch_layer_norm_backward(const LayerNormBackwardParams& params, int stream_format, int blocks, Stream stream) {
+    return dispatch_stream(stream_format, stream_format, [&]<class T, class S>() {
+        return launch_rows<LayerNormBackward<S>>(params, blocks, stream);
+    });
 }
 
 Error launch_reduce_rows(const ReduceRowsParams& params, Stream stream) {
-    if (params.columns == 0) return nullptr;
-    reduce_rows_kernel<<<ReduceRows::blocks(params.columns), ReduceRows::kThreads, ReduceRows::kSharedBytes,
+    reduce_rows_kernel<<<ReduceRows::blocks(params), ReduceRows::kThreads, ReduceRows::kSharedBytes,
                          cudaStream_t(stream)>>>(params);
     return text(cudaGetLastError());
 }

@@ -27,6 +27,10 @@ void store(const Matrix& m, int64_t row, int64_t column, float value) {
 
 }  // namespace
 
+// Tests set it, to see what is done about a library whose ReLU makes zero of NaN.
+extern "C" __attribute__((visibility("default"))) int simt_relu_drops_nan;
+int simt_relu_drops_nan = 0;
+
 Error launch_product(const ProductParams& params, Stream) {
     const Matrix &a = params.a, &b = params.b, &out = params.out;
     for (int64_t i = 0; i < out.rows; ++i)
@@ -36,7 +40,8 @@ Error launch_product(const ProductParams& params, Stream) {
             sum *= params.alpha;
             if (params.c) sum += params.beta * element(*params.c, i, j);
             if (params.bias) sum += element(params.bias, j, out.format);
-            store(out, i, j, params.relu && sum <= 0.0f ? 0.0f : sum);
+            const bool positive = simt_relu_drops_nan ? sum > 0.0f : !(sum <= 0.0f);
+            store(out, i, j, params.relu && !positive ? 0.0f : sum);
         }
     return nullptr;
 }

@@ -16,6 +16,7 @@ using SharedAddress = uint32_t;
 inline int thread_index() { return simt::current->index; }
 inline int lane_index() { return simt::current->lane; }
 inline int warp_index() { return simt::current->index / kWarpSize; }
+inline int warp_index_again() { return warp_index(); }
 inline int block_index() { return simt::current_block().block_index; }
 inline int block_threads() { return simt::current_block().threads; }
 
@@ -178,5 +179,6 @@ inline float exp2_approx(float x) {
 }
 inline float log2_approx(float x) { return std::log2(x); }
 inline float rsqrt_approx(float x) { return 1.0f / std::sqrt(x); }
+inline float reciprocal_approx(float x) { return flush(1.0f / flush(x)); }
 
 }  // namespace crate

@@ -16,8 +16,9 @@ template <class T>
 class DeviceArray {
   public:
     explicit DeviceArray(size_t size) : size_(size), data_(new (std::align_val_t(16)) T[size]) {}
-    explicit DeviceArray(const pybind11::array& from) : DeviceArray(size_t(from.size())) {
-        if (from.itemsize() != sizeof(T) || !(from.flags() & pybind11::array::c_style))
+    // Bytes are copied from elements of any size.
+    explicit DeviceArray(const pybind11::array& from) : DeviceArray(size_t(from.nbytes()) / sizeof(T)) {
+        if ((sizeof(T) > 1 && from.itemsize() != sizeof(T)) || !(from.flags() & pybind11::array::c_style))
             throw std::invalid_argument("expected a contiguous array with elements of " + std::to_string(sizeof(T)) + " bytes");
         std::memcpy(data_, from.data(), size_ * sizeof(T));
     }

@@ -25,6 +25,8 @@ def emulated(simt, monkeypatch):
     library = libraries.open_library(path, "cuda", cuda_kernels.INTERFACE, cuda_kernels.FUNCTIONS)
     monkeypatch.setattr(cuda_kernels, "LIBRARY", library)
     monkeypatch.setattr(cuda_kernels, "_stream", lambda device: None)
+    monkeypatch.setattr(cuda_kernels, "_NAN_KEPT", {})
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True)
     yield library

@@ -123,6 +123,11 @@ def words(tensor: Tensor):
     return tensor.contiguous().view(torch.int16).numpy()
 
 
+def elements(tensor: Tensor | None):
+    """A contiguous 16-bit or float32 tensor as numpy sees it; shares its memory."""
+    return tensor if tensor is None else tensor.numpy() if tensor.dtype == torch.float32 else words(tensor)
+
+
 class Kernels:
     """The kernels of one build of the emulator, on torch tensors. Outputs are poisoned before a kernel runs."""
 

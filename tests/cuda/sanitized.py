@@ -34,10 +34,18 @@ def run(module) -> dict[str, np.ndarray]:
         x, gated, dz = np.zeros((3, rows, columns), np.int16)
         mean, rstd = np.zeros((2, rows), np.float32)
         partial, sums = np.zeros((2, 3, columns), np.float32), np.zeros(3 * columns, np.float32)
-        module.layer_norm_forward("bfloat16", z, weight, bias, x, mean, rstd, grad, forward, gated, 1e-5, 2)
+        module.layer_norm_forward("bfloat16", z, weight, bias, x, None, mean, rstd, grad, forward, gated, None, 1e-5, 2)
         module.layer_norm_backward("bfloat16", gated, z, mean, rstd, weight, grad, dz, partial)
         module.reduce_rows(partial.reshape(2, -1), sums)
-        out |= {f"{name}-{columns}": value for name, value in {"x": x, "g": gated, "dz": dz, "sums": sums}.items()}
+        results = {"x": x, "g": gated, "dz": dz, "sums": sums}
+        z, grad, forward = draw.standard_normal((3, rows, columns)).astype(np.float32)
+        x, gated = np.zeros((2, rows, columns), np.int16)
+        x_wide, gated_wide, dz = np.zeros((3, rows, columns), np.float32)
+        wide = x, x_wide, mean, rstd, grad, forward, gated, gated_wide
+        module.layer_norm_forward("bfloat16", z, weight, bias, *wide, 1e-5, 2)
+        module.layer_norm_backward("bfloat16", gated_wide, z, mean, rstd, weight, grad, dz, partial)
+        results |= {"x wide": x_wide, "g wide": gated_wide, "dz wide": dz}
+        out |= {f"{name}-{columns}": value.copy() for name, value in results.items()}
     return out
 
 

@@ -116,6 +116,27 @@ def test_not_finite_values_reach_what_they_reach_in_the_reference(simt, bad):
     assert not o[:, :, 1].isfinite().all()
 
 
+@pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+@pytest.mark.parametrize("hidden", [torch.nan, torch.inf, -torch.inf, 30.0])
+@pytest.mark.parametrize(("tokens", "length"), [(40, 21), (65, 32), (50, 1), (257, 200)])
+@pytest.mark.parametrize("width", [48, 80])
+def test_hidden_tokens_may_hold_anything(simt, width, tokens, length, hidden, dtype, causal):
+    w, grad = inputs(dtype, 1, tokens, 1, width)
+    visible = w[:, :length].contiguous(), grad[:, :length].contiguous()
+    w[:, length:], grad[:, length:] = hidden, 0
+    lengths = torch.tensor([length])
+    o, lse, _ = simt.attention(w, lengths, causal=causal)
+    dw, _ = simt.attention_backward(grad, w, o, lse, lengths, causal=causal)
+    exact = budget.attention(*(t.double() for t in visible), causal=causal)
+    reference = budget.attention(*visible, causal=causal)
+    for got, *expected in zip((o, dw), exact, reference, strict=True):
+        budget.check(got[:, :length], *expected)
+        assert got.isfinite().all()
+    expected_lse = log_normalizer(visible[0], causal=causal)
+    torch.testing.assert_close(lse[..., :length].double(), expected_lse, rtol=1e-6, atol=1e-5)
+
+
 def test_rows_are_permutation_equivariant(simt):
     w, _ = inputs(torch.bfloat16, 1, 100, 1, 48)
     order = torch.randperm(100, generator=torch.Generator().manual_seed(0))

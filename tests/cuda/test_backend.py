@@ -93,9 +93,12 @@ def test_channels(present):
     def matrix(d):
         return heads(4, d)[0, :, 0]
 
-    assert ista_step.why_not(matrix(768)) is None
-    assert "multiple of 8 channels, up to 2048; got 12" in ista_step.why_not(matrix(12))
-    assert "got 4096" in ista_step.why_not(matrix(4096))
+    assert ista_step.why_not(matrix(768), matrix(768)) is None
+    assert "multiple of 8 channels, up to 2048; got 12" in ista_step.why_not(matrix(12), matrix(12))
+    assert "got 4096" in ista_step.why_not(matrix(4096), matrix(4096))
+    assert ista_step.why_not(matrix(768).float(), matrix(768)) is None
+    assert "not torch.float16" in ista_step.why_not(matrix(768).half(), matrix(768))
+    assert "not float32" in ista_step.why_not(matrix(768).float(), matrix(768).float())
     z, u = heads(8, 96)[:, :, 0], heads(128, 96)[0, :, 0]
     assert mssa_block.why_not(z, None, None, u, None, None, None, 2) is None
     assert "head widths" in mssa_block.why_not(z, None, None, u, None, None, None, 16)

@@ -4,10 +4,14 @@ The project's kernels run in the emulator, behind the C interface that the libra
 cuBLASLt, which is left for a GPU to show.
 """
 
+import math
+
 import pytest
 import torch
 
 from crate_kernels import ops
+from crate_kernels.agreement import relative
+from crate_kernels.ops.crate_layer import cuda as crate_layer
 from crate_kernels.ops.ista_block import cuda as ista_block
 from crate_kernels.ops.ista_step import cuda as ista_step
 from crate_kernels.ops.mssa_block import cuda as mssa_block
@@ -88,6 +92,48 @@ def test_mssa_block(form, causal, dtype):
     got = [out, *(g for g in gradients if g is not None)]
     assert [g is None for g in gradients[4:]] == [t is None for t in tensors[4:]]
     compare(got, ops.mssa_block, tensors, grad, heads=heads, lengths=lengths, causal=causal, step_size=step)
+
+
+@DTYPES
+@pytest.mark.parametrize("form", ["plain", "identity", "few rows", "lengths, causal"])
+@pytest.mark.parametrize("operator", [ops.mssa_block, ops.ista_block, ops.ista_step, ops.crate_layer])
+def test_under_autocast_the_stream_stays_in_float32(operator, form, dtype, monkeypatch):
+    """The output, and all gradients together, err at most 1.3 times as much as the reference's under autocast.
+
+    The threshold is so low that no unit lies near it: a unit on the other side would be the largest error.
+    """
+    for module in (attention, mssa_block, ista_block, ista_step, crate_layer):
+        monkeypatch.setattr(module, "why_not", lambda *_: None)
+    (batch, tokens), d = (1, 29) if form == "few rows" else (2, 65), 64
+    z, grad = 2 * normal(batch, tokens, d), normal(batch, tokens, d, seed=2)
+    norm = 1 + normal(d, spread=0.1), normal(d, spread=0.1, seed=3)
+    u, out = normal(d, d, spread=d**-0.5), (normal(d, d, spread=0.2, seed=5), normal(d, spread=0.1, seed=6))
+    attends = dict(heads=2)
+    if form == "identity":
+        attends, out = dict(heads=1), (None, None)
+    elif form == "lengths, causal":
+        attends |= dict(lengths=torch.tensor([11, 65]), causal=True)
+    weight, thresholds = normal(d, d, spread=d**-0.5, seed=7), dict(lambd=-100.0)
+    tensors, options = {
+        ops.mssa_block: ((z, *norm, u, *out), attends),
+        ops.ista_block: ((z, *norm, weight), thresholds),
+        ops.ista_step: ((z, weight), thresholds),
+        ops.crate_layer: ((z, *norm, u, *out, *norm, weight), attends | thresholds),
+    }[operator]
+    tensors = [None if t is None else t.float() for t in tensors]
+
+    def run(backend, kind, autocast):
+        leaves = [None if t is None else t.to(kind).requires_grad_() for t in tensors]
+        with torch.autocast("cpu", dtype, enabled=autocast):
+            result = operator(*leaves, **options, backend=backend)
+        return [result, *torch.autograd.grad(result, [t for t in leaves if t is not None], grad.to(kind))]
+
+    exact = run("reference", torch.float64, False)
+    reference, got = run("reference", torch.float32, True), run("cuda", torch.float32, True)
+    assert all(g.dtype == torch.float32 for g in got)
+    error, own = ([relative(g, e) for g, e in zip(result, exact, strict=True)] for result in (got, reference))
+    assert error[0] <= 1.3 * own[0]
+    assert math.hypot(*error[1:]) <= 1.3 * math.hypot(*own[1:])
 
 
 def test_float32_norms_beside_bfloat16_rows():

@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -76,6 +77,28 @@ def test_a_library_that_is_not_wanted_is_removed_from_an_earlier_build(tmp_path)
     assert not stale.exists()
 
 
+def test_a_wheel_ships_nothing_of_an_earlier_build(tmp_path):
+    earlier = tmp_path / "build-lib" / "crate_kernels"
+    earlier.mkdir(parents=True)
+    (earlier / "_cuda.so").touch()
+    (earlier / "removed_since.py").touch()
+    folders = {"build": ("build-base", "build-lib", "build-temp"), "egg_info": ("egg-base",)}
+    (tmp_path / "egg-base").mkdir()
+    (tmp_path / "setup.cfg").write_text(
+        "".join(f"[{c}]\n" + "".join(f"{f} = {tmp_path / f}\n" for f in options) for c, options in folders.items())
+    )
+    environment = {"DIST_EXTRA_CONFIG": str(tmp_path / "setup.cfg")}
+    environment |= {"CRATE_KERNELS_SKIP_CUDA": "1", "CRATE_KERNELS_SKIP_CPU": "1"}
+    command = [sys.executable, "setup.py", "-q", "bdist_wheel", "-d", tmp_path, "-b", tmp_path / "wheel"]
+    done = subprocess.run(command, cwd=ROOT, env={**os.environ, **environment}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    (built,) = tmp_path.glob("*.whl")
+    assert built.name.endswith("-py3-none-any.whl")  # without a library it runs everywhere
+    names = zipfile.ZipFile(built).namelist()
+    assert {"_build.json", "__init__.py", "nn.py"} <= {n.split("crate_kernels/")[-1] for n in names}
+    assert not [name for name in names if name.endswith((".so", "removed_since.py"))]
+
+
 @pytest.mark.parametrize("listed", ["Hopper", "9", "8.0,9.0", "8.0;sm_90"])
 def test_an_unreadable_architecture_is_an_error(tmp_path, listed):
     done = setup(tmp_path, TORCH_CUDA_ARCH_LIST=listed)
@@ -103,8 +126,9 @@ class TestWithNvcc:
         used = re.findall(
             r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", (build / "log").read_text()
         )
-        # Two directions, seven widths, two formats, two sizes; two LayerNorm kernels in two formats; one reduction.
-        assert len(used) == 2 * (2 * 7 * 2 * 2 + 2 * 2 + 1)
+        # Two directions, seven widths, two formats, two sizes; LayerNorm forward for four pairs of formats and backward
+        # for three formats; one reduction.
+        assert len(used) == 2 * (2 * 7 * 2 * 2 + 4 + 3 + 1)
         assert set(used) == {("0", "0", "0")}
 
     def test_it_needs_neither_torch_nor_python(self, build):

@@ -5,6 +5,7 @@ streams and the graphs run here alone.
 """
 
 import copy
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -141,6 +142,19 @@ def test_the_stream_that_is_current_is_used():
         assert torch.equal(a, b)
 
 
+def test_threads_with_heads_of_different_sizes():
+    """The limit of shared memory belongs to the kernel, not to the call."""
+    sizes = [normal(1, tokens, 2, 128).to("cuda", BRAIN) for tokens in (16, 200) * 4]
+    expected = [ops.subspace_attention(w, backend="reference") for w in sizes]
+
+    def attend(w):
+        return [ops.subspace_attention(w, backend="cuda") for _ in range(200)][-1]
+
+    with ThreadPoolExecutor(len(sizes)) as pool:
+        for got, want in zip(pool.map(attend, sizes), expected, strict=True):
+            torch.testing.assert_close(got, want, rtol=2**-6, atol=2**-6)
+
+
 def test_hidden_tokens_may_hold_anything():
     w = normal(1, 40, 2, 32).to("cuda", BRAIN)
     expected = ops.subspace_attention(w[:, :21], backend="cuda")
@@ -192,6 +206,25 @@ def test_cuda_graph(model):
         captured.zero_()
         graph.replay()
     assert torch.equal(captured, expected)
+
+
+@pytest.mark.parametrize("backend", ["cuda", "eager"])
+def test_prepared_with_graphs(model, backend):
+    prepared = copy.deepcopy(model).to(BRAIN).prepare_for_inference(cuda_graph=True)
+    plain = copy.deepcopy(model).to(BRAIN).prepare_for_inference()
+    with torch.inference_mode(), ops.use_backend(backend):
+        for batch in (4, 1, 4, 2):  # the third replays the first
+            images = IMAGES[:batch].to("cuda", BRAIN) * batch
+            assert torch.equal(prepared(images), plain(images))
+        assert len(prepared.forward.captured) == 3
+        before = prepared(images)
+        for changed in (prepared, plain):
+            for parameter in changed.parameters():
+                parameter.mul_(1.25)
+        after = prepared(images)
+        assert torch.equal(after, plain(images))
+        assert not torch.equal(after, before)
+        assert len(prepared.forward.captured) == 1
 
 
 def test_what_it_does_not_compute_is_refused_by_name():

@@ -34,7 +34,7 @@ def test_python_and_the_header_declare_the_same_functions():
 
 
 def test_a_library_of_another_interface_is_not_loaded(simt):
-    with pytest.raises(libraries.Missing, match=r"has interface 1, the package needs 77: run `pip install` again"):
+    with pytest.raises(libraries.Missing, match=r"has interface 2, the package needs 77: run `pip install` again"):
         libraries.open_library(simt.module.__file__, "cuda", 77, cuda_kernels.FUNCTIONS)
 
 
@@ -82,9 +82,16 @@ def test_what_would_leave_the_tensors_is_refused(emulated, arguments, reason):
 
 @pytest.mark.parametrize("columns", [0, 12, 2056])
 def test_rows_of_other_lengths_are_refused(emulated, columns):
-    arguments = (*9 * [None], 1, columns, 0, 1e-5, None)
+    arguments = (*11 * [None], 1, columns, 0, 0, False, 1e-5, None)
     assert emulated.crate_cuda_layer_norm_forward(*arguments) == 1
     assert b"the number of columns must be a multiple of 8, up to 2048" in emulated.crate_cuda_error()
+
+
+@pytest.mark.parametrize(("format", "stream", "reason"), [(2, 2, b"not one that"), (0, 1, b"the residual stream has")])
+def test_rows_in_other_formats_are_refused(emulated, format, stream, reason):
+    arguments = (*11 * [None], 1, 8, format, stream, False, 1e-5, None)
+    assert emulated.crate_cuda_layer_norm_forward(*arguments) == 1
+    assert reason in emulated.crate_cuda_error()
 
 
 def test_a_refusal_becomes_an_exception(emulated):
@@ -98,6 +105,22 @@ def test_operands_that_do_not_match_are_refused_by_name(emulated, other):
     o, lse = cuda_kernels.attention_forward(t, None, 0.25, False)
     with pytest.raises(ValueError, match=r"grad: expected \(1, 4, 1, 16\) in torch.bfloat16 on cpu, got"):
         cuda_kernels.attention_backward(other, t, None, o, lse, 0.25, False)
+
+
+def test_nan_survives_a_relu_that_would_drop_it(emulated, monkeypatch):
+    a, b, bias = torch.tensor([[torch.nan], [2.0]]), torch.tensor([[1.0, -1.0]]), torch.zeros(2)
+    expected = torch.tensor([[torch.nan, torch.nan], [2.0, 0.0]])
+    drops = ctypes.c_int.in_dll(emulated, "simt_relu_drops_nan")
+    for drops.value in (0, 1):
+        cuda_kernels._NAN_KEPT.clear()
+        got = cuda_kernels.product(a, b, bias=bias, relu=True)
+        torch.testing.assert_close(got, expected, equal_nan=True)
+        assert {(a.device, a.dtype, a.dtype): not drops.value} == cuda_kernels._NAN_KEPT
+    cuda_kernels._NAN_KEPT.clear()
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    torch.testing.assert_close(cuda_kernels.product(a, b, bias=bias, relu=True), expected, equal_nan=True)
+    assert not cuda_kernels._NAN_KEPT
+    drops.value = 0
 
 
 MATRICES = {

@@ -30,7 +30,11 @@ def test_forward(simt, tokens, width):
     assert counters.bank_conflicts <= (0 if width in (64, 128) else moved)
     passes = 2 if tokens > 208 and width > 80 else 1
     n = bands(tokens, rows)
-    assert counters.exp2 == passes * n * (n + 1) // 2 * rows * rows
+    exponentials = n * (n + 1) // 2 * rows * rows
+    if rows == 32 and 0 < tokens % 32 <= 16:
+        # The second row tile of the last band is empty: who meets that band computes half, once a step.
+        exponentials -= (n // 2 + 1) * rows * 16
+    assert counters.exp2 == passes * exponentials
     # All rows are there; the head's maximum; a barrier a step after the first, and one before the output.
     assert counters.barriers == 2 + passes * (n // 2 + 1)
 

@@ -28,7 +28,7 @@ WORKSPACE_BYTES = 32 << 20
 PARTIAL_SUMS = 1024
 """Most blocks of a LayerNorm backward: fixed, so that gradients do not depend on the device's size."""
 
-INTERFACE = 1
+INTERFACE = 2
 """The number of the C interface that this file speaks; ``interface.cpp`` holds that of the library."""
 
 FUNCTIONS = {
@@ -38,8 +38,8 @@ FUNCTIONS = {
     "attention_shared_bytes": (c_int, c_int, c_int),
     "attention_forward": (c_int, *4 * [c_void_p], *3 * [c_int64], *5 * [c_int], c_double, c_int, c_void_p),
     "attention_backward": (c_int, *6 * [c_void_p], *6 * [c_int64], *5 * [c_int], c_double, c_int, c_void_p),
-    "layer_norm_forward": (c_int, *9 * [c_void_p], c_int64, *2 * [c_int], c_double, c_void_p),
-    "layer_norm_backward": (c_int, *9 * [c_void_p], c_int64, *3 * [c_int], c_void_p),
+    "layer_norm_forward": (c_int, *11 * [c_void_p], c_int64, *4 * [c_int], c_double, c_void_p),
+    "layer_norm_backward": (c_int, *11 * [c_void_p], c_int64, *3 * [c_int], c_void_p),
     "product": (
         c_int, *5 * [c_void_p], *3 * [c_int64], *2 * [c_int64, c_int], *2 * [c_int64], *2 * [c_int], c_double, c_int,
         c_void_p, c_int64, c_int, c_void_p,
@@ -60,7 +60,7 @@ ARCHITECTURES: tuple[str, ...] = tuple(libraries.record().get("cuda", {}).get("a
 
 
 def why_not(tensor: Tensor) -> str | None:
-    """Why no kernel of the library can run on ``tensor``, the first argument of an operator."""
+    """Why no kernel of the library can run beside ``tensor``, an operand of the tensor cores."""
     if MISSING is not None:
         return MISSING
     if tensor.dtype not in DTYPES:
@@ -125,11 +125,16 @@ def why_not_heads(w: Tensor, tokens: int, width: int) -> str | None:
     return None
 
 
-def why_not_columns(tensor: Tensor, *sizes: int) -> str | None:
-    """Why LayerNorm and the products cannot run on rows of these ``sizes``."""
-    reason = why_not(tensor) or _text(LIBRARY.crate_cuda_product_missing())
+def why_not_columns(stream: Tensor, matrix: Tensor, *sizes: int) -> str | None:
+    """Why LayerNorm and the products cannot run on rows of these ``sizes``.
+
+    ``stream`` holds the rows of the residual stream, which may be float32 beside a narrower ``matrix``.
+    """
+    reason = why_not(matrix) or _text(LIBRARY.crate_cuda_product_missing())
     if reason is not None:
         return reason
+    if stream.dtype not in (matrix.dtype, torch.float32):
+        return f"the CUDA kernels take {matrix.dtype} matrices beside rows in float32 or the same, not {stream.dtype}"
     for size in sizes:
         if size % ALIGNMENT or size > MAX_COLUMNS:
             return f"the CUDA kernels take a multiple of {ALIGNMENT} channels, up to {MAX_COLUMNS}; got {size}"
@@ -167,50 +172,90 @@ def attention_backward(
     return dw
 
 
-def layer_norm(z: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """``z (n, d)`` -> ``LN(z) (n, d)``, ``mean, rstd (n,)``."""
+def layer_norm(
+    z: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype, *, wide: bool = False
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+    """``z (n, d)`` -> ``x = LN(z) (n, d)`` in ``dtype``, ``x`` in the dtype of z, ``mean, rstd (n,)``.
+
+    ``dtype`` is that of the products that read ``x``. z has the same or float32. The second result is ``x`` itself
+    where the two are the same, and None unless ``wide`` asks for it.
+    """
     mean = torch.empty(z.shape[0], dtype=torch.float32, device=z.device)
     rstd = torch.empty_like(mean)
-    return _layer_norm(z, weight, bias, eps, mean, rstd, None, None, None), mean, rstd
+    x, x_wide, _, _ = _layer_norm(z, weight, bias, mean, rstd, None, None, dtype, wide, False, eps)
+    return x, x_wide, mean, rstd
 
 
 def layer_norm_again(
-    z: Tensor, weight: Tensor, bias: Tensor, eps: float, grad: Tensor | None = None, out: Tensor | None = None
-) -> tuple[Tensor, Tensor | None]:
-    """``LN(z)`` once more, in the backward; with ``grad`` and ``out`` also ``grad`` where ``out > 0``, in one pass."""
-    gated = None
-    if grad is not None:
-        _expect(z, z.shape, grad=grad, out=out)
-        grad, out, gated = _packed(grad), _packed(out), torch.empty(z.shape, dtype=z.dtype, device=z.device)
-    return _layer_norm(z, weight, bias, eps, None, None, grad, out, gated), gated
+    z: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    dtype: torch.dtype,
+    grad: Tensor | None = None,
+    out: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """``x = LN(z)`` in ``dtype`` once more, in the backward, from the statistics that the forward saved.
+
+    With ``grad`` and ``out`` the same pass computes ``grad`` where ``out > 0``, else 0: in ``dtype``, and in the dtype
+    of z.
+    """
+    _expect(z, z.shape, grad=grad, out=out)
+    mean, rstd = mean.contiguous(), rstd.contiguous()
+    x, _, gated, gated_wide = _layer_norm(z, weight, bias, mean, rstd, grad, out, dtype, grad is not None, True, 0.0)
+    return x, gated, gated_wide
 
 
-def _layer_norm(z: Tensor, weight: Tensor, bias: Tensor, eps: float, *outputs: Tensor | None) -> Tensor:
+def _layer_norm(
+    z: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    grad: Tensor | None,
+    out: Tensor | None,
+    dtype: torch.dtype,
+    wide: bool,
+    known: bool,
+    eps: float,
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """-> ``x, x_wide, gated, gated_wide``; what is not asked for is None."""
     z, weight, bias = _packed(z), _float32(weight), _float32(bias)
-    x = torch.empty(z.shape, dtype=z.dtype, device=z.device)
-    pointers = _pointers(z, weight, bias, x, *outputs)
-    _enqueue("layer_norm_forward", z, *pointers, *z.shape, FORMATS[z.dtype], eps)
-    return x
+    gates = grad is not None
+    if gates:
+        grad, out = _packed(grad), _packed(out)
+
+    def rows(dtype: torch.dtype, wanted: bool = True) -> Tensor | None:
+        return torch.empty(z.shape, dtype=dtype, device=z.device) if wanted else None
+
+    x, gated = rows(dtype), rows(dtype, gates)
+    both = wide and z.dtype != dtype
+    x_wide, gated_wide = rows(z.dtype, both and not gates), rows(z.dtype, both and gates)
+    pointers = _pointers(z, weight, bias, x, x_wide, mean, rstd, grad, out, gated, gated_wide)
+    _enqueue("layer_norm_forward", z, *pointers, *z.shape, FORMATS[dtype], FORMATS[z.dtype], known, eps)
+    if wide and z.dtype == dtype:
+        x_wide, gated_wide = x, gated
+    return x, x_wide, gated, gated_wide
 
 
 def layer_norm_backward(
     dx: Tensor, z: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, residual: Tensor | None = None
 ) -> tuple[Tensor, ...]:
     """-> ``dz (n, d)``, ``dweight, dbias (d,)`` in float32 and, with a ``residual``, which is added to dz, its sum over
-    the rows."""
+    the rows. All rows have the dtype of z."""
     rows, columns = z.shape
     _expect(z, z.shape, dx=dx, residual=residual)
-    sums = 2 if residual is None else 3
     dz = torch.empty(z.shape, dtype=z.dtype, device=z.device)
+    # Tensors of their own: an operator's outputs may not share memory.
+    sums = [torch.empty(columns, dtype=torch.float32, device=z.device) for _ in range(2 if residual is None else 3)]
     blocks = min((rows + 3) // 4, PARTIAL_SUMS)
-    partial = torch.empty((blocks, sums, columns), dtype=torch.float32, device=z.device)
-    total = torch.empty((sums, columns), dtype=torch.float32, device=z.device)
+    partial = torch.empty((blocks, len(sums), columns), dtype=torch.float32, device=z.device)
     dx, z, mean, rstd, weight = _packed(dx), _packed(z), mean.contiguous(), rstd.contiguous(), _float32(weight)
     residual = None if residual is None else _packed(residual)
-    pointers = _pointers(dx, z, mean, rstd, weight, residual, dz, partial, total)
+    pointers = _pointers(dx, z, mean, rstd, weight, residual, dz, partial, *sums, *(3 - len(sums)) * [None])
     _enqueue("layer_norm_backward", z, *pointers, rows, columns, blocks, FORMATS[z.dtype])
-    # Tensors of their own: an operator's outputs may not share memory.
-    return dz, *(row.clone() for row in total)
+    return dz, *sums
 
 
 def product(
@@ -223,7 +268,36 @@ def product(
     relu: bool = False,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """``alpha·a b + c + bias``, then ReLU if asked, as one cuBLASLt call; either operand may be a transpose."""
+    """``alpha·a b + c + bias`` in ``dtype`` or that of ``a``, then ReLU if asked, as one cuBLASLt call.
+
+    Either operand may be a transpose. ``c`` and ``bias`` have the dtype of the result.
+    """
+    if relu and not _relu_keeps_nan(a.device, a.dtype, dtype or a.dtype):
+        return _product(a, b, c, bias, alpha, False, dtype).relu_()
+    return _product(a, b, c, bias, alpha, relu, dtype)
+
+
+def _relu_keeps_nan(device: torch.device, dtype: torch.dtype, out_dtype: torch.dtype) -> bool:
+    """Whether NaN survives the ReLU of cuBLASLt: a non-finite result must not look finite.
+
+    NVIDIA does not say, so the first product of its kind on a device finds out. While a graph is captured nothing can
+    be read: the safe route is taken, and the question stays open.
+    """
+    kind = device, dtype, out_dtype
+    if kind not in _NAN_KEPT:
+        if torch.cuda.is_current_stream_capturing():
+            return False
+        nan = torch.full((16, 16), torch.nan, dtype=dtype, device=device)
+        _NAN_KEPT[kind] = bool(_product(nan, nan, None, nan[0].to(out_dtype), 1.0, True, out_dtype).isnan().all())
+    return _NAN_KEPT[kind]
+
+
+_NAN_KEPT: dict[tuple[torch.device, torch.dtype, torch.dtype], bool] = {}
+
+
+def _product(
+    a: Tensor, b: Tensor, c: Tensor | None, bias: Tensor | None, alpha: float, relu: bool, dtype: torch.dtype | None
+) -> Tensor:
     out = torch.empty((a.shape[0], b.shape[1]), dtype=dtype or a.dtype, device=a.device)
     (a, *a_storage), (b, *b_storage) = _matrix(a), _matrix(b)
     _expect(a, (a.shape[1], out.shape[1]), b=b)

@@ -12,9 +12,12 @@ from torch import Tensor
 from .. import cuda_kernels
 from ..ista_step import cuda as ista_step
 
+MIXED = True
+"""The stream may be float32 beside narrower matrices, as it is under autocast."""
 
-def why_not(z: Tensor, *_) -> str | None:
-    return cuda_kernels.why_not_columns(z, z.shape[1])
+
+def why_not(z: Tensor, norm_weight: Tensor, norm_bias: Tensor, weight: Tensor, *_) -> str | None:
+    return cuda_kernels.why_not_columns(z, weight, z.shape[1])
 
 
 def forward(
@@ -28,8 +31,8 @@ def forward(
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``z (n, d)`` -> ``out (n, d)`` and the row statistics ``mean, rstd (n,)``."""
-    x, mean, rstd = cuda_kernels.layer_norm(z, norm_weight, norm_bias, eps)
-    return ista_step.forward(x, weight, folded, step_size, lambd), mean, rstd
+    x, x_wide, mean, rstd = cuda_kernels.layer_norm(z, norm_weight, norm_bias, eps, weight.dtype, wide=True)
+    return ista_step.step(x, x_wide, weight, folded, step_size, lambd), mean, rstd
 
 
 def backward(
@@ -48,7 +51,7 @@ def backward(
     """-> ``(dz, dnorm_weight, dnorm_bias, dweight)``."""
     if z.shape[0] == 0:
         return torch.empty_like(z), *(torch.zeros_like(t) for t in (norm_weight, norm_bias, weight))
-    x, g = cuda_kernels.layer_norm_again(z, norm_weight, norm_bias, eps, grad, out)
-    dx, dweight = ista_step.gradients(g, x, weight, folded, step_size)
+    x, g, g_wide = cuda_kernels.layer_norm_again(z, norm_weight, norm_bias, mean, rstd, weight.dtype, grad, out)
+    dx, dweight = ista_step.gradients(g, g_wide, x, weight, folded, step_size)
     dz, dnorm_weight, dnorm_bias = cuda_kernels.layer_norm_backward(dx, z, mean, rstd, norm_weight)
     return dz, dnorm_weight.to(norm_weight.dtype), dnorm_bias.to(norm_bias.dtype), dweight

@@ -12,6 +12,9 @@ from torch import Tensor
 from .. import cuda_kernels
 from ..cuda_kernels import product
 
+MIXED = True
+"""The stream may be float32 beside narrower matrices, as it is under autocast."""
+
 
 def why_not(
     z: Tensor,
@@ -25,8 +28,8 @@ def why_not(
     *_,
 ) -> str | None:
     inner = u_weight.shape[0]
-    return cuda_kernels.why_not_heads(z, z.shape[1], inner // heads) or cuda_kernels.why_not_columns(
-        z, z.shape[2], inner
+    return cuda_kernels.why_not_heads(u_weight, z.shape[1], inner // heads) or cuda_kernels.why_not_columns(
+        z, u_weight, z.shape[2], inner
     )
 
 
@@ -47,7 +50,7 @@ def forward(
     """-> ``out (B, N, d)``, ``w, o (B, N, H, p)``, ``lse (B, H, N)``, ``mean, rstd (B, N)``."""
     batch, tokens, _ = z.shape
     rows = z.flatten(0, 1).contiguous()
-    x, mean, rstd = cuda_kernels.layer_norm(rows, norm_weight, norm_bias, eps)
+    x, _, mean, rstd = cuda_kernels.layer_norm(rows, norm_weight, norm_bias, eps, u_weight.dtype)
     w = product(x, u_weight.T) if batch else x.new_empty(0, u_weight.shape[0])
     w = w.view(batch, tokens, heads, -1) if batch else w.view(0, tokens, heads, u_weight.shape[0] // heads)
     o, lse = cuda_kernels.attention_forward(w, lengths, scale, causal)
@@ -55,8 +58,8 @@ def forward(
     if out_weight is None or not batch:
         out = torch.add(rows, attended, alpha=step_size) if batch else torch.empty_like(rows)
     else:
-        bias = None if out_bias is None else (step_size * out_bias).contiguous()
-        out = product(attended, out_weight.T, rows, bias, alpha=step_size)
+        bias = None if out_bias is None else (out_bias if step_size == 1 else step_size * out_bias).to(z.dtype)
+        out = product(attended, out_weight.T, rows, bias, alpha=step_size, dtype=z.dtype)
     return out.view(z.shape), w, o, lse, mean.view(batch, tokens), rstd.view(batch, tokens)
 
 
@@ -84,17 +87,17 @@ def backward(
         parameters = (norm_weight, norm_bias, u_weight, out_weight, out_bias)
         return torch.empty_like(z), *(None if t is None else torch.zeros_like(t) for t in parameters)
     rows, upper = z.flatten(0, 1).contiguous(), grad.flatten(0, 1).contiguous()
-    attended = o.flatten(2).flatten(0, 1)
+    attended, narrow = o.flatten(2).flatten(0, 1), upper.to(o.dtype)
     if out_weight is None:
-        do, dout_weight = step_size * upper, None
+        do, dout_weight = step_size * narrow, None
     else:
-        do = product(upper, out_weight, alpha=step_size)
-        dout_weight = product(upper.T, attended, alpha=step_size)
+        do = product(narrow, out_weight, alpha=step_size)
+        dout_weight = product(narrow.T, attended, alpha=step_size)
     dw = cuda_kernels.attention_backward(do.view(o.shape), w, lengths, o, lse, scale, causal).view(attended.shape)
-    x, _ = cuda_kernels.layer_norm_again(rows, norm_weight, norm_bias, eps)
+    x, _, _ = cuda_kernels.layer_norm_again(rows, norm_weight, norm_bias, mean.flatten(), rstd.flatten(), dw.dtype)
     du_weight = product(dw.T, x)
     dz, dnorm_weight, dnorm_bias, column_sums = cuda_kernels.layer_norm_backward(
-        product(dw, u_weight), rows, mean.flatten(), rstd.flatten(), norm_weight, upper
+        product(dw, u_weight, dtype=z.dtype), rows, mean.flatten(), rstd.flatten(), norm_weight, upper
     )
     dout_bias = None if out_bias is None else (step_size * column_sums).to(out_bias.dtype)
     return (

@@ -29,6 +29,7 @@ struct alignas(16) TwoRows {
 template <class T, int kWidth, int kTokens>
 struct AttentionBackward {
     static_assert(kWidth % 16 == 0);
+    static constexpr int kMostTokens = kTokens;
     static constexpr int kBand = 16;  // rows of a warp
     static constexpr int kRowBytes = (kWidth + kChunkElements) * 2;
     static constexpr int kMaxThreads = (kTokens + kBand - 1) / kBand * kWarpSize;
@@ -36,6 +37,9 @@ struct AttentionBackward {
     // Whether a warp keeps its own rows of w and g in registers or reads them again for every pair.
     static constexpr bool kKeepOwn = kWidth <= (kTokens <= kSmallTokens ? 64 : 16);
     static constexpr int kOwn = kKeepOwn ? kWidth / 16 : 1;
+    // Whether the products of a pair that sees each other in full are written out without questions in between: the
+    // registers of larger heads do not hold the loads that would run ahead.
+    static constexpr bool kAhead = kTokens <= kSmallTokens;
     // Where the output of 16 rows does not fit the registers, the head is gone through twice, for half the columns each.
     static constexpr int kPasses = kTokens > kSmallTokens && kWidth > 80 ? 2 : 1;
     static constexpr int kPassWidth = kWidth / kPasses;
@@ -78,9 +82,11 @@ struct AttentionBackward {
         const int padded = meeting.warps * kBand;
         copy_rows<kWidth>(w_rows, kRowBytes, w, params.w_token_stride, params.tokens, padded);
         copy_rows<kWidth>(grad_rows, kRowBytes, grad, params.grad_token_stride, params.tokens, padded);
+        const Outputs outputs = load_outputs();  // on their way while the copies are
         wait_async<0>();
+        if (length < params.tokens) clean_rows<kWidth, T>(w_rows, kRowBytes, length, params.tokens);
         sync_block();
-        compute_scalars();
+        compute_scalars(outputs);
         sync_block();
 
         if constexpr (kKeepOwn) {
@@ -101,6 +107,7 @@ struct AttentionBackward {
     }
 
     CRATE_DEVICE void write() const {
+        const int band = warp_index_again() * kBand;
         const int batch = block_index() / params.heads, head = block_index() % params.heads;
         const int64_t token_stride = int64_t(params.heads) * kWidth;
         T* dw = static_cast<T*>(params.dw) + (int64_t(batch) * params.tokens + band) * token_stride + head * kWidth;
@@ -114,7 +121,7 @@ struct AttentionBackward {
 
     CRATE_DEVICE void meet() {
         CRATE_NO_UNROLL
-        for (int step = 0; step < meeting.steps(); ++step) {
+        for (int step = 0; meeting.meets(step); ++step) {
             const int partner = meeting.partner(step), giver = meeting.giver(step);
             if (meeting.computes(step, meeting.warp)) compute_pair(step, partner);
             if (step == 0) continue;
@@ -132,46 +139,67 @@ struct AttentionBackward {
 
     CRATE_DEVICE SharedAddress scalars_of(int row) const { return scalars + row * int(sizeof(Float2)); }
 
-    // lse and delta of this warp's rows: four lanes a row, eight rows at a time.
-    CRATE_DEVICE void compute_scalars() const {
+    // What this lane needs of o and lse: four lanes have a row, and each two rows, eight apart.
+    struct Outputs {
+        static constexpr int kChunks = kWidth / kChunkElements, kOfLane = (kChunks + 3) / 4;
+        Chunk o[2][kOfLane];
+        float lse[2];
+    };
+
+    CRATE_DEVICE Outputs load_outputs() const {
         const int batch = block_index() / params.heads, head = block_index() % params.heads;
         const int lane = lane_index(), t = lane % 4;
-        CRATE_NO_UNROLL
+        Outputs loaded{};
+        CRATE_UNROLL
         for (int half = 0; half < 2; ++half) {
             const int row = band + lane / 4 + 8 * half;
-            const T* o = static_cast<const T*>(params.o) +
-                         ((int64_t(batch) * params.tokens + row) * params.heads + head) * kWidth;
+            if (row >= params.tokens) continue;
+            const Chunk* o = static_cast<const Chunk*>(params.o) +
+                             ((int64_t(batch) * params.tokens + row) * params.heads + head) * Outputs::kChunks;
+            CRATE_UNROLL
+            for (int i = 0; i < Outputs::kOfLane; ++i)
+                if (4 * i + t < Outputs::kChunks) loaded.o[half][i] = load_global(o + 4 * i + t);
+            if (t == 0) loaded.lse[half] = load_global(params.lse + int64_t(block_index()) * params.tokens + row);
+        }
+        return loaded;
+    }
+
+    // lse and delta of this warp's rows.
+    CRATE_DEVICE void compute_scalars(const Outputs& loaded) const {
+        const int lane = lane_index(), t = lane % 4;
+        CRATE_UNROLL
+        for (int half = 0; half < 2; ++half) {
+            const int row = band + lane / 4 + 8 * half;
             float sum = 0.0f;
-            for (int chunk = t; row < params.tokens && chunk < kWidth / kChunkElements; chunk += 4) {
-                const Chunk a = load_global(reinterpret_cast<const Chunk*>(o + chunk * kChunkElements));
-                const Chunk b = load_shared<Chunk>(grad_rows + row * kRowBytes + chunk * 16);
+            CRATE_UNROLL
+            for (int i = 0; i < Outputs::kOfLane; ++i) {
+                if (4 * i + t >= Outputs::kChunks) continue;
+                const Chunk grad = load_shared<Chunk>(grad_rows + row * kRowBytes + (4 * i + t) * 16);
                 CRATE_UNROLL
-                for (int i = 0; i < 4; ++i) {
+                for (int k = 0; k < 4; ++k) {
                     float a0, a1, b0, b1;
-                    unpack<T>(a.word[i], a0, a1);
-                    unpack<T>(b.word[i], b0, b1);
+                    unpack<T>(loaded.o[half][i].word[k], a0, a1);
+                    unpack<T>(grad.word[k], b0, b1);
                     sum += a0 * b0 + a1 * b1;
                 }
             }
             sum += shuffle_xor(sum, 1);
             sum += shuffle_xor(sum, 2);
-            if (t == 0) {
-                const float* lse = params.lse + int64_t(block_index()) * params.tokens;
-                store_shared(scalars_of(row), Float2{row < params.tokens ? load_global(lse + row) * kLog2E : 0.0f, sum});
-            }
+            if (t == 0) store_shared(scalars_of(row), Float2{loaded.lse[half] * kLog2E, sum});
         }
     }
 
-    // May a query of this warp's tile see a key of the other's (`forward`), or the other way round? Which products a
-    // pair needs follows; both warps ask the same question.
+    // May a query of one tile see a key of the other? Which products a pair needs follows; both warps ask the same.
     CRATE_DEVICE bool sees(int query_tile, int key_tile) const {
         return key_tile * kBand < length && (!params.causal || key_tile <= query_tile);
     }
 
-    CRATE_DEVICE void compute_pair(int step, int partner) {
-        const bool forward = sees(meeting.warp, partner), backward = sees(partner, meeting.warp);
-        if (!forward && !backward) return;
-        float s[2][4] = {}, d[2][4] = {}, d_other[2][4] = {};  // w_i·w_j, g_i·w_j, w_i·g_j
+    using Tile = float[2][4];
+
+    // s += w_i·w_j, d += g_i·w_j, d_other += w_i·g_j. A pair that sees each other in full asks no question between its
+    // products, and so its loads run ahead of them.
+    template <bool kInFull>
+    CRATE_DEVICE void multiply_pair(Tile& s, Tile& d, Tile& d_other, int partner, bool forward, bool backward) {
         CRATE_UNROLL
         for (int k = 0; k < kWidth / 16; ++k) {
             uint32_t b[4];
@@ -183,12 +211,22 @@ struct AttentionBackward {
             }
             load_right_of_transpose(b, address(w_rows, partner * kBand, k), kRowBytes);
             multiply<T>(s, a_w, b);
-            if (forward) multiply<T>(d, a_grad, b);
-            if (backward) {
+            if (kInFull || forward) multiply<T>(d, a_grad, b);
+            if (kInFull || backward) {
                 load_right_of_transpose(b, address(grad_rows, partner * kBand, k), kRowBytes);
                 multiply<T>(d_other, a_w, b);
             }
         }
+    }
+
+    CRATE_DEVICE void compute_pair(int step, int partner) {
+        const bool forward = sees(meeting.warp, partner), backward = sees(partner, meeting.warp);
+        if (!forward && !backward) return;
+        Tile s = {}, d = {}, d_other = {};
+        if (kAhead && forward && backward)
+            multiply_pair<true>(s, d, d_other, partner, true, true);
+        else
+            multiply_pair<false>(s, d, d_other, partner, forward, backward);
 
         const int lane = lane_index(), t = lane % 4;
         const Float2 row_scalars[2] = {load_shared<Float2>(scalars_of(band + lane / 4)),
@@ -198,20 +236,30 @@ struct AttentionBackward {
         for (int n = 0; n < 2; ++n) {
             const int first = partner * kBand + 8 * n + 2 * t;  // this lane's columns: first and the next
             const TwoRows columns = load_shared<TwoRows>(scalars_of(first));
+            float p[4], p_other[4];
             CRATE_UNROLL
             for (int e = 0; e < 4; ++e) {
-                const int column = first + e % 2, row = band + lane / 4 + e / 2 * 8;
-                const float score = s[n][e] * params.scale_log2;
                 const Float2 own = row_scalars[e / 2], other = columns.row[e % 2];
-                float p = exp2_approx(score - own.x);
-                float p_other = exp2_approx(score - other.x);
-                if (masked) {
-                    if (column >= length || (params.causal && column > row)) p = 0.0f;
-                    if (row >= length || (params.causal && row > column)) p_other = 0.0f;
+                const float score = s[n][e] * params.scale_log2;
+                p[e] = exp2_approx(score - own.x);
+                p_other[e] = exp2_approx(score - other.x);
+                d[n][e] -= own.y;
+                d_other[n][e] -= other.y;
+            }
+            if (masked) {
+                CRATE_UNROLL
+                for (int e = 0; e < 4; ++e) {
+                    const int column = first + e % 2, row = band + lane / 4 + e / 2 * 8;
+                    // A hidden token may be so large that the differences are infinite: they go as well.
+                    if (column >= length || (params.causal && column > row)) p[e] = d[n][e] = 0.0f;
+                    if (row >= length || (params.causal && row > column)) p_other[e] = d_other[n][e] = 0.0f;
                 }
-                s[n][e] = params.scale * (p * (d[n][e] - own.y) + p_other * (d_other[n][e] - other.y));
-                d[n][e] = p;
-                d_other[n][e] = p_other;
+            }
+            CRATE_UNROLL
+            for (int e = 0; e < 4; ++e) {
+                s[n][e] = params.scale * (p[e] * d[n][e] + p_other[e] * d_other[n][e]);
+                d[n][e] = p[e];
+                d_other[n][e] = p_other[e];
             }
         }
         uint32_t x[4], p[4];

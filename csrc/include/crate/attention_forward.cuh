@@ -40,6 +40,7 @@ struct ExponentRange<fp16> {
 template <class T, int kWidth, int kTokens>
 struct AttentionForward {
     static_assert(kWidth % 16 == 0);
+    static constexpr int kMostTokens = kTokens;
     // Two row tiles a warp share every operand they read from shared memory, as long as the registers hold both.
     static constexpr int kRowTiles = kTokens > kSmallTokens || kWidth <= 64 ? 2 : 1;
     static constexpr int kBand = 16 * kRowTiles;  // rows of a warp
@@ -100,6 +101,7 @@ struct AttentionForward {
         const T* w = static_cast<const T*>(params.w) + batch * params.w_batch_stride + head * params.w_head_stride;
         copy_rows<kWidth>(rows, kRowBytes, w, params.w_token_stride, params.tokens, meeting.warps * kBand);
         wait_async<0>();
+        if (length < params.tokens) clean_rows<kWidth, T>(rows, kRowBytes, length, params.tokens);
         sync_block();
         if constexpr (kKeepOwn)
             CRATE_UNROLL
@@ -113,7 +115,7 @@ struct AttentionForward {
         for (first_column = 0; first_column < kWidth; first_column += kPassWidth) {
             float reference[kRowTiles][2];  // what was subtracted from each row's exponents, in powers of two
             clear();
-            if (top < infinity()) {
+            if (top < kInfinity) {
                 CRATE_UNROLL
                 for (int r = 0; r < kRowTiles; ++r) reference[r][0] = reference[r][1] = top;
                 symmetric(top);
@@ -137,12 +139,10 @@ struct AttentionForward {
         }
     }
 
-    CRATE_DEVICE static float infinity() { return 1.0f / 0.0f; }
-
     // The exponent K, in powers of two; infinity when the norms do not allow the symmetric path.
     CRATE_DEVICE float head_maximum() {
         const int lane = lane_index(), g = lane / 4, t = lane % 4;
-        float low = infinity(), high = -infinity();
+        float low = kInfinity, high = -kInfinity;
         CRATE_UNROLL
         for (int r = 0; r < kRowTiles; ++r) {
             float c[2][4] = {};
@@ -158,7 +158,7 @@ struct AttentionForward {
             for (int half = 0; half < 2; ++half) {
                 if (g / 2 != t || band + 16 * r + g + 8 * half >= params.tokens) continue;
                 const float x = diagonal[half] * params.scale_log2;
-                low = x < low ? x : (x < infinity() ? low : -infinity());  // not finite: no symmetric path
+                low = x < low ? x : (x < kInfinity ? low : -kInfinity);  // not finite: no symmetric path
                 high = x > high ? x : high;
             }
         }
@@ -177,7 +177,7 @@ struct AttentionForward {
         // With masked keys a row may miss its own term, and its scores are bounded below by -K only.
         const float span = length < params.tokens ? 2 * high : high - low;
         const bool safe = params.scale_log2 >= 0 && span <= ExponentRange<T>::kSpan;
-        return safe ? high - ExponentRange<T>::kTop : infinity();
+        return safe ? high - ExponentRange<T>::kTop : kInfinity;
     }
 
     CRATE_DEVICE const uint32_t (&own_rows(int r, int k))[4] {
@@ -239,9 +239,12 @@ struct AttentionForward {
         return exchange(step) + tiles_bytes(meeting.warps) + (warp * kBand + column) * int(sizeof(float));
     }
 
+    // The last band may be so short that its second row tile has no rows: nobody computes that tile.
+    CRATE_DEVICE bool has_rows(int row_tile) const { return row_tile == 0 || band + 16 * row_tile < params.tokens; }
+
     CRATE_DEVICE void symmetric(float top) {
         CRATE_NO_UNROLL
-        for (int step = 0; step < meeting.steps(); ++step) {
+        for (int step = 0; meeting.meets(step); ++step) {
             const int partner = meeting.partner(step), giver = meeting.giver(step);
             if (meeting.computes(step, meeting.warp)) {
                 // In causal attention the later band has the queries, whichever of the two warps computes.
@@ -249,7 +252,8 @@ struct AttentionForward {
                 const bool give = step > 0 && (!params.causal || partner > meeting.warp);
                 CRATE_NO_UNROLL
                 for (int tile = 0; tile < kRowTiles; ++tile)
-                    compute_pair(top, partner * kBand + 16 * tile, tile, step, use, give);
+                    if (const int key = partner * kBand + 16 * tile; key < params.tokens)
+                        compute_pair(top, key, tile, step, use, give);
             }
             if (step == 0) continue;
             sync_block();
@@ -260,12 +264,16 @@ struct AttentionForward {
                     if (key >= length) break;
                     uint32_t a[kRowTiles][4];
                     CRATE_UNROLL
-                    for (int r = 0; r < kRowTiles; ++r) take_transposed(a[r], slot(step, giver, tile, r));
+                    for (int r = 0; r < kRowTiles; ++r)
+                        if (has_rows(r))
+                            take_transposed(a[r], slot(step, giver, tile, r));
+                        else
+                            a[r][0] = a[r][1] = a[r][2] = a[r][3] = 0;
                     accumulate(a, key);
                 }
-                if (lane_index() % 4 == 0)
-                    CRATE_UNROLL
-                    for (int r = 0; r < kRowTiles; ++r)
+                CRATE_UNROLL
+                for (int r = 0; r < kRowTiles; ++r)
+                    if (lane_index() % 4 == 0 && has_rows(r))
                         CRATE_UNROLL
                         for (int half = 0; half < 2; ++half)
                             exact[r][half] += load_shared<float>(
@@ -278,24 +286,22 @@ struct AttentionForward {
         float c[kRowTiles][2][4];
         score(c, key);
         uint32_t a[kRowTiles][4];
-        float columns[4] = {};
         CRATE_UNROLL
         for (int r = 0; r < kRowTiles; ++r) {
             CRATE_UNROLL
             for (int e = 0; e < 8; ++e)
                 c[r][e / 4][e % 4] = exp2_approx(c[r][e / 4][e % 4] * params.scale_log2 - top);
             round_to_left<T>(a[r], c[r]);
-            if (!give) continue;
-            // The rows of this warp are the keys of the other.
-            const int row = band + 16 * r + lane_index() / 4;
-            const bool low = row < length, high = row + 8 < length;
-            hand_over(slot(step, meeting.warp, r, tile),
-                      {low ? a[r][0] : 0, high ? a[r][1] : 0, low ? a[r][2] : 0, high ? a[r][3] : 0});
-            CRATE_UNROLL
-            for (int i = 0; i < 4; ++i)
-                columns[i] += (low ? c[r][i / 2][i % 2] : 0.0f) + (high ? c[r][i / 2][2 + i % 2] : 0.0f);
         }
-        if (give) hand_over_columns(column_sum(step, meeting.warp, 16 * tile), columns);
+        if (give) {
+            float columns[4] = {};
+            // The rows of this warp are the keys of the other. Only the last bands have rows that are hidden from it.
+            if (band + kBand <= length)
+                give_tile<true>(c, a, step, tile, columns);
+            else
+                give_tile<false>(c, a, step, tile, columns);
+            hand_over_columns(column_sum(step, meeting.warp, 16 * tile), columns);
+        }
         if (!use || key >= length) return;
         if (!all_visible(key)) {
             CRATE_UNROLL
@@ -308,6 +314,21 @@ struct AttentionForward {
         }
         add_exact(c);
         accumulate(a, key);
+    }
+
+    template <bool kAllRows>
+    CRATE_DEVICE void give_tile(const float (&c)[kRowTiles][2][4], const uint32_t (&a)[kRowTiles][4], int step, int tile,
+                                float (&columns)[4]) {
+        CRATE_UNROLL
+        for (int r = 0; r < kRowTiles; ++r) {
+            const int row = band + 16 * r + lane_index() / 4;
+            const bool low = kAllRows || row < length, high = kAllRows || row + 8 < length;
+            hand_over(slot(step, meeting.warp, r, tile),
+                      {low ? a[r][0] : 0, high ? a[r][1] : 0, low ? a[r][2] : 0, high ? a[r][3] : 0});
+            CRATE_UNROLL
+            for (int i = 0; i < 4; ++i)
+                columns[i] += (low ? c[r][i / 2][i % 2] : 0.0f) + (high ? c[r][i / 2][2 + i % 2] : 0.0f);
+        }
     }
 
     CRATE_DEVICE void add_exact(const float (&c)[kRowTiles][2][4]) {
@@ -331,10 +352,9 @@ struct AttentionForward {
     // The ordinary way: every warp looks at all keys of its rows and keeps a running maximum.
     CRATE_DEVICE void online(float (&maximum)[kRowTiles][2]) {
         CRATE_UNROLL
-        for (int r = 0; r < kRowTiles; ++r) maximum[r][0] = maximum[r][1] = -infinity();
-        const int end = params.causal && band + kBand < length ? band + kBand : length;
+        for (int r = 0; r < kRowTiles; ++r) maximum[r][0] = maximum[r][1] = -kInfinity;
         CRATE_NO_UNROLL
-        for (int key = 0; key < end; key += 16) {
+        for (int key = 0; key < length && !(params.causal && key >= band + kBand); key += 16) {
             float c[kRowTiles][2][4];
             uint32_t a[kRowTiles][4];
             score(c, key);
@@ -344,14 +364,14 @@ struct AttentionForward {
                 CRATE_UNROLL
                 for (int e = 0; e < 8; ++e) {
                     float& x = c[r][e / 4][e % 4];
-                    x = visible(r, key, e / 4, e % 4) ? x * params.scale_log2 : -infinity();
+                    x = visible(r, key, e / 4, e % 4) ? x * params.scale_log2 : -kInfinity;
                     highest[e % 4 / 2] = fmaxf(highest[e % 4 / 2], x);
                 }
                 CRATE_UNROLL
                 for (int half = 0; half < 2; ++half) {  // rows g and g + 8: elements 0, 1 and 2, 3
                     highest[half] = fmaxf(highest[half], shuffle_xor(highest[half], 1));
                     highest[half] = fmaxf(highest[half], shuffle_xor(highest[half], 2));
-                    const float subtract = highest[half] == -infinity() ? 0.0f : highest[half];
+                    const float subtract = highest[half] == -kInfinity ? 0.0f : highest[half];
                     const float rescale = exp2_approx(maximum[r][half] - subtract);
                     maximum[r][half] = highest[half];
                     exact[r][half] *= rescale;
@@ -373,6 +393,7 @@ struct AttentionForward {
 
     CRATE_DEVICE void write(const float (&reference)[kRowTiles][2]) const {
         const int batch = block_index() / params.heads, head = block_index() % params.heads, lane = lane_index();
+        const int band = warp_index_again() * kBand;
         const int64_t token_stride = int64_t(params.heads) * kWidth;
         T* o = static_cast<T*>(params.o) + int64_t(batch) * params.tokens * token_stride + head * kWidth + first_column;
         float* lse = params.lse + int64_t(block_index()) * params.tokens;
@@ -384,7 +405,7 @@ struct AttentionForward {
             const SharedAddress staging =
                 kPasses == 1 ? row_address(row) : scratch() + scratch_bytes(meeting.warps) + row * kStagingRowBytes;
             store_rows<T, kPassWidth>(o + row * token_stride, token_stride, params.tokens - row, out[r],
-                                      1 / rounded[r], 1 / rounded[2 + r], staging, kStagingRowBytes);
+                                      reciprocal_approx(rounded[r]), reciprocal_approx(rounded[2 + r]), staging, kStagingRowBytes);
             if (first_column > 0) continue;
             CRATE_UNROLL
             for (int half = 0; half < 2; ++half) {

@@ -1,4 +1,4 @@
-// Which instantiation of an attention kernel serves a head: the shapes built are listed here and nowhere else.
+// Which instantiation of a kernel serves a call: the shapes and formats built are listed here and nowhere else.
 #pragma once
 
 #include "crate/numeric.h"
@@ -32,6 +32,14 @@ bool dispatch_attention(bool is_bf16, int width, int tokens, F f) {
     };
     if (tokens < 1 || tokens > kMaxTokens) return false;
     return is_bf16 ? by_width.template operator()<bf16>() : by_width.template operator()<fp16>();
+}
+
+// Calls f.template operator()<T, S>() for the format of the products and that of the stream.
+template <class F>
+auto dispatch_stream(int format, int stream_format, F f) {
+    if (stream_format == kFloat32)
+        return format == kBfloat16 ? f.template operator()<bf16, float>() : f.template operator()<fp16, float>();
+    return format == kBfloat16 ? f.template operator()<bf16, bf16>() : f.template operator()<fp16, fp16>();
 }
 
 }  // namespace crate

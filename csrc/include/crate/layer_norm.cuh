@@ -53,24 +53,37 @@ template <class T>
 CRATE_DEVICE Chunk pack_chunk(const float (&v)[kChunkElements]) {
     return {{pack<T>(v[0], v[1]), pack<T>(v[2], v[3]), pack<T>(v[4], v[5]), pack<T>(v[6], v[7])}};
 }
+
+// Eight elements of a row, stored as T: bf16, fp16 or float.
 template <class T>
-CRATE_DEVICE Chunk load_chunk(const void* matrix, int64_t row, int columns, int chunk) {
-    return load_global(static_cast<const Chunk*>(matrix) + row * (columns / kChunkElements) + chunk);
-}
-template <class T>
-CRATE_DEVICE void store_chunk(void* matrix, int64_t row, int columns, int chunk, const float (&v)[kChunkElements]) {
-    store_global(static_cast<Chunk*>(matrix) + row * (columns / kChunkElements) + chunk, pack_chunk<T>(v));
-}
-CRATE_DEVICE void load_floats(float (&v)[kChunkElements], const float* row, int chunk) {
-    CRATE_UNROLL
-    for (int half = 0; half < 2; ++half) {
-        const RowSums part = load_global(reinterpret_cast<const RowSums*>(row) + 2 * chunk + half);
+CRATE_DEVICE void load_elements(float (&v)[kChunkElements], const void* matrix, int64_t row, int columns, int chunk) {
+    const int64_t first = row * columns + chunk * kChunkElements;
+    if constexpr (std::is_same_v<T, float>) {
         CRATE_UNROLL
-        for (int i = 0; i < 4; ++i) v[4 * half + i] = part.row[i];
+        for (int half = 0; half < 2; ++half) {
+            const RowSums part = load_global(reinterpret_cast<const RowSums*>(static_cast<const float*>(matrix) + first) + half);
+            CRATE_UNROLL
+            for (int i = 0; i < 4; ++i) v[4 * half + i] = part.row[i];
+        }
+    } else {
+        unpack_chunk<T>(v, load_global(reinterpret_cast<const Chunk*>(static_cast<const T*>(matrix) + first)));
+    }
+}
+template <class T>
+CRATE_DEVICE void store_elements(void* matrix, int64_t row, int columns, int chunk, const float (&v)[kChunkElements]) {
+    const int64_t first = row * columns + chunk * kChunkElements;
+    if constexpr (std::is_same_v<T, float>) {
+        CRATE_UNROLL
+        for (int half = 0; half < 2; ++half)
+            store_global(reinterpret_cast<RowSums*>(static_cast<float*>(matrix) + first) + half,
+                         RowSums{{v[4 * half], v[4 * half + 1], v[4 * half + 2], v[4 * half + 3]}});
+    } else {
+        store_global(reinterpret_cast<Chunk*>(static_cast<T*>(matrix) + first), pack_chunk<T>(v));
     }
 }
 
-template <class T>
+// T is the format of the products' operands, S that of the stream: T or float.
+template <class T, class S>
 struct LayerNormForward {
     using Params = LayerNormForwardParams;
 
@@ -79,59 +92,82 @@ struct LayerNormForward {
         const bool active = chunk < columns / kChunkElements;
         float weight[kChunkElements] = {}, bias[kChunkElements] = {};
         if (active) {
-            load_floats(weight, params.weight, chunk);
-            load_floats(bias, params.bias, chunk);
+            load_elements<float>(weight, params.weight, 0, columns, chunk);
+            load_elements<float>(bias, params.bias, 0, columns, chunk);
         }
         for (int64_t first = int64_t(block_index()) * kRowsAtOnce; first < params.rows;
              first += int64_t(blocks) * kRowsAtOnce) {
             float z[kRowsAtOnce][kChunkElements] = {};
-            RowSums sums{};
             CRATE_UNROLL
-            for (int r = 0; r < kRowsAtOnce; ++r) {
-                if (!active || first + r >= params.rows) continue;
-                unpack_chunk<T>(z[r], load_chunk<T>(params.z, first + r, columns, chunk));
+            for (int r = 0; r < kRowsAtOnce; ++r)
+                if (active && first + r < params.rows) load_elements<S>(z[r], params.z, first + r, columns, chunk);
+            RowSums mean{}, rstd{};
+            if (params.known) {
                 CRATE_UNROLL
-                for (int i = 0; i < kChunkElements; ++i) sums.row[r] += z[r][i];
-            }
-            const RowSums total = sum_over_block(sums);
-            RowSums mean, squares{};
-            CRATE_UNROLL
-            for (int r = 0; r < kRowsAtOnce; ++r) {
-                mean.row[r] = total.row[r] / columns;
-                CRATE_UNROLL
-                for (int i = 0; active && i < kChunkElements; ++i) {
-                    z[r][i] -= mean.row[r];
-                    squares.row[r] += z[r][i] * z[r][i];
+                for (int r = 0; r < kRowsAtOnce; ++r) {
+                    if (!active || first + r >= params.rows) continue;
+                    mean.row[r] = load_global(params.mean + first + r);
+                    rstd.row[r] = load_global(params.rstd + first + r);
+                    CRATE_UNROLL
+                    for (int i = 0; i < kChunkElements; ++i) z[r][i] -= mean.row[r];
                 }
+            } else {
+                center(z, mean, rstd, columns, active, params.eps);
             }
-            const RowSums variance = sum_over_block(squares);
             CRATE_UNROLL
             for (int r = 0; r < kRowsAtOnce; ++r) {
                 if (!active || first + r >= params.rows) continue;
-                const float rstd = rsqrt_approx(variance.row[r] / columns + params.eps);
                 CRATE_UNROLL
-                for (int i = 0; i < kChunkElements; ++i) z[r][i] = z[r][i] * rstd * weight[i] + bias[i];
-                store_chunk<T>(params.x, first + r, columns, chunk, z[r]);
-                if (params.mean && chunk == 0) {
+                for (int i = 0; i < kChunkElements; ++i) z[r][i] = z[r][i] * rstd.row[r] * weight[i] + bias[i];
+                store_elements<T>(params.x, first + r, columns, chunk, z[r]);
+                if constexpr (std::is_same_v<S, float>)
+                    if (params.x_wide) store_elements<float>(params.x_wide, first + r, columns, chunk, z[r]);
+                if (!params.known && chunk == 0) {
                     store_global(params.mean + first + r, mean.row[r]);
-                    store_global(params.rstd + first + r, rstd);
+                    store_global(params.rstd + first + r, rstd.row[r]);
                 }
                 if (params.grad) gate(params, first + r, chunk);
             }
         }
     }
 
+    // Takes the mean from each row, and returns it and 1/σ.
+    CRATE_DEVICE static void center(float (&z)[kRowsAtOnce][kChunkElements], RowSums& mean, RowSums& rstd, int columns,
+                                    bool active, float eps) {
+        const float share = 1.0f / columns;  // a division takes ten instructions and more
+        RowSums sums{}, squares{};
+        CRATE_UNROLL
+        for (int r = 0; r < kRowsAtOnce; ++r)
+            CRATE_UNROLL
+            for (int i = 0; i < kChunkElements; ++i) sums.row[r] += z[r][i];
+        mean = sum_over_block(sums);
+        CRATE_UNROLL
+        for (int r = 0; r < kRowsAtOnce; ++r) {
+            mean.row[r] *= share;
+            CRATE_UNROLL
+            for (int i = 0; active && i < kChunkElements; ++i) {
+                z[r][i] -= mean.row[r];
+                squares.row[r] += z[r][i] * z[r][i];
+            }
+        }
+        rstd = sum_over_block(squares);
+        CRATE_UNROLL
+        for (int r = 0; r < kRowsAtOnce; ++r) rstd.row[r] = rsqrt_approx(rstd.row[r] * share + eps);
+    }
+
     CRATE_DEVICE static void gate(const Params& params, int64_t row, int chunk) {
         float grad[kChunkElements], out[kChunkElements];
-        unpack_chunk<T>(grad, load_chunk<T>(params.grad, row, params.columns, chunk));
-        unpack_chunk<T>(out, load_chunk<T>(params.out, row, params.columns, chunk));
+        load_elements<S>(grad, params.grad, row, params.columns, chunk);
+        load_elements<S>(out, params.out, row, params.columns, chunk);
         CRATE_UNROLL
         for (int i = 0; i < kChunkElements; ++i) grad[i] = out[i] <= 0 ? 0.0f : grad[i];  // NaN lets the gradient pass
-        store_chunk<T>(params.gated, row, params.columns, chunk, grad);
+        store_elements<T>(params.gated, row, params.columns, chunk, grad);
+        if constexpr (std::is_same_v<S, float>)
+            if (params.gated_wide) store_elements<float>(params.gated_wide, row, params.columns, chunk, grad);
     }
 };
 
-template <class T>
+template <class S>
 struct LayerNormBackward {
     using Params = LayerNormBackwardParams;
 
@@ -140,8 +176,9 @@ struct LayerNormBackward {
     CRATE_DEVICE static void run(const Params& params, int blocks) {
         const int columns = params.columns, chunk = thread_index();
         const bool active = chunk < columns / kChunkElements;
+        const float share = 1.0f / columns;
         float weight[kChunkElements] = {}, partial[3][kChunkElements] = {};
-        if (active) load_floats(weight, params.weight, chunk);
+        if (active) load_elements<float>(weight, params.weight, 0, columns, chunk);
         for (int64_t first = int64_t(block_index()) * kRowsAtOnce; first < params.rows;
              first += int64_t(blocks) * kRowsAtOnce) {
             float dx[kRowsAtOnce][kChunkElements] = {}, normal[kRowsAtOnce][kChunkElements] = {};
@@ -151,8 +188,8 @@ struct LayerNormBackward {
                 if (!active || first + r >= params.rows) continue;
                 const float mean = load_global(params.mean + first + r);
                 rstd.row[r] = load_global(params.rstd + first + r);
-                unpack_chunk<T>(dx[r], load_chunk<T>(params.dx, first + r, columns, chunk));
-                unpack_chunk<T>(normal[r], load_chunk<T>(params.z, first + r, columns, chunk));
+                load_elements<S>(dx[r], params.dx, first + r, columns, chunk);
+                load_elements<S>(normal[r], params.z, first + r, columns, chunk);
                 CRATE_UNROLL
                 for (int i = 0; i < kChunkElements; ++i) {
                     normal[r][i] = (normal[r][i] - mean) * rstd.row[r];
@@ -170,14 +207,14 @@ struct LayerNormBackward {
                 if (!active || first + r >= params.rows) continue;
                 float dz[kChunkElements] = {};
                 if (params.residual) {
-                    unpack_chunk<T>(dz, load_chunk<T>(params.residual, first + r, columns, chunk));
+                    load_elements<S>(dz, params.residual, first + r, columns, chunk);
                     CRATE_UNROLL
                     for (int i = 0; i < kChunkElements; ++i) partial[2][i] += dz[i];
                 }
                 CRATE_UNROLL
                 for (int i = 0; i < kChunkElements; ++i)
-                    dz[i] += rstd.row[r] * (dx[r][i] - (sums.row[r] + normal[r][i] * products.row[r]) / columns);
-                store_chunk<T>(params.dz, first + r, columns, chunk, dz);
+                    dz[i] += rstd.row[r] * (dx[r][i] - (sums.row[r] + normal[r][i] * products.row[r]) * share);
+                store_elements<S>(params.dz, first + r, columns, chunk, dz);
             }
         }
         if (!active) return;
@@ -196,30 +233,35 @@ struct LayerNormBackward {
     }
 };
 
-// Sums over the rows in an order that depends on their number alone. A block has 32 columns, its warps take the rows in
-// turn.
+// Sums over the rows in an order that depends on their number alone. A block has 32 columns of all sums side by side, its
+// warps take the rows in turn.
 struct ReduceRows {
     using Params = ReduceRowsParams;
     static constexpr int kThreads = 512;
     static constexpr int kSharedBytes = kThreads * int(sizeof(float));
 
-    CRATE_HOST_DEVICE static int blocks(int columns) { return (columns + kWarpSize - 1) / kWarpSize; }
+    CRATE_HOST_DEVICE static int blocks(const Params& params) {
+        return (params.sums * params.columns + kWarpSize - 1) / kWarpSize;
+    }
 
     CRATE_DEVICE static void run(const Params& params) {
         constexpr int kWarps = kThreads / kWarpSize;
+        const int all = params.sums * params.columns;
         const int column = block_index() * kWarpSize + lane_index();
         float sum = 0.0f;
-        if (column < params.columns)
+        if (column < all)
             for (int row = warp_index(); row < params.rows; row += kWarps)
-                sum += load_global(params.in + int64_t(row) * params.columns + column);
+                sum += load_global(params.in + int64_t(row) * all + column);
         const SharedAddress scratch = shared_base();
         store_shared(scratch + thread_index() * int(sizeof(float)), sum);
         sync_block();
-        if (warp_index() > 0 || column >= params.columns) return;
+        if (warp_index() > 0 || column >= all) return;
         sum = 0.0f;
         for (int warp = 0; warp < kWarps; ++warp)
             sum += load_shared<float>(scratch + (warp * kWarpSize + lane_index()) * int(sizeof(float)));
-        store_global(params.out + column, sum);
+        const int which = column / params.columns;
+        float* const out = which == 0 ? params.first : which == 1 ? params.second : params.third;
+        store_global(out + column % params.columns, sum);
     }
 };
 

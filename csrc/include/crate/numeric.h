@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <limits>
 
 namespace crate {
 
@@ -29,5 +30,6 @@ constexpr int kChunkElements = 8;
 constexpr int kWarpSize = 32;
 constexpr float kLog2E = 1.4426950408889634f;
 constexpr float kLn2 = 0.6931471805599453f;
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
 }  // namespace crate

@@ -33,21 +33,26 @@ struct AttentionBackwardParams {
     bool causal;
 };
 
+// Rows of the stream (z, grad, out, the wide results) have the format of the operands of the products, or are float32.
 struct LayerNormForwardParams {
     const void* z;        // (rows, columns)
     const float* weight;  // (columns,)
     const float* bias;
-    void* x;      // (rows, columns): LN(z)
-    float* mean;  // (rows,), or null: the backward has the statistics already
+    void* x;           // (rows, columns): LN(z), the operand of a product
+    float* x_wide;     // LN(z) in float32 too, or null; only beside a float32 stream
+    float* mean;       // (rows,): results, or operands where they are known
     float* rstd;
     const void* grad;  // (rows, columns), or null; with `out`, also writes gated = grad where out > 0, else 0
     const void* out;
-    void* gated;
+    void* gated;        // an operand of products, as x
+    float* gated_wide;  // as x_wide
     int64_t rows;
     int columns;  // a multiple of 8
+    bool known;   // mean and rstd are given
     float eps;
 };
 
+// All rows have the format of the stream.
 struct LayerNormBackwardParams {
     const void* dx;  // (rows, columns): gradient of LN(z)
     const void* z;
@@ -62,9 +67,9 @@ struct LayerNormBackwardParams {
 };
 
 struct ReduceRowsParams {
-    const float* in;  // (rows, columns)
-    float* out;       // (columns,)
-    int rows, columns;
+    const float* in;  // (rows, sums, columns)
+    float *first, *second, *third;  // the results (columns,), as many as there are sums
+    int rows, sums, columns;
 };
 
 // A row-major matrix, or its transpose.

@@ -3,6 +3,7 @@
 // a call into the emulator of csrc/simt. Both headers declare exactly these functions, in namespace crate:
 //
 //   thread_index() warp_index() lane_index() block_index() block_threads()
+//   warp_index_again()                           the same as warp_index(), but held in no register until here
 //   sync_block()  sync_warp()                    barriers; sync_warp also orders shared memory within the warp
 //   shuffle_xor(v, mask)  warp_any(bool)         warp exchange and vote; all 32 lanes take part
 //   SharedAddress, shared_base()                 byte address in the dynamic shared memory of the block
@@ -13,10 +14,12 @@
 //   transpose_matrix(r)                          movmatrix: an 8x8 tile held by the warp, transposed
 //   mma<T>(c, a, b)                              c += a b, m16n8k16, 16-bit operands, fp32 accumulation
 //   pack<T>(lo, hi)  unpack<T>(v, lo, hi)        two fp32 <-> one 32-bit word of two 16-bit numbers, round to nearest
-//   exp2_approx(x)  log2_approx(x)  rsqrt_approx(x)
+//   exp2_approx(x)  log2_approx(x)  rsqrt_approx(x)  reciprocal_approx(x)
 //
 // The warp collectives (shuffle, vote, ldmatrix, movmatrix, mma) must be reached by all 32 lanes of a warp.
 #pragma once
+
+#include <type_traits>
 
 #include "crate/numeric.h"
 

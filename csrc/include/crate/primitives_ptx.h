@@ -8,12 +8,20 @@ namespace crate {
 using SharedAddress = uint32_t;
 
 CRATE_DEVICE int thread_index() { return threadIdx.x; }
-CRATE_DEVICE int lane_index() { return threadIdx.x % kWarpSize; }
 CRATE_DEVICE int warp_index() { return threadIdx.x / kWarpSize; }
-// Volatile: read again where it is used, rather than kept in a register through a whole kernel.
+// The other indices are volatile: the compiler reads them again where they are used, and does not hold them, or what
+// follows from them, in registers through a whole kernel.
+CRATE_DEVICE int lane_index() {
+    int index;
+    asm volatile("mov.u32 %0, %%laneid;" : "=r"(index));
+    __builtin_assume(index >= 0 && index < kWarpSize);
+    return index;
+}
+CRATE_DEVICE int warp_index_again() { return (threadIdx.x - lane_index()) / kWarpSize; }
 CRATE_DEVICE int block_index() {
     int index;
     asm volatile("mov.u32 %0, %%ctaid.x;" : "=r"(index));
+    __builtin_assume(index >= 0);
     return index;
 }
 CRATE_DEVICE int block_threads() { return blockDim.x; }
@@ -94,12 +102,12 @@ CRATE_DEVICE uint32_t transpose_matrix(uint32_t r) {
 template <class T>
 CRATE_DEVICE void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
     if constexpr (std::is_same_v<T, bf16>)
-        asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
+        asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
                      "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
                      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
                      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
     else
-        asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
+        asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
                      "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
                      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
                      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
@@ -132,5 +140,10 @@ CRATE_DEVICE float exp2_approx(float x) {
 }
 CRATE_DEVICE float log2_approx(float x) { return __log2f(x); }
 CRATE_DEVICE float rsqrt_approx(float x) { return rsqrtf(x); }
+CRATE_DEVICE float reciprocal_approx(float x) {
+    float y;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
 
 }  // namespace crate

@@ -12,9 +12,9 @@ namespace crate {
 struct RoundRobin {
     int warps, warp;
 
-    CRATE_DEVICE int steps() const { return warps / 2 + 1; }  // step 0 is a band with itself
-    CRATE_DEVICE int partner(int step) const { return (warp + step) % warps; }
-    CRATE_DEVICE int giver(int step) const { return (warp + warps - step) % warps; }
+    CRATE_DEVICE bool meets(int step) const { return 2 * step <= warps; }  // step 0 is a band with itself
+    CRATE_DEVICE int partner(int step) const { return warp + step < warps ? warp + step : warp + step - warps; }
+    CRATE_DEVICE int giver(int step) const { return warp >= step ? warp - step : warp - step + warps; }
     CRATE_DEVICE bool computes(int step, int who) const { return step == 0 || 2 * step != warps || who < step; }
 };
 

@@ -77,6 +77,25 @@ CRATE_DEVICE void copy_rows(SharedAddress to, int row_bytes, const T* from, int6
     commit_async();
 }
 
+// What is not finite in the rows [first, rows) becomes zero. Rows behind `lengths` may hold anything, and a weight of zero
+// does not make zero of it. Each thread looks at what it has copied by copy_rows and waited for, so it needs no barrier.
+template <int kColumns, class T>
+CRATE_DEVICE void clean_rows(SharedAddress to, int row_bytes, int first, int rows) {
+    constexpr int kChunks = kColumns / kChunkElements;
+    constexpr uint32_t kExponent = std::is_same_v<T, bf16> ? 0x7f80 : 0x7c00;
+    for (int i = thread_index(); i < rows * kChunks; i += block_threads()) {
+        if (i < first * kChunks) continue;
+        const SharedAddress address = to + i / kChunks * row_bytes + i % kChunks * 16;
+        Chunk chunk = load_shared<Chunk>(address);
+        CRATE_UNROLL
+        for (uint32_t& word : chunk.word) {
+            if ((word & kExponent) == kExponent) word &= 0xffff0000u;
+            if ((word >> 16 & kExponent) == kExponent) word &= 0x0000ffffu;
+        }
+        store_shared(address, chunk);
+    }
+}
+
 // Writes 16 rows of accumulators, each times its factor, to global memory in whole 16-byte chunks, through rows of
 // shared memory that are this warp's alone by now.
 template <class T, int kColumns>

@@ -19,7 +19,6 @@ from torch import nn
 from .. import options
 from ..models import CRATE, CrateGPT, create_model
 from ..models.base import CrateModel
-from ..ops.crate_layer.op import operator as crate_layer
 from ..options import option
 
 FLOAT = 4
@@ -56,10 +55,6 @@ class PlanOptions:
         1, "batches whose gradients make one optimizer step", "optimization", least=1, most=1 << 20
     )
     precision: str = option("bf16", "bf16 autocast, or fp32", "machine", choices=("bf16", "fp32"))
-    backend: str = option(
-        "triton", "implementation of the layers, which decides the dtype of what is saved", "machine",
-        choices=("eager", "cpu", "triton", "cuda"),
-    )  # fmt: skip
     memory: float = option(80.0, "memory of a GPU in GB (1e9 bytes)", "machine", above=0, most=1e6)
     reserve: float = option(0.1, "share of that memory for what the formulas leave out", "machine", least=0, below=1)
     gpus: int = option(8, "ranks, one per GPU", "ranks and memory", least=1, most=1 << 20)
@@ -102,20 +97,13 @@ class Compute:
 
     Args:
         size: bytes of an element of the products: 2 under bfloat16 autocast, else 4.
-        mixed: whether the implementation takes a float32 stream beside bfloat16 matrices; others get a cast copy.
     """
 
     size: int = FLOAT
-    mixed: bool = True
 
     @classmethod
-    def of(cls, precision: str, backend: str) -> Compute:
-        return cls(2 if precision == "bf16" else FLOAT, getattr(crate_layer.implementations[backend], "MIXED", False))
-
-    @property
-    def narrow(self) -> bool:
-        """Whether the stream is cast for a layer, and the layer's output is cast back."""
-        return self.size < FLOAT and not self.mixed
+    def of(cls, precision: str) -> Compute:
+        return cls(2 if precision == "bf16" else FLOAT)
 
 
 @dataclass(frozen=True)
@@ -162,25 +150,16 @@ class Shape:
 
         Of each token: the output in the stream's dtype; ``w`` and ``o``, the projected and the attended token, and the
         token between the two halves, in the products' dtype; the log-normalizer of each head and the statistics of two
-        LayerNorms in float32. A narrow layer also saves its input's cast copy, and its output before the cast back.
-        Under autocast the cast copies of the four matrices and of the bias are saved once.
+        LayerNorms in float32. Cast copies of weights are not saved: the backward casts them again.
         """
-        output = 2 * compute.size * self.dim + FLOAT * self.dim if compute.narrow else FLOAT * self.dim
-        token = output + compute.size * (2 * self.inner + self.dim) + FLOAT * (self.heads + 4)
-        casts = compute.size * (2 * self.dim * self.inner + self.dim**2 + self.dim) if compute.size < FLOAT else 0
-        return Saved(casts, self.tokens * token)
+        token = FLOAT * self.dim + compute.size * (2 * self.inner + self.dim) + FLOAT * (self.heads + 4)
+        return Saved(0, self.tokens * token)
 
-    def layers(self, compute: Compute, checkpointing: bool = False, output: bool = True) -> Saved:
-        """What all layers save, the input of the first among it. With checkpointing: inputs, and one layer's rest.
-
-        Args:
-            output: whether something after the layers saves the last one's output as well. Only a narrow layer can do
-                without it: others save it themselves.
-        """
+    def layers(self, compute: Compute, checkpointing: bool = False) -> Saved:
+        """What all layers save, the input of the first among it. With checkpointing: inputs, and one layer's rest."""
         if checkpointing:
             return Saved(0, self.depth * self.stream) + self.layer(compute)
-        stream = Saved(0, self.stream if output or not compute.narrow else 0)
-        return stream + self.layer(compute) * self.depth
+        return Saved(0, self.stream) + self.layer(compute) * self.depth
 
     def working(self, compute: Compute) -> Saved:
         """An upper bound of what the backward of a layer holds besides: gradients and recomputed rows."""
@@ -223,10 +202,9 @@ def saved_for_backward(model: CrateModel, compute: Compute, tokens: int, checkpo
     """
     shape = Shape.of(model, tokens)
     if isinstance(model, CrateGPT):
-        return language_ends(model, tokens, compute) + shape.layers(compute, checkpointing, output=False)
-    # The class token is a view of all tokens and keeps them.
+        return language_ends(model, tokens, compute) + shape.layers(compute, checkpointing)
     assert isinstance(model, CRATE)
-    return vision_ends(model, compute) + shape.layers(compute, checkpointing, output=model.pool == "cls")
+    return vision_ends(model, compute) + shape.layers(compute, checkpointing)
 
 
 def sample_tokens(model: CrateModel) -> int:
@@ -343,13 +321,13 @@ def report(settings: PlanOptions) -> str:
     """The prediction in words."""
     s, model = settings, settings.build()
     ranks, samples = s.gpus, s.batch_size // s.gpus
-    found = memory(model, s.parallel, ranks, Compute.of(s.precision, s.backend), s.activation_checkpointing)
+    found = memory(model, s.parallel, ranks, Compute.of(s.precision), s.activation_checkpointing)
     parameters = sum(p.numel() for p in model.parameters())
     unit = "texts" if isinstance(model, CrateGPT) else "images"
     lines = [
         f"PREDICTION from formulas, not a measurement: {s.model}, {parameters:,} parameters, "
         f"{sample_tokens(model):,} tokens a sample",
-        f"{ranks} ranks, {s.parallel}, {s.precision}, backend {s.backend}, batch {s.batch_size} ({samples} {unit} a "
+        f"{ranks} ranks, {s.parallel}, {s.precision}, batch {s.batch_size} ({samples} {unit} a "
         f"rank){', activation checkpointing' if s.activation_checkpointing else ''}",
         "",
         "memory of rank 0, GB",

@@ -58,7 +58,7 @@ class Plan:
     """The prepared form of one kind of call: checked numbers, backend, and the functions of the backend."""
 
     __slots__ = (
-        "autocast", "backend", "backward", "backward_scalars", "direct", "dtype", "forward", "narrow", "operator",
+        "autocast", "backend", "backward", "backward_scalars", "direct", "dtype", "forward", "operator",
         "scalars",
     )  # fmt: skip
 
@@ -74,8 +74,6 @@ class Plan:
     """The device type for which autocast was on."""
     direct: bool
     """Whether the call may take the direct route."""
-    narrow: bool
-    """Whether the stream is cast like the matrices, because the implementation takes one dtype only."""
 
 
 class Operator:
@@ -89,8 +87,7 @@ class Operator:
         passes: the numbers of ``arguments`` that ``backward`` takes, after those.
         constants: tensor arguments that have no gradient.
         casts: tensor arguments that autocast casts. If the first one is not among them, it is the stream of a layer,
-            which keeps its dtype. An implementation that accepts both dtypes sets ``MIXED = True``. For others the
-            stream is cast as well, and the result is cast back.
+            which keeps its dtype: every implementation takes a float32 stream beside narrower matrices.
         sizes: the tensors -> ``(size, rows)``, by which the measured order of the backends is looked up.
         fake: what ``forward`` returns, as empty tensors.
         keys: which tensor has the tokens that ``lengths`` counts.
@@ -119,7 +116,6 @@ class Operator:
         self._scalar_names = [name for kind, name in fields if not kind.startswith("Tensor")]
         self._differentiable = [i for i, name in enumerate(self._tensor_names) if name not in constants]
         self._casts = [i for i, name in enumerate(self._tensor_names) if name in casts]
-        self._streams = 0 not in self._casts
         self._folded = self._tensor_names.index("folded") if "folded" in self._tensor_names else None
         self._lengths = self._tensor_names.index("lengths") if "lengths" in self._tensor_names else None
         self._passes = [self._scalar_names.index(name) for name in passes]
@@ -171,9 +167,8 @@ class Operator:
                     return self._function.apply(plan, *tensors)
         # Weights beside a folded dictionary are prepared for inference: they stay, and so do their casts.
         stay = self._folded is not None and tensors[self._folded] is not None
-        out = self._forward(plan, self._cast(tensors, plan.dtype, plan.narrow, stay), False)
-        out = out if self._single else out[0]
-        return out.to(tensors[0].dtype) if plan.narrow else out
+        out = self._forward(plan, self._cast(tensors, plan.dtype, stay), False)
+        return out if self._single else out[0]
 
     def forget(self) -> None:
         """Empty the cache of plans, so that the next call of each kind chooses its backend again."""
@@ -200,14 +195,8 @@ class Operator:
             if self._lengths is not None:
                 checks.length_values(tensors[self._lengths], tensors[self._keys].shape[1])
             return self.reference(*tensors, *scalars)
-        narrow = self._narrow(name, tensors[0].dtype, dtype)
-        out = self._registered(*self._cast(tensors, dtype, narrow), *scalars, name)
-        out = out if self._single else out[0]
-        return out.to(tensors[0].dtype) if narrow else out
-
-    def _narrow(self, backend: str, stream: torch.dtype, dtype: torch.dtype) -> bool:
-        """Whether the stream must be cast to ``dtype``, that of the matrices."""
-        return self._streams and stream != dtype and not getattr(self.implementations[backend], "MIXED", False)
+        out = self._registered(*cast, *scalars, name)
+        return out if self._single else out[0]
 
     def reference(self, *arguments) -> Tensor:
         """The reference equations, differentiated by torch itself and not by the gradient that the kernels share."""
@@ -225,7 +214,6 @@ class Operator:
         dtype = backends.autocast_dtype(tensors[0])
         plan.dtype = dtype if on else None
         plan.backend = self._choose(backend, self._cast(tensors, dtype), plan.scalars)
-        plan.narrow = plan.backend != "reference" and self._narrow(plan.backend, tensors[0].dtype, dtype)
         if plan.backend == "reference":
             plan.forward, plan.backward = self.reference, None
         else:
@@ -243,14 +231,12 @@ class Operator:
         )
 
     def _cast(
-        self, tensors: Sequence[Tensor | None], dtype: torch.dtype | None, narrow: bool = False, stay: bool = False
+        self, tensors: Sequence[Tensor | None], dtype: torch.dtype | None, stay: bool = False
     ) -> Sequence[Tensor | None]:
         """The tensors in autocast's dtype. With ``stay``, casts of weights are cached between calls."""
         if dtype is None:
             return tensors
         cast: list[Any] = list(tensors)
-        if narrow:
-            cast[0] = cast[0].to(dtype)
         for i in self._casts:
             if cast[i] is None or cast[i].dtype == dtype:
                 continue
@@ -363,14 +349,14 @@ class _Direct(torch.autograd.Function):
     @staticmethod
     def forward(ctx, plan: Plan, *tensors):
         operator = plan.operator
-        cast = operator._cast(tensors, plan.dtype, plan.narrow)
+        cast = operator._cast(tensors, plan.dtype)
         out = operator._forward(plan, cast, True)
         outputs = (out,) if operator._single else out
         ctx.plan = plan
         ctx.set_materialize_grads(False)
         # The backward casts again: the memory of a second copy of the weights is worth more than the time of a cast.
         ctx.save_for_backward(*tensors, *[outputs[i] for i in operator._saves])
-        return outputs[0].to(tensors[0].dtype) if plan.narrow else outputs[0]
+        return outputs[0]
 
     @staticmethod
     def backward(ctx, grad):
@@ -383,9 +369,7 @@ class _Direct(torch.autograd.Function):
         given, results = saved[:tensors], saved[tensors:]
         if torch.is_grad_enabled():
             return None, *operator._differentiable_backward(grad, given, plan.scalars, plan.autocast, plan.dtype)
-        cast = operator._cast(given, plan.dtype, plan.narrow)
-        if plan.narrow:
-            grad = grad.to(plan.dtype)
+        cast = operator._cast(given, plan.dtype)
         if traced():  # compiled autograd
             found = operator._registered_backward(grad, *cast, *results, *plan.backward_scalars, plan.backend)
         else:

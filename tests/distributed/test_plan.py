@@ -12,7 +12,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from crate_kernels import cli, use_backend
 from crate_kernels.distributed import plan, sharding
 from crate_kernels.models import CRATE, CrateGPT
-from crate_kernels.ops.crate_layer.op import operator as crate_layer
 
 from .ranks import run_on_ranks
 
@@ -49,19 +48,13 @@ def saved_bytes(model, inputs, precision):
     return sum(storage.nbytes() for address, storage in storages.items() if address not in own)
 
 
-@pytest.mark.parametrize("mixed", [True, False])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("name", MODELS)
-def test_bytes_saved_for_backward_are_those_of_the_autograd_graph(name, precision, mixed, monkeypatch):
-    monkeypatch.setattr(crate_layer.implementations["eager"], "MIXED", mixed)
-    crate_layer.forget()
+def test_bytes_saved_for_backward_are_those_of_the_autograd_graph(name, precision):
     model = MODELS[name]()
-    predicted = plan.saved_for_backward(model, plan.Compute.of(precision, "eager"), plan.sample_tokens(model))
-    try:
-        for samples in (2, 5):
-            assert saved_bytes(model, batch(model, samples), precision) == predicted.at(samples)
-    finally:
-        crate_layer.forget()
+    predicted = plan.saved_for_backward(model, plan.Compute.of(precision), plan.sample_tokens(model))
+    for samples in (2, 5):
+        assert saved_bytes(model, batch(model, samples), precision) == predicted.at(samples)
 
 
 def peak(step):
@@ -90,7 +83,7 @@ def bounds(name, precision, checkpointing, samples=8):
         model = CrateGPT(block_size=64, vocab_size=200, n_layer=4, n_head=4, n_embd=128)
     else:
         model = CRATE(image_size=32, patch_size=4, num_classes=10, dim=128, depth=4, heads=4, dim_head=32)
-    found = plan.memory(model, "ddp", 1, plan.Compute.of(precision, "eager"), checkpointing)
+    found = plan.memory(model, "ddp", 1, plan.Compute.of(precision), checkpointing)
     if checkpointing:
         sharding.checkpoint_activations(model)
     inputs = batch(model, samples)
@@ -131,7 +124,7 @@ class Counter(TorchDispatchMode):
 def on_three_ranks(ranks, precision):
     torch.manual_seed(0)
     for name, build in MODELS.items():
-        compute = plan.Compute.of(precision, "eager")
+        compute = plan.Compute.of(precision)
         model = build()
         model.register_parameter("unused", torch.nn.Parameter(torch.zeros(5, 7), requires_grad=False))
         inputs = batch(model, 4)
@@ -196,7 +189,7 @@ def test_the_command_prints_a_prediction(capsys):
     assert cli.main(options.split()) == 0
     said = capsys.readouterr().out
     settings = plan.PlanOptions(model="crate_large", gpus=64, batch_size=1024)
-    found = plan.memory(settings.build(), "fsdp", 64, plan.Compute.of("bf16", "triton"))
+    found = plan.memory(settings.build(), "fsdp", 64, plan.Compute.of("bf16"))
     assert said.startswith("PREDICTION from formulas, not a measurement: crate_large, 77,641,192 parameters")
     assert f"sum                       {found.at(16) / 1e9:>10.3f}" in said
     assert f"({found.largest_batch(72e9):,} a rank)" in said
@@ -213,7 +206,7 @@ def scale_table():
         for parallel in ("ddp", "fsdp"):
             settings = plan.PlanOptions(model="crate_gpt2_xl", gpus=ranks)
             model, texts = settings.build(), settings.batch_size // ranks
-            found = plan.memory(model, parallel, ranks, plan.Compute.of("bf16", "triton"), checkpointing=True)
+            found = plan.memory(model, parallel, ranks, plan.Compute.of("bf16"), checkpointing=True)
             states = found.parameters + found.gradients + found.optimizer
             sizes = [states, found.communication, found.saved.at(texts) + found.working.at(texts), found.at(texts)]
             sent = sum(c.sent(ranks) for c in plan.collectives(model, parallel, ranks))

@@ -7,9 +7,6 @@ from torch import Tensor
 from .. import cpu_kernels
 from ..mssa_block import cpu as mssa_block
 
-MIXED = True
-"""The stream may be float32 beside narrower matrices, as it is under autocast."""
-
 
 def why_not(
     z: Tensor,

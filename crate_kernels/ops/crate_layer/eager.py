@@ -6,7 +6,4 @@ from ..ista_block import eager as ista_block
 from ..mssa_block import eager as mssa_block
 from .halves import compose
 
-MIXED = True
-"""The stream may be float32 beside narrower matrices, as it is under autocast."""
-
 why_not, forward, backward = compose(mssa_block, ista_block)

@@ -13,9 +13,6 @@ from ..mssa_block import triton as mssa_block
 from ..triton_kernels.prepared import prepared
 from .halves import compose
 
-MIXED = True
-"""The stream may be float32 beside narrower matrices, as it is under autocast."""
-
 why_not, _, backward = compose(mssa_block, ista_block, narrow=True)
 
 

@@ -6,9 +6,6 @@ from torch import Tensor
 
 from .. import cpu_kernels
 
-MIXED = True
-"""The stream may be float32 beside narrower matrices, as it is under autocast."""
-
 
 def why_not(z: Tensor, norm_weight: Tensor, norm_bias: Tensor, weight: Tensor, *_) -> str | None:
     return cpu_kernels.why_not(z, norm_weight, norm_bias, weight)

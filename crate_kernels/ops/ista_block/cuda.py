@@ -12,9 +12,6 @@ from torch import Tensor
 from .. import cuda_kernels
 from ..ista_step import cuda as ista_step
 
-MIXED = True
-"""The stream may be float32 beside narrower matrices, as it is under autocast."""
-
 
 def why_not(z: Tensor, norm_weight: Tensor, norm_bias: Tensor, weight: Tensor, *_) -> str | None:
     return cuda_kernels.why_not_columns(z, weight, z.shape[1])

@@ -7,9 +7,6 @@ from torch import Tensor
 from ..ista_step import eager as ista_step
 from ..layer_norm import layer_norm, layer_norm_backward
 
-MIXED = True
-"""The stream may be float32 beside narrower matrices, as it is under autocast."""
-
 
 def why_not(z: Tensor, *_) -> None:
     return None

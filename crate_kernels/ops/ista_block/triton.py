@@ -14,9 +14,6 @@ from ..ista_step import triton as ista_step
 from ..triton_kernels import launch, layer_norm
 from ..triton_kernels.product import FoldedNorm, Statistics, fold_norm, product
 
-MIXED = True
-"""The stream may be float32 beside narrower matrices, as it is under autocast."""
-
 
 def why_not(z: Tensor, *_) -> str | None:
     return layer_norm.why_not(z) or launch.why_not(z)

@@ -13,9 +13,6 @@ from .. import cuda_kernels
 from ..cuda_kernels import product
 from . import folding
 
-MIXED = True
-"""The stream may be float32 beside narrower matrices, as it is under autocast."""
-
 
 def why_not(x: Tensor, weight: Tensor, *_) -> str | None:
     return cuda_kernels.why_not_columns(x, weight, x.shape[1])

@@ -8,9 +8,6 @@ from torch import Tensor
 from ..products import multiply
 from .folding import fold, folds, residual, residual_backward, weight_backward
 
-MIXED = True
-"""The stream may be float32 beside narrower matrices, as it is under autocast."""
-
 
 def why_not(x: Tensor, *_) -> None:
     return None

@@ -12,9 +12,6 @@ from ..triton_kernels import launch
 from ..triton_kernels.product import product
 from . import folding
 
-MIXED = True
-"""The stream may be float32 beside narrower matrices, as it is under autocast."""
-
 
 def why_not(x: Tensor, *_) -> str | None:
     return launch.why_not(x)

@@ -12,9 +12,6 @@ from torch import Tensor
 from .. import cuda_kernels
 from ..cuda_kernels import product
 
-MIXED = True
-"""The stream may be float32 beside narrower matrices, as it is under autocast."""
-
 
 def why_not(
     z: Tensor,

@@ -13,9 +13,6 @@ from ..layer_norm import layer_norm, layer_norm_backward
 from ..products import multiply
 from ..subspace_attention import eager as attention
 
-MIXED = True
-"""The stream may be float32 beside narrower matrices, as it is under autocast."""
-
 
 def why_not(z: Tensor, *_) -> None:
     return None

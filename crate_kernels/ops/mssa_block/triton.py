@@ -13,9 +13,6 @@ from ..subspace_attention import triton as attention
 from ..triton_kernels import layer_norm
 from ..triton_kernels.product import FoldedNorm, Statistics, fold_norm, product
 
-MIXED = True
-"""The stream may be float32 beside narrower matrices, as it is under autocast."""
-
 
 def why_not(
     z: Tensor,

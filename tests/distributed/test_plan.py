@@ -178,7 +178,7 @@ def test_one_rank_exchanges_nothing_and_splits_nothing():
 
 def test_the_largest_batch_fits_and_one_more_does_not():
     model = MODELS["language"]()
-    found = plan.memory(model, "ddp", 4, plan.Compute(2, False))
+    found = plan.memory(model, "ddp", 4, plan.Compute(2))
     most = found.largest_batch(1e8)
     assert found.at(most) <= 1e8 < found.at(most + 1)
     assert found.largest_batch(1) == 0

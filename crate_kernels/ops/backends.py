@@ -32,8 +32,10 @@ The CUDA kernels have run only in the emulator. Until hardware has verified them
 is missing."""
 
 EXCEPTIONS = {("cpu", "overcomplete_ista"): ("eager", "cpu")}
-"""Device type and operator -> its own order. Four products with a wide dictionary leave little to fuse, and the products
-of torch's libraries are faster than those of the CPU kernels (1.4 to 1.7 times on an Intel processor with AVX-512)."""
+"""Device type and operator -> its own order.
+
+Four products with a wide dictionary leave little to fuse, and the products of torch's libraries are faster than those
+of the CPU kernels (1.4 to 1.7 times on an Intel processor with AVX-512)."""
 
 ENVIRONMENT_VARIABLE = "CRATE_KERNELS_BACKEND"
 

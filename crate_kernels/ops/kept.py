@@ -25,5 +25,11 @@ def kept(weight: Tensor, purpose: Hashable, make: Callable[[Tensor], Tensor]) ->
     if found is None or found[1] != state:
         with torch.inference_mode(False):
             made = make(weight.detach())
-        found = _made[key] = weakref.ref(weight, lambda _: _made.pop(key, None)), state, made
+        found = _made[key] = weakref.ref(weight, _forget(key)), state, made
     return found[2]
+
+
+def _forget(key: tuple[int, Hashable]) -> Callable[[object], object]:
+    """What runs when a weight ends. It holds the table itself: at the interpreter's end the module's names are gone."""
+    made = _made
+    return lambda _: made.pop(key, None)

@@ -188,8 +188,8 @@ def test_a_prepared_layer_packs_once_and_notices_changed_weights(autocast):
         before = len(addresses())
         first = block(z)
         made = addresses()
-        # Projection, output projection and folded dictionary are packed. Autocast casts them and the dictionary first.
-        assert len(made) == before + (7 if autocast else 3)
+        # Projection, output projection and folded dictionary are packed. Autocast casts them, the bias, the dictionary.
+        assert len(made) == before + (8 if autocast else 3)
         assert torch.equal(block(z), first)
         assert addresses() == made
         for weight in (block.mssa.projection.weight, block.mssa.output.weight, block.ista.weight):

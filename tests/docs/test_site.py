@@ -14,7 +14,8 @@ PACKAGES = ["crate_kernels", "crate_kernels.ops", "crate_kernels.models", "crate
             "crate_kernels.analysis", "crate_kernels.deployment", "crate_kernels.distributed"]  # fmt: skip
 """Packages whose every exported function and class is documented."""
 
-MODULES = ["crate_kernels.nn", "crate_kernels.graphs", "crate_kernels.models.generation", "crate_kernels.models.tokenizers",
+MODULES = ["crate_kernels.nn", "crate_kernels.graphs", "crate_kernels.models.generation",
+           "crate_kernels.models.tokenizers",
            "crate_kernels.models.huggingface", "crate_kernels.models.timm_registry",
            "crate_kernels.analysis.segmentation", "crate_kernels.data.images", "crate_kernels.data.batches",
            "crate_kernels.data.text", "crate_kernels.data.text_shards"]  # fmt: skip

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from . import ops
 from .graphs import Graphs
 from .ops import checks, standard
-from .ops.masks import finite_where_hidden
+from .ops.kept import forget
+from .ops.masks import finite_where_hidden, forbidden
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -158,17 +159,15 @@ class MSSA(nn.Module):
             raise ValueError("context: queries and context have no common order; build with causal=False, rotary=None")
         values = finite_where_hidden(self.project(context), lengths)
         if self.training and self.dropout:
-            visible = None
             if lengths is not None:
                 checks.lengths(lengths, len(values), values)
                 checks.length_values(lengths, values.shape[1])
-                index = torch.arange(values.shape[1], device=values.device)
-                visible = (index < lengths[:, None])[:, None, None]
+            hidden = forbidden(values.shape[1], lengths, False, values.device)
             return nn.functional.scaled_dot_product_attention(
                 self.directions(w).transpose(1, 2),
                 self.directions(values).transpose(1, 2),
                 values.transpose(1, 2),
-                attn_mask=visible,
+                attn_mask=None if hidden is None else ~hidden,
                 dropout_p=self.dropout,
                 scale=self.scale,
             ).transpose(1, 2)
@@ -661,6 +660,7 @@ def prepare_for_inference(model: Model, *, cuda_graph: bool = False) -> Model:
     elif isinstance(model.forward, Graphs):
         object.__setattr__(model, "forward", model.forward.plain)
     model.eval()
+    forget(model.parameters())
     for module in model.modules():
         if isinstance(module, KeepsFolded):
             module.keep_folded, module._folded = True, None

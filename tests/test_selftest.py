@@ -19,7 +19,7 @@ def an_untested_device(tmp_path, monkeypatch):
     skip_without("cpu")
     monkeypatch.setenv(user_cache.ENVIRONMENT_VARIABLE, str(tmp_path / "cache"))
     monkeypatch.setattr(selftest, "TESTED", {"cpu": ("cpu",)})
-    monkeypatch.setattr(selftest, "_warned", set())
+    monkeypatch.setattr(selftest, "_failures", {})
     operator.forget()
     yield
     operator.forget()

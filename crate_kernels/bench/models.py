@@ -116,7 +116,7 @@ def implementations(
         OURS: lambda: Implementation(fresh(master), None),
     }
     if device.type == "cpu" and dtype == torch.float32 and FASTER_WITH_ONEDNN:
-        found[OURS_WITH_MKL] = lambda: Implementation(fresh(master), None, onednn=False)
+        found[OURS_WITH_MKL] = lambda: Implementation(fresh(master), "eager", onednn=False)
     if not training:
         found[PREPARED] = lambda: Implementation(prepare_for_inference(fresh(master)), None)
     if device.type == "cpu" and dtype == torch.float32:

@@ -136,7 +136,7 @@ def readme_text(found: Results) -> str:
 
 
 def _by_algebra_alone(models: Iterable[list[dict]]) -> list[str]:
-    """The speed-up without oneDNN, if it was measured."""
+    """The speed-up of stock PyTorch with MKL's products, if it was measured."""
     spans = []
     for task, name in (("forward", "inference"), ("training step", "training")):
         found = [record for mine in models if (record := _headline_record(mine, task, OURS_WITH_MKL))]
@@ -144,8 +144,8 @@ def _by_algebra_alone(models: Iterable[list[dict]]) -> list[str]:
             ratios = [record["speedup"]["p50"] for record in found]
             spans.append(f"{name} {min(ratios):.2f}× to {max(ratios):.2f}×")
     return spans and [
-        "On this processor MKL, with which torch multiplies matrices, leaves AVX-512 unused. The package uses oneDNN,"
-        f" which PyTorch also bundles. By the algebra alone (`{OURS_WITH_MKL}`): {', '.join(spans)}.\n"
+        "On this processor MKL, with which torch multiplies matrices, leaves AVX-512 unused. The package's kernels"
+        f" use it. By the algebra alone, with MKL's products (`{OURS_WITH_MKL}`): {', '.join(spans)}.\n"
     ]
 
 

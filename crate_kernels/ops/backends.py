@@ -40,6 +40,14 @@ of the CPU kernels (1.4 to 1.7 times on an Intel processor with AVX-512)."""
 ENVIRONMENT_VARIABLE = "CRATE_KERNELS_BACKEND"
 
 
+class CannotRun(RuntimeError):
+    """The requested backend cannot run the inputs; ``reason`` says why."""
+
+    def __init__(self, backend: str, reason: str):
+        super().__init__(f"backend {backend!r} cannot run these inputs: {reason}")
+        self.reason = reason
+
+
 def _checked_name(name: str | None, source: str) -> str | None:
     if name is None or (isinstance(name, str) and name in BACKENDS):
         return name
@@ -111,7 +119,7 @@ def resolve(
     if name is not None:
         reason = why_not(found, name, *inputs)
         if reason is not None:
-            raise RuntimeError(f"backend {name!r} cannot run these inputs: {reason}")
+            raise CannotRun(name, reason)
         return name
     for name in automatic_order(found, inputs[0], size, rows, causal):
         if why_not(found, name, *inputs) is None and trusted(_operator(found), name, inputs):

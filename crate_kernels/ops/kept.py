@@ -1,35 +1,55 @@
-"""Cache of values that depend on one weight alone (its cast, its packed form), valid until the weight changes."""
+"""Cache of values that depend on weights alone (a cast, a packed form, a folded norm), valid until a weight changes."""
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-_made: dict[tuple[int, Hashable], tuple[weakref.ref, tuple, Tensor]] = {}
-"""The cached values by identity of the weight and by purpose. An entry is removed with its weight."""
+Made = TypeVar("Made")
+
+_made: dict[tuple[int, Hashable], tuple[weakref.ref, tuple, Any]] = {}
+"""The owner, the state of the weights, and the cached value, by identity of the owner and by purpose."""
 
 
-def kept(weight: Tensor, purpose: Hashable, make: Callable[[Tensor], Tensor]) -> Tensor | None:
-    """``make(weight)``, from the cache if the weight has not changed.
+def kept(owner: Tensor, purpose: Hashable, make: Callable[[], Made], weights: Sequence[Tensor] = ()) -> Made | None:
+    """``make()``, from the cache while neither ``owner`` nor one of ``weights`` has changed.
 
-    None for a tensor that does not persist between calls, or that has no version counter to show changes.
+    Args:
+        owner: a weight. The entry is removed with it.
+        purpose: what is made, and the numbers that the value depends on.
+        make: runs without gradients, and reads no other tensors than ``owner`` and ``weights``.
+
+    Returns:
+        None where no value may be cached: ``owner`` does not persist between calls, a tensor has no version counter to
+        show changes, or a CUDA graph is captured, to which the memory of a new value would belong.
     """
-    if weight.is_inference() or not (isinstance(weight, torch.nn.Parameter) or weight.is_leaf):
+    read = (owner, *weights)
+    if any(t.is_inference() for t in read) or not (isinstance(owner, torch.nn.Parameter) or owner.is_leaf):
         return None
-    key = id(weight), purpose
-    state = weight._version, weight.data_ptr(), weight.dtype, weight.stride()
+    key = id(owner), purpose
+    state = tuple((t._version, t.data_ptr(), t.dtype, t.stride()) for t in read)
     found = _made.get(key)
-    if found is None or found[1] != state:
-        with torch.inference_mode(False):
-            made = make(weight.detach())
-        found = _made[key] = weakref.ref(weight, _forget(key)), state, made
+    if found is None or found[0]() is not owner or found[1] != state:
+        if owner.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            return None
+        with torch.inference_mode(False), torch.no_grad():
+            made = make()
+        found = _made[key] = weakref.ref(owner, _remover(key)), state, made
     return found[2]
 
 
-def _forget(key: tuple[int, Hashable]) -> Callable[[object], object]:
-    """What runs when a weight ends. It holds the table itself: at the interpreter's end the module's names are gone."""
+def forget(owners: Iterable[Tensor]) -> None:
+    """Remove the values of these weights, which may have been written to in ways that no version counter shows."""
+    ids = set(map(id, owners))
+    for key in [key for key in _made if key[0] in ids]:
+        _made.pop(key, None)
+
+
+def _remover(key: tuple[int, Hashable]) -> Callable[[object], object]:
+    """What runs when an owner ends. It holds the table itself: at the interpreter's end the module's names are gone."""
     made = _made
     return lambda _: made.pop(key, None)

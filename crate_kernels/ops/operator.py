@@ -17,6 +17,7 @@ The first two run the same ``forward`` and ``backward`` of the implementation.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -186,9 +187,10 @@ class Operator:
         name = self._choose(backend, cast, scalars)
         if name != "reference" and transformed():
             if backend is not None or backends.requested_backend() is not None:
-                raise RuntimeError(
-                    f"backend {name!r} cannot run these inputs: torch.func and forward-mode derivatives transform the "
-                    "reference equations; request the backend 'reference', or none"
+                raise backends.CannotRun(
+                    name,
+                    "torch.func and forward-mode derivatives transform the reference equations; "
+                    "request the backend 'reference', or none",
                 )
             name = "reference"
         if name == "reference":
@@ -240,7 +242,7 @@ class Operator:
         for i in self._casts:
             if cast[i] is None or cast[i].dtype == dtype:
                 continue
-            found = kept(cast[i], ("cast", dtype), lambda weight: weight.to(dtype)) if stay and i else None
+            found = kept(cast[i], ("cast", dtype), partial(cast[i].to, dtype)) if stay and i else None
             cast[i] = cast[i].to(dtype) if found is None else found
         return cast
 

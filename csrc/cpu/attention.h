@@ -368,7 +368,7 @@ inline void attend_backward(const Head& head, Frame& frame, const AttentionBackw
     const Source& v_source = shared ? w_source : value_source;
     Operand w = take_operand(frame, tokens, width, true, true);  // values times scale
     Operand g = take_operand(frame, tokens, width, true, true);
-    Operand v = shared ? w : take_operand(frame, tokens, width, true, false);
+    Operand v = shared ? Operand{} : take_operand(frame, tokens, width, true, false);
     const int64_t padded_tokens = round_up(tokens, kRows) + kColumns, row = round_up(width, kColumns);
     float* delta = frame.take(padded_tokens);
     float* lse = frame.take(padded_tokens);
@@ -398,7 +398,6 @@ inline void attend_backward(const Head& head, Frame& frame, const AttentionBackw
     }
     fill_keys(w_source, visible, width, w.keys);
     if (!shared) fill_keys(v_source, visible, width, v.keys);
-    else v.keys = w.keys;
     fill_keys(g_source, visible, width, g.keys);
     fill_values(hides ? Source(w.last.rows, w.last.stride) : w_source, tokens, width, nullptr, scale, w.values);
     fill_values(g_source, tokens, width, nullptr, 1.0f, g.values);

@@ -433,5 +433,5 @@ def kept_pack(weight: Tensor | None, transposed: bool) -> int:
     """The address of :func:`pack` of a weight that stays from call to call; 0 for a tensor that does not."""
     if weight is None:
         return 0
-    packed = kept(weight, ("pack", transposed, ISA), lambda matrix: pack(matrix, transposed))
+    packed = kept(weight, ("pack", transposed, ISA), lambda: pack(weight, transposed))
     return 0 if packed is None else packed.data_ptr()

@@ -9,8 +9,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from ..ista_block import triton as ista_block
+from ..kept import kept
 from ..mssa_block import triton as mssa_block
-from ..triton_kernels.prepared import prepared
 from .halves import compose
 
 why_not, _, backward = compose(mssa_block, ista_block, narrow=True)
@@ -45,18 +45,19 @@ def forward(
     def fold() -> tuple:
         return mssa_block.fold(u_weight, *mssa_norm), ista_block.fold(weight, folded, *ista_norm)
 
-    norms = (None, None)
+    norms = None
     if folded is not None and not save:
-        weights = (mssa_norm_weight, mssa_norm_bias, u_weight, ista_norm_weight, ista_norm_bias, folded)
-        norms = prepared(folded, weights, (mssa_eps, ista_eps), fold)
+        weights = (mssa_norm_weight, mssa_norm_bias, u_weight, ista_norm_weight, ista_norm_bias)
+        norms = kept(folded, ("norms", mssa_eps, ista_eps), fold, weights)
+    mssa_fold, ista_fold = norms or (None, None)
     copy = save and z.dtype != u_weight.dtype
     between, w, o, lse, mssa_mean, mssa_rstd, statistics, copied = mssa_block.measured_forward(
         z, mssa_norm_weight, mssa_norm_bias, u_weight, out_weight, out_bias, lengths,
-        heads, scale, causal, mssa_step_size, mssa_eps, norm=norms[0], measure=True, copy=copy,
+        heads, scale, causal, mssa_step_size, mssa_eps, norm=mssa_fold, measure=True, copy=copy,
     )  # fmt: skip
     out, ista_mean, ista_rstd = ista_block.forward(
         between.flatten(0, 1), ista_norm_weight, ista_norm_bias, weight, folded, step_size, lambd, ista_eps,
-        norm=norms[1], statistics=statistics,
+        norm=ista_fold, statistics=statistics,
     )  # fmt: skip
     if save:
         between = between.to(u_weight.dtype) if copied is None else copied.view(z.shape)

@@ -19,7 +19,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..checks import length_values
 from ..triton_kernels import launch
 from ..triton_kernels.arithmetic import dot, rounded
 from ..triton_kernels.configurations import configuration, once
@@ -49,7 +48,6 @@ def forward(
     """-> ``o (B, N, H, p)`` contiguous, and the base-2 log-normalizer ``lse (B, H, N)`` of the softmax rows in
     float32: a natural logarithm would be rounded twice on its way through ``exp2``."""
     batch, tokens, heads, width = w.shape
-    length_values(lengths, tokens)
     w = launch.unit_stride(w)
     value = None if value is None else launch.unit_stride(value)
     lengths = None if lengths is None else lengths.contiguous()

@@ -1,6 +1,8 @@
 """The options of every command: a command line is a run, or one sentence on the error output and exit code 2."""
 
+import argparse
 import dataclasses
+import importlib
 import math
 import unicodedata
 
@@ -8,7 +10,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from crate_kernels import cli, options, user_cache
+from crate_kernels import cli, options, selftest, user_cache
 
 pytest.importorskip("timm")
 
@@ -16,6 +18,7 @@ from crate_kernels.analysis import command as analyze
 from crate_kernels.analysis import report, segment
 from crate_kernels.bench import command as bench
 from crate_kernels.bench import tune
+from crate_kernels.data import prepare_images, prepare_text
 from crate_kernels.deployment import command as export
 from crate_kernels.distributed import plan
 from crate_kernels.training import command as training
@@ -25,11 +28,19 @@ from crate_kernels.training.dino import DINOTrainer
 from crate_kernels.training.mae import MAETrainer
 from crate_kernels.training.text import TextTrainer
 
+
+@dataclasses.dataclass
+class NoOptions:
+    """The options of a command that has flags alone."""
+
+
 COMMANDS = {
     "train": ([], Trainer.options),
     "train-mae": ([], MAETrainer.options),
     "train-dino": ([], DINOTrainer.options),
     "train-text": ([], TextTrainer.options),
+    "prepare-text": (["a.txt", "--output=x"], prepare_text.Options),
+    "prepare-images": (["photos", "--output=x"], prepare_images.Options),
     "analyze": (["runs/x"], analyze.Settings),
     "report": (["runs/x"], report.Settings),
     "segment": (["a.png", "--checkpoint", "runs/x"], segment.Settings),
@@ -37,11 +48,9 @@ COMMANDS = {
     "bench": ([], bench.Settings),
     "plan": ([], plan.PlanOptions),
     "tune": ([], tune.Settings),
+    "selftest": ([], NoOptions),
 }
 """Command -> the arguments that it cannot do without, and its options."""
-
-SPECIAL = {"train": ["resume", "recipe", "smoke", "overwrite"], "bench": ["compare"]}
-"""Arguments that are no fields of the settings, tried as well."""
 
 
 @pytest.fixture(autouse=True)
@@ -56,6 +65,9 @@ def no_work(monkeypatch, tmp_path):
     monkeypatch.setattr(tune, "tune", lambda *arguments: None)
     monkeypatch.setenv(user_cache.ENVIRONMENT_VARIABLE, str(tmp_path / "cache"))
     monkeypatch.setattr(export, "export", lambda *arguments: 0)
+    monkeypatch.setattr(prepare_text, "write", lambda *arguments: 0)
+    monkeypatch.setattr(prepare_images, "write", lambda *arguments: 0)
+    monkeypatch.setattr(selftest, "run", lambda *arguments: 0)
     for name in ("measure", "render", "compare"):
         monkeypatch.setattr(bench, name, lambda *arguments: 0)
 
@@ -88,24 +100,38 @@ def words_of(field):
     return WORDS if choices is None else st.one_of(st.sampled_from(choices), WORDS)
 
 
+def test_every_command_is_tried():
+    assert {*COMMANDS, "info"} == set(cli.COMMANDS)  # info takes no options
+    assert not arguments_of("info")
+
+
+def arguments_of(command):
+    """The optional arguments of a command's parser."""
+    parser = argparse.ArgumentParser(add_help=False)
+    importlib.import_module(cli.COMMANDS[command][0]).add_arguments(parser)
+    return [action for action in parser._actions if action.option_strings]
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 def test_any_command_line_is_a_run_or_one_sentence(command, capsys):
     needed, kind = COMMANDS[command]
     fields = {field.name: field for field in options.fields(kind)}
-    names = [*fields, *SPECIAL.get("train" if command.startswith("train") else command, [])]
+    known = arguments_of(command)
+    assert fields.keys() <= {action.dest for action in known}
 
     @settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
     @given(st.data())
     def check(data):
         arguments = [command, *needed]
-        for name in data.draw(st.lists(st.sampled_from(names), min_size=1, max_size=3, unique=True)):
-            if name in ("smoke", "overwrite") or (name in fields and options.type_name(fields[name]) == "bool"):
-                arguments.append(options.flag(name))
-            elif name == "compare":
-                arguments += [options.flag(name), data.draw(WORDS), data.draw(WORDS)]
+        for action in data.draw(st.lists(st.sampled_from(known), min_size=1, max_size=3, unique=True)):
+            name = data.draw(st.sampled_from(action.option_strings))
+            if action.nargs == 0:
+                arguments.append(name)
+            elif isinstance(action.nargs, int):
+                arguments += [name, *(data.draw(WORDS) for _ in range(action.nargs))]
             else:
-                value = data.draw(words_of(fields[name]) if name in fields else WORDS)
-                arguments.append(f"{options.flag(name)}={value}")
+                value = data.draw(words_of(fields[action.dest]) if action.dest in fields else WORDS)
+                arguments.append(f"{name}={value}")
         code, said = outcome(arguments, capsys)
         assert code in (0, 2), arguments
         assert len(said) == (1 if code else 0), (arguments, said)
@@ -179,6 +205,19 @@ def test_every_unknown_word_is_refused_with_the_known_ones(command, capsys):
         ("bench --quick --sizes tiny", "--sizes applies only with --suite models or all, and without --quick"),
         ("bench --suite models --operators ista_step", "--operators applies only with --suite operators or all"),
         ("bench --sizes gigantic", "--sizes: unknown gigantic; known are tiny, small, base, large"),
+        ("prepare-text a.txt", "--output must be given"),
+        ("prepare-text --output x", "name files or folders to read, or a --dataset"),
+        ("prepare-text a.txt --output x --verify", "--verify takes no files"),
+        ("prepare-text --output x --verify --validation 0.1", "--validation applies only without --verify"),
+        ("prepare-text a.txt --output x --dataset-split test", "--dataset-split applies only with --dataset"),
+        (r"prepare-text a.txt --output x --separator \x", r"--separator \x: truncated \xXX escape"),
+        (r"prepare-text a.txt --output x --separator aba", "--separator 'aba' begins as it ends"),
+        ("prepare-images photos", "--output must be given"),
+        ("prepare-images --output x", "name a folder or a data set, or shards with --index"),
+        ("prepare-images photos --output x --classes names", "--classes applies only with --index"),
+        ("prepare-images photos --output x --root y", "--root applies only with fashion-mnist or cifar10"),
+        ("prepare-images --index y --output x --resize 64", "--resize applies only without --verify and --index"),
+        ("prepare-images --output x --verify --seed 1", "--seed applies only without --verify and --index"),
         ("plan --model crate_base --context 64", "--context applies only with a language model"),
         ("plan --model crate_gpt2_base --image-size 224", "--image-size applies only with a vision model"),
         ("plan --gpus 3", "--batch-size 1024 is the batch of all ranks together: 3 ranks do not divide it"),

@@ -22,7 +22,9 @@ from typing import Any, cast
 import numpy as np
 from PIL import Image
 
+from .. import options
 from ..models.checkpoint import naming, write_atomically
+from ..options import option
 from . import parts
 from .batches import decode
 from .errors import DataError
@@ -273,46 +275,71 @@ def verify(folder: str) -> None:
 # -- command -----------------------------------------------------------------------------------------------------------
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+WRITES = ("without --verify and --index", lambda o: not o.verify and o.index is None)
+
+
+@dataclass
+class Options:
     """The options of ``crate-kernels prepare-images``."""
+
+    output: str | None = option(None, "folder for the shards, which must be given; train --data takes this folder")
+    root: str | None = option(None, "folder with the files of fashion-mnist or cifar10", only=WRITES)
+    format: str = option("tar", "WebDataset's tar, or Parquet", choices=("tar", "parquet"), only=WRITES)
+    shard_images: int = option(1000, "images in a shard", least=1, only=WRITES)
+    resize: int | None = option(
+        None, "pixels of the shorter side to which larger images are reduced, as JPEG", least=1, most=65536, only=WRITES
+    )
+    seed: int = option(0, "of the order, and of the split of a folder without one", least=0, only=WRITES)
+    workers: int | None = option(None, "processes; without it one for each core", least=0, most=1024, only=WRITES)
+    max_broken: int | None = option(
+        None, "fail if more images than this cannot be read; without it they are only named", least=0, only=WRITES
+    )
+    index: str | None = option(
+        None, "folder or URL of shards that are there already: write only their manifest",
+        only=("without --verify", lambda o: not o.verify),
+    )  # fmt: skip
+    classes: str | None = option(
+        None, "file with the names of the classes, one in a line", only=("with --index", lambda o: o.index is not None)
+    )
+    verify: bool = option(False, "compare the shards of --output with their digests, and write nothing")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = "Started again after an interruption, the same command does the shards that are missing."
-    add = parser.add_argument
-    add("data", nargs="?", help="a folder of class folders, or a data set by name, as crate-kernels train takes it")
-    add("--root", help="where the named data set's files are")
-    add("--output", required=True, metavar="FOLDER", help="where the shards go; train --data takes this folder")
-    add("--format", choices=("tar", "parquet"), default="tar", help="WebDataset's tar, or Parquet (default tar)")
-    add("--shard-images", type=int, default=1000, help="images in a shard (default 1000)")
-    add("--resize", type=int, metavar="PIXELS", help="reduce larger images to this shorter side, as JPEG")
-    add("--seed", type=int, default=0, help="of the order, and of the split of a folder without one")
-    add("--workers", type=int, help="processes (default: one for each core)")
-    add("--index", metavar="FOLDER_OR_URL", help="write only the manifest of shards that are there already")
-    add("--classes", metavar="FILE", help="with --index: names of the classes, one in a line")
-    add("--max-broken", type=int, help="fail if more images than this cannot be read (default: only name them)")
-    add("--verify", action="store_true", help="compare the shards of --output with their digests, and write nothing")
+    parser.add_argument(
+        "data", nargs="?", help="a folder of class folders, or a data set by name, as crate-kernels train takes it"
+    )
+    options.add_arguments(parser, Options)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Write the shards as the command line says, and print what they hold."""
-    output, began = Path(args.output), time.monotonic()
-    if args.verify:
-        verify(args.output)
+    """Check the command line, then write, describe or verify the shards."""
+    wanted = options.parse(args, Options)
+    if wanted.output is None:
+        raise ValueError("--output must be given: the folder for the shards")
+    if wanted.verify and args.data:
+        raise ValueError("--verify takes no data: it reads the folder of --output")
+    if not wanted.verify and bool(args.data) == bool(wanted.index):
+        raise ValueError("name a folder or a data set, or shards with --index")
+    if wanted.root is not None and args.data not in ("fashion-mnist", "cifar10"):
+        raise ValueError("--root applies only with fashion-mnist or cifar10")
+    return write(args.data, wanted)
+
+
+def write(data: str | None, wanted: Options) -> int:
+    """Write, describe or verify the shards, and print what they hold."""
+    output, began = Path(str(wanted.output)), time.monotonic()
+    if wanted.verify:
+        verify(str(output))
         print(f"{output} is complete")
         return 0
-    if bool(args.data) == bool(args.index):
-        raise ValueError("name a folder or a data set, or shards with --index")
-    for name in ("shard_images", "resize"):
-        value = getattr(args, name)
-        if value is not None and value < 1:
-            raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
-    workers = (os.cpu_count() or 1) if args.workers is None else args.workers
-    if workers < 0:
-        raise ValueError(f"--workers must not be negative, got {workers}")
-    if args.index:
-        names = args.classes and Path(args.classes).read_text(encoding="utf-8").split("\n")
-        manifest = index(args.index, output, [name for name in names or () if name] or None)
+    if wanted.index is not None:
+        names = wanted.classes and Path(wanted.classes).read_text(encoding="utf-8").split("\n")
+        manifest = index(wanted.index, output, [name for name in names or () if name] or None)
     else:
-        settings = Settings(args.format, args.shard_images, args.resize, args.seed)
-        manifest = prepare(ImageSource(args.data, args.root, seed=args.seed), output, settings, workers)
+        settings = Settings(wanted.format, wanted.shard_images, wanted.resize, wanted.seed)
+        workers = (os.cpu_count() or 1) if wanted.workers is None else wanted.workers
+        manifest = prepare(ImageSource(str(data), wanted.root, seed=wanted.seed), output, settings, workers)
     for split in ("train", "test"):
         shards = getattr(manifest, split)
         print(f"{split}: {sum(shard.images for shard in shards):,} images in {len(shards)} shards")
@@ -320,7 +347,7 @@ def run(args: argparse.Namespace) -> int:
         print(f"broken: {sentence}")
     if manifest.broken:
         print(f"{len(manifest.broken)} broken images were left out; {output / MANIFEST} names them")
-    if args.max_broken is not None and len(manifest.broken) > args.max_broken:
-        raise DataError(f"{len(manifest.broken)} images are broken, and --max-broken is {args.max_broken}")
+    if wanted.max_broken is not None and len(manifest.broken) > wanted.max_broken:
+        raise DataError(f"{len(manifest.broken)} images are broken, and --max-broken is {wanted.max_broken}")
     print(f"{time.monotonic() - began:.0f} s; train on them with crate-kernels train --data {output}")
     return 0

@@ -18,8 +18,10 @@ from typing import Any
 
 import numpy as np
 
+from .. import options
 from ..models.checkpoint import naming
 from ..models.tokenizers import TOKENIZERS, Tokenizer, create_tokenizer
+from ..options import option
 from . import parts, text_files
 from .text_files import Format, Range
 from .text_shards import COUNTS, FORMAT, SPLITS, Manifest, Shard, TextShards, is_prepared
@@ -179,51 +181,69 @@ def prepare(sources: list[text_files.Source], folder: Path, settings: Settings, 
 # -- command -----------------------------------------------------------------------------------------------------------
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+WRITES = ("without --verify", lambda o: not o.verify)
+DATASET = ("with --dataset", lambda o: o.dataset is not None)
+
+
+@dataclass
+class Options:
     """The options of ``crate-kernels prepare-text``."""
-    parser.epilog = "Started again after an interruption, the same command does the parts that are missing."
-    add = parser.add_argument
-    add("inputs", nargs="*", metavar="PATH", help="text, JSON lines, Arrow and Parquet files, or folders of them")
-    add("--output", required=True, metavar="FOLDER", help="where the shards go; train-text --text takes this folder")
-    add("--tokenizer", default="bytes", choices=TOKENIZERS, help="bytes, or GPT-2's byte pairs (default bytes)")
-    add("--field", default="text", help="key or column that holds the text (default text)")
-    add(
-        "--separator",
-        help=r"what stands between the documents of a text file, such as '\n\n'; without it a file is one",
+
+    output: str | None = option(None, "folder for the shards, which must be given; train-text --text takes this folder")
+    tokenizer: str = option("bytes", "bytes, or GPT-2's byte pairs", choices=TOKENIZERS, only=WRITES)
+    field: str = option("text", "key or column that holds the text", only=WRITES)
+    separator: str | None = option(
+        None, r"what stands between the documents of a text file, such as '\n\n'; without it a file is one", only=WRITES
     )
-    add("--validation", type=float, default=0.005, help="share of the documents that is set aside (default 0.005)")
-    add("--part-size", type=float, default=64, metavar="MIB", help="input of one shard (default 64)")
-    add("--workers", type=int, help="processes (default: one for each core)")
-    add("--dataset", help="a data set that the package datasets loads, instead of paths")
-    add("--dataset-config", help="its configuration")
-    add("--dataset-split", default="train", help="its split (default train)")
-    add("--verify", action="store_true", help="compare the shards of --output with their digests, and write nothing")
+    validation: float = option(0.005, "share of the documents that is set aside", least=0, below=1, only=WRITES)
+    part_size: float = option(64.0, "MiB of input in one shard", above=0, most=2**20, only=WRITES)
+    workers: int | None = option(None, "processes; without it one for each core", least=0, most=1024, only=WRITES)
+    dataset: str | None = option(None, "a data set that the package datasets loads, instead of paths", only=WRITES)
+    dataset_config: str | None = option(None, "its configuration", only=DATASET)
+    dataset_split: str = option("train", "its split", only=DATASET)
+    verify: bool = option(False, "compare the shards of --output with their digests, and write nothing")
+
+    def form(self) -> Format:
+        """How documents lie in the files, with the escapes of the separator replaced."""
+        try:
+            return Format(self.field, self.separator and self.separator.encode().decode("unicode_escape"))
+        except UnicodeDecodeError as error:
+            raise ValueError(f"--separator {self.separator}: {error.reason}") from error
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.epilog = "Started again after an interruption, the same command does the parts that are missing."
+    parser.add_argument(
+        "inputs", nargs="*", metavar="PATH", help="text, JSON lines, Arrow and Parquet files, or folders of them"
+    )
+    options.add_arguments(parser, Options)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Write the shards as the command line says, and print what they hold."""
-    output = Path(args.output)
-    if args.verify:
+    """Check the command line, then write or verify the shards."""
+    wanted = options.parse(args, Options)
+    if wanted.output is None:
+        raise ValueError("--output must be given: the folder for the shards")
+    if wanted.verify and args.inputs:
+        raise ValueError("--verify takes no files: it reads the folder of --output")
+    if not wanted.verify and bool(args.inputs) == bool(wanted.dataset):
+        raise ValueError("name files or folders to read, or a --dataset")
+    settings = Settings(wanted.tokenizer, wanted.form(), wanted.validation, max(1, int(wanted.part_size * 2**20)))
+    return write(args.inputs, wanted, settings)
+
+
+def write(inputs: list[str], wanted: Options, settings: Settings) -> int:
+    """Write or verify the shards, and print what they hold."""
+    output = Path(str(wanted.output))
+    if wanted.verify:
         TextShards(output).verify()
         print(f"{output} is complete: {TextShards(output).fingerprint()}")
         return 0
-    if bool(args.inputs) == bool(args.dataset):
-        raise ValueError("name files or folders to read, or a --dataset")
-    if not 0 <= args.validation < 1:
-        raise ValueError(f"--validation must lie in 0..1, below 1, got {args.validation}")
-    if args.part_size <= 0:
-        raise ValueError(f"--part-size must be positive, got {args.part_size}")
-    workers = (os.cpu_count() or 1) if args.workers is None else args.workers
-    if workers < 0:
-        raise ValueError(f"--workers must not be negative, got {workers}")
-    separator = args.separator and args.separator.encode().decode("unicode_escape")
-    settings = Settings(
-        args.tokenizer, Format(args.field, separator), args.validation, max(1, int(args.part_size * 2**20))
-    )
-    if args.dataset:
-        sources = text_files.dataset(args.dataset, args.dataset_config, args.dataset_split)
+    workers = (os.cpu_count() or 1) if wanted.workers is None else wanted.workers
+    if wanted.dataset:
+        sources = text_files.dataset(wanted.dataset, wanted.dataset_config, wanted.dataset_split)
     else:
-        sources = text_files.find(args.inputs)
+        sources = text_files.find(inputs)
     began = time.monotonic()
     prepare(sources, output, settings, workers if len(sources) > 1 or sources[0].bytes > settings.part_bytes else 0)
     shards, seconds = TextShards(output), time.monotonic() - began

@@ -386,10 +386,3 @@ def test_the_command(folder, tmp_path, capsys):
     (output / "test-00000.tar").write_bytes(b"")
     with pytest.raises(DataError, match=r"test-00000\.tar is damaged"):
         command("--verify", "--output", output)
-    for arguments, message in (
-        (["--output", output], "name a folder or a data set"),
-        ([folder, "--shard-images", 0, "--output", output], "--shard-images must be at least 1"),
-        ([folder, "--workers", -1, "--output", output], "--workers must not be negative"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            command(*arguments)

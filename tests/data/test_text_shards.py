@@ -368,11 +368,3 @@ def test_the_command(tmp_path, capsys):
     assert sorted(split_documents(shards.train) + split_documents(shards.validation)) == sorted(DOCUMENTS)
     assert f"train: {len(shards.train):,} tokens" in shown
     assert command("--verify", "--output", output) == 0
-    for arguments, message in (
-        (["--output", output], "name files or folders to read"),
-        ([tmp_path / "x.txt", "--validation", "1", "--output", output], "--validation must lie in"),
-        ([tmp_path / "x.txt", "--part-size", "0", "--output", output], "--part-size must be positive"),
-        ([tmp_path / "x.txt", "--workers", "-1", "--output", output], "--workers must not be negative"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            command(*arguments)

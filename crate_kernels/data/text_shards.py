@@ -1,4 +1,4 @@
-"""Tokens on disk, memory-mapped: a folder that ``crate-kernels prepare-text`` wrote, and windows of it for training.
+"""Tokens on disk: a folder that ``crate-kernels prepare-text`` wrote, and windows of it for training.
 
 ::
 
@@ -16,10 +16,11 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import os
 from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
@@ -31,12 +32,8 @@ FORMAT = 1
 MANIFEST, COUNTS = "manifest.json", "counts.npy"
 SPLITS = ("train", "validation")
 
-PAGE_CLUSTER = 1 << 16
-"""Bytes that the kernel may map around one byte that is read."""
-MAPPED_BYTES = 1 << 28
-"""A reader drops its mappings after it has touched about as many bytes: what is mapped counts as its memory."""
 OPEN_SHARDS = 64
-"""So many shards are mapped at most at a time: each one holds a file descriptor."""
+"""So many shards are open at most at a time: each one holds a file descriptor."""
 
 
 @dataclass(frozen=True)
@@ -102,7 +99,10 @@ def is_prepared(path: Path) -> bool:
 
 
 class Tokens:
-    """The shards of one split as one long sequence of tokens. Only the pages that are read come into memory.
+    """The shards of one split as one long sequence of tokens. Only the tokens that are read come into memory.
+
+    The files are read, not mapped: of a mapping, whole clusters of pages around each window count as memory of the
+    process.
 
     Args:
         folder: where the shards lie.
@@ -121,8 +121,7 @@ class Tokens:
             size, expected = path.stat().st_size if path.is_file() else 0, shard.tokens * self.dtype.itemsize
             if size != expected:
                 raise ValueError(f"{path} has {size:,} bytes, but the manifest says {expected:,}")
-        self._open: OrderedDict[int, np.memmap] = OrderedDict()
-        self._touched = 0
+        self._open: OrderedDict[int, IO[bytes]] = OrderedDict()
 
     def __len__(self) -> int:
         return int(self.ends[-1]) if len(self.ends) else 0
@@ -136,25 +135,21 @@ class Tokens:
         while count:
             begin = int(self.ends[number]) - self.shards[number].tokens
             taken = min(count, int(self.ends[number]) - start)
-            parts.append(np.array(self._shard(number)[start - begin : start - begin + taken]))
+            size, offset = taken * self.dtype.itemsize, (start - begin) * self.dtype.itemsize
+            content = os.pread(self._shard(number).fileno(), size, offset)
+            if len(content) != size:
+                raise ValueError(f"{self.folder / self.shards[number].file} has become shorter")
+            parts.append(np.frombuffer(content, self.dtype).copy())
             start, count, number = start + taken, count - taken, number + 1
-            self._touched += taken * self.dtype.itemsize + PAGE_CLUSTER
-            if self._touched > MAPPED_BYTES:
-                self.release()
         return parts[0] if len(parts) == 1 else np.concatenate([np.empty(0, self.dtype), *parts])
 
-    def _shard(self, number: int) -> np.memmap:
+    def _shard(self, number: int) -> IO[bytes]:
         if number not in self._open:
             if len(self._open) >= OPEN_SHARDS:
-                self._open.popitem(last=False)
-            self._open[number] = np.memmap(self.folder / self.shards[number].file, self.dtype, "r")
+                self._open.popitem(last=False)[1].close()
+            self._open[number] = open(self.folder / self.shards[number].file, "rb", buffering=0)  # noqa: SIM115
         self._open.move_to_end(number)
         return self._open[number]
-
-    def release(self) -> None:
-        """Drop all mappings. The pages stay in the system's cache, and the next read maps them again."""
-        self._open.clear()
-        self._touched = 0
 
     def windows(self, starts: np.ndarray, size: int) -> np.ndarray:
         """The windows of ``size`` tokens at ``starts``: ``(len(starts), size)`` of the files' dtype."""

@@ -241,7 +241,6 @@ def test_the_processes_of_a_killed_preparation_end_with_it_and_it_resumes(tmp_pa
 @pytest.mark.parametrize("dtype", ["<u2", "<u4"])
 def test_reads_cross_shards_and_stay_within_bounds(tmp_path, dtype, monkeypatch):
     monkeypatch.setattr(text_shards, "OPEN_SHARDS", 2)
-    monkeypatch.setattr(text_shards, "MAPPED_BYTES", 5 * text_shards.PAGE_CLUSTER)
     sizes, shards, first = [5, 1, 7, 3], [], 0
     for number, size in enumerate(sizes):
         np.arange(first, first + size).astype(dtype).tofile(tmp_path / f"{number}.bin")
@@ -256,6 +255,9 @@ def test_reads_cross_shards_and_stay_within_bounds(tmp_path, dtype, monkeypatch)
     assert tokens.windows(np.array([3, 0]), 4).tolist() == [[3, 4, 5, 6], [0, 1, 2, 3]]
     with pytest.raises(IndexError):
         tokens.read(10, 7)
+    os.truncate(tmp_path / "3.bin", 4)
+    with pytest.raises(ValueError, match=r"3\.bin has become shorter"):
+        tokens.read(13, 3)
 
 
 def test_an_epoch_reads_every_window_once_whatever_the_ranks():

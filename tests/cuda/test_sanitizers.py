@@ -42,7 +42,8 @@ def sanitizers():
 
 def test_every_kernel_runs_clean(sanitizers, simt, tmp_path):
     # sanitized.py runs bfloat16 alone. Both types are instances of the same templates.
-    done = execute(emulator.build(emulator.SANITIZE, emulator.in_bfloat16(tmp_path)), tmp_path / "out.npz")
+    sources = emulator.in_bfloat16(tmp_path, sanitized.WIDTHS)
+    done = execute(emulator.build(emulator.SANITIZE, sources), tmp_path / "out.npz")
     assert done.returncode == 0, done.stderr[-4000:]
     expected, got = sanitized.run(simt.module), np.load(tmp_path / "out.npz")
     assert set(got) == set(expected)

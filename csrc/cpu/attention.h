@@ -18,6 +18,7 @@
 namespace crate::CRATE_ISA {
 
 constexpr int kTokens = 96;      // of a block; a multiple of kRows and of kColumns
+constexpr int kPairTokens = 256; // keys that a strip of bfloat16 queries attends to at a time; a multiple of kColumns
 constexpr float kRange = 90.0f;  // largest difference of c_i, in powers of two, for which E_ij u_j cannot underflow in vain
 static_assert(kTokens % kRows == 0 && kTokens % kColumns == 0);
 
@@ -261,12 +262,96 @@ inline void attend_rows(const Head& head, const Operand& w, const float* values,
     }
 }
 
+// The queries that are keys, with products of pairs of bfloat16: P_ij = exp(scale w_i w_j - c_i - max c), without use of its
+// symmetry, because such products cost less than turning tiles would. Says whether the head's c_i allow it.
+template <bool kPairs>
+inline bool attend_pairs(const Head& head, const AttentionForward& call, const Source& w, const Source& value,
+                         int64_t visible, float scale, float* lse) {
+    constexpr int kStrip = Engine<kPairs>::rows;
+    Frame frame;
+    const int64_t width = head.shape.width, padded = round_up(width, kColumns);
+    const int64_t units = Engine<kPairs>::units(width), token_units = Engine<kPairs>::units(visible);
+    for (int64_t i = 0; i < visible; ++i) prefetch(w, i, 0, width);
+    const PackedRows rows = pack_rows<kPairs>(w, 0, visible, 0, width, frame.take(packed_rows_floats<kPairs>(visible, width)));
+    float* c = frame.take(round_up(visible, kStrip) + kLanes);
+    float* normalizer = frame.take(round_up(visible, kStrip) + kLanes);
+    float most = -INFINITY, least = INFINITY;
+    for (int64_t i = 0; i < visible; ++i) {
+        c[i] = 0.5f * scale * square_of_pairs(rows.data + i * rows.stride, units);
+        if (!std::isfinite(c[i])) return false;
+        most = c[i] > most ? c[i] : most;
+        least = c[i] < least ? c[i] : least;
+    }
+    if (!(scale > 0 && most - least <= kRange)) return false;
+    for (int64_t i = visible; i < round_up(visible, kStrip); ++i) c[i] = 0;
+
+    float* keys = frame.take(round_up(visible, kColumns) * units);
+    for (int64_t j = 0; j < visible; j += kColumns)
+        pack_panel_of_columns<kPairs>(w, 0, width, j, visible - j < kColumns ? visible - j : kColumns, keys + j * units);
+    float* values = frame.take(packed_floats<kPairs>(visible, width));
+    pack_units_of_rows<kPairs>(value, 0, visible, width, 0, token_units, values);
+    const int64_t stride = padded_stride(kPairTokens / 2);
+    float* scores = frame.take(kStrip * kPairTokens);
+    float* weights = frame.take(kStrip * stride);
+    float* sums = frame.take(kStrip * padded);
+    const Ints lanes = lane_numbers();
+    TileRegisters registers;
+    for (int64_t i = 0; i < visible; i += kStrip) {
+        const int64_t count = visible - i < kStrip ? visible - i : kStrip;
+        const int64_t seen = head.shape.causal ? i + count : visible;
+        for (int64_t r = 0; r < count; ++r) prefetch(head.rows(call.out), i + r, 0, width);
+        for (int64_t r = 0; r < kStrip; ++r) normalizer[i + r] = 0;
+        for (int64_t first = 0; first < seen; first += kPairTokens) {
+            const int64_t keys_here = seen - first < kPairTokens ? seen - first : kPairTokens;
+            for (int64_t j = 0; j < keys_here; j += kColumns)
+                multiply_chain<kPairs, false>(rows.data + i * rows.stride, rows.stride, keys + (first + j) * units, units,
+                                              scores + j, kPairTokens, false);
+            for (int64_t r = 0; r < kStrip; ++r) {
+                const float shift = c[i + r] + most;
+                const int64_t mine = head.shape.causal && i + r + 1 < seen ? i + r + 1 - first : keys_here;
+                Floats total{};
+                for (int64_t j = 0; j < keys_here; j += 2 * kLanes) {
+                    Floats p[2];
+                    for (int v = 0; v < 2; ++v) {
+                        const int64_t column = j + v * kLanes;
+                        p[v] = exp2_of_weight(load(scores + r * kPairTokens + column) * scale - shift);
+                        if (column + kLanes > mine) p[v] = select(lanes < int32_t(mine - column), p[v], Floats{});
+                        total += p[v];
+                    }
+                    store_pairs(weights + r * stride + j / 2, p[0], p[1]);
+                }
+                normalizer[i + r] += sum(total);
+            }
+            for (int64_t column = 0; column < width; column += kColumns)
+                multiply_chain<kPairs, false>(weights, stride, values + column * token_units + first / 2 * kColumns,
+                                              Engine<kPairs>::units(keys_here), sums + column, padded, first > 0);
+        }
+        for (int64_t r = 0; r < count; ++r) {
+            const float share = 1.0f / normalizer[i + r];
+            for (int64_t k = 0; k < padded; k += kLanes) store(sums + r * padded + k, load(sums + r * padded + k) * share);
+            head.write_row(call.out, i + r, sums + r * padded);
+        }
+    }
+    for (int64_t i = 0; i < visible; i += kLanes) {
+        const Floats value = (log2(load(normalizer + i)) + load(c + i) + most) * (1 / kLog2E);
+        if (visible - i < kLanes) store_first(lse + i, value, int(visible - i));
+        else store(lse + i, value);
+    }
+    return true;
+}
+
 inline void attend(const Head& head, Frame& frame, const AttentionForward& call) {
     const int64_t tokens = head.shape.tokens, width = head.shape.width, visible = head.visible();
     const Source w_source = head.rows(call.w), value_source = head.rows(call.value);
     const Source& v_source = call.value.data == nullptr ? w_source : value_source;
     const float scale = float(head.shape.scale) * kLog2E;
     float* lse = call.lse + head.first_row();
+    bool keys_done = false;  // whether the queries that are keys are done
+    if constexpr (kHasPairs)
+        if (head.shape.low_precision && head.shape.first_query == 0)
+            keys_done = attend_pairs<true>(head, call, w_source, v_source, visible, scale, lse);
+    if (keys_done && visible == tokens) return;
+    for (int64_t i = 0; i < visible; ++i) prefetch(w_source, i, 0, width);
     Operand w = take_operand(frame, tokens, width, true, true);
     const int64_t padded = round_up(visible, kColumns) + kColumns;
     float* c = frame.take(round_up(tokens, kRows) + 2 * kColumns);
@@ -302,8 +387,8 @@ inline void attend(const Head& head, Frame& frame, const AttentionForward& call)
         most = mosts[l] > most ? mosts[l] : most;
         least = leasts[l] < least ? leasts[l] : least;
     }
-    const int64_t first_query = head.shape.first_query;  // the symmetric softmax is for queries that are keys
-    const bool bounded = finite && scale > 0 && most - least <= kRange && first_query == 0;
+    const int64_t first_query = keys_done ? visible : head.shape.first_query;
+    const bool bounded = finite && scale > 0 && most - least <= kRange && first_query == 0;  // the queries are keys
     for (int64_t i = 0; i < padded; ++i) log_u[i] = u[i] = 0;
     for (int64_t i = 0; i < visible; ++i) log_u[i] = bounded ? c[i] - most : 0.0f;
     for (int64_t i = 0; i < visible; i += kLanes) store(u + i, exp2(load(log_u + i)));
@@ -346,7 +431,9 @@ inline void attend(const Head& head, Frame& frame, const AttentionForward& call)
         else store(lse + i, value);
         store(normalizer + i, 1.0f / n);
     }
+    const Source out = head.rows(call.out);
     for (int64_t i = 0; i < visible; ++i) {
+        prefetch(out, i + kAhead < visible ? i + kAhead : i, 0, width);
         float* values = sums + i * row;
         for (int64_t k = 0; k < width; k += kLanes) store(values + k, load(values + k) * normalizer[i]);
         head.write_row(call.out, i, values);

@@ -74,6 +74,8 @@ inline void fold_dictionary(const Source& w, int64_t width, float* out, int64_t 
     float* packed = outer.take(packed_floats<kPairs>(width, width));
     const int64_t units = Engine<kPairs>::units(width);
     pack_matrix<kPairs>(w, false, 0, width, width, packed);
+    Finish finish;
+    finish.out = {out, kFloat32, stride};
     const int64_t blocks = (width + kBlockRows - 1) / kBlockRows;
     parallel(blocks, [&](int64_t begin, int64_t end) {
         for (int64_t b = begin; b < end; ++b) {
@@ -84,12 +86,7 @@ inline void fold_dictionary(const Source& w, int64_t width, float* out, int64_t 
                                         : width * padded_stride(round_up(count, kRows));
             const PackedRows a = pack_rows_transposed<kPairs>(w, first, count, 0, width, frame.take(size));
             const int64_t columns = round_up(first + count, kColumns) < width ? round_up(first + count, kColumns) : width;
-            multiply_block<kPairs, !kPairs>(a, packed, units, count, columns,
-                                            [&](int64_t i, int64_t n, int64_t j, int64_t m, float* tile) {
-                                                for (int64_t r = 0; r < n; ++r)
-                                                    write(out, kFloat32, (first + i + r) * stride + j, m,
-                                                          tile + r * kColumns);
-                                            });
+            multiply_block<kPairs, !kPairs>(a, packed, units, first, count, columns, finish);
         }
     });
     // out holds WᵀW where column <= row (and a little beyond). Squares of one vector change places with their mirror.
@@ -175,10 +172,7 @@ inline void forward(const LayerForward& call) {
             row_statistics(call.z, first, count, width, norm);
             const PackedRows a =
                 pack_rows<kPairs>(norm.of(call.z), first, count, 0, width, block.take(packed_rows_floats<kPairs>(count, width)));
-            multiply_block<kPairs, false>(a, projection, Engine<kPairs>::units(width), count, inner,
-                                          [&](int64_t i, int64_t n, int64_t j, int64_t m, float* tile) {
-                                              finish(first + i, n, j, m, tile);
-                                          });
+            multiply_block<kPairs, false>(a, projection, Engine<kPairs>::units(width), first, count, inner, finish);
         });
         AttentionForward attend_call{};
         attend_call.shape = attention;
@@ -222,10 +216,7 @@ inline void forward(const LayerForward& call) {
         Frame block;
         float* space = block.take(packed_rows_floats<kPairs>(count, width > inner ? width : inner));
         const auto multiply = [&](PackedRows a, const float* b, int64_t depth, const Finish& finish) {
-            multiply_block<kPairs, false>(a, b, Engine<kPairs>::units(depth), count, width,
-                                          [&](int64_t i, int64_t n, int64_t j, int64_t m, float* tile) {
-                                              finish(first + i, n, j, m, tile);
-                                          });
+            multiply_block<kPairs, false>(a, b, Engine<kPairs>::units(depth), first, count, width, finish);
         };
         Source middle = call.z;  // of the ISTA half
         if (mssa) {
@@ -348,10 +339,7 @@ inline void multiply_norm_backward(const Source& a, const float* b, int64_t rows
         finish.residual = residual;
         if (!kPairs && residual.data != nullptr && residual.data == a.data)  // packed a moment ago, gate and all
             finish.residual = Source(packed.data - first * packed.stride, packed.stride);
-        multiply_block<kPairs, false>(packed, b, Engine<kPairs>::units(depth), count, width,
-                                      [&](int64_t i, int64_t n, int64_t j, int64_t m, float* tile) {
-                                          finish(first + i, n, j, m, tile);
-                                      });
+        multiply_block<kPairs, false>(packed, b, Engine<kPairs>::units(depth), first, count, width, finish);
         for (int64_t i = 0; i < count; ++i) {
             const int64_t unit = (first + i) / kTileRows;
             float* partial[3];

@@ -56,6 +56,10 @@ template <int64_t kType>
 inline void store_as(void* p, int64_t i, Floats x) {
     if constexpr (kType == kFloat32) {
         store(static_cast<float*>(p) + i, x);
+#if defined(__AVX512BF16__)
+    } else if constexpr (kType == kBfloat16) {
+        *reinterpret_cast<LooseHalves*>(static_cast<uint16_t*>(p) + i) = (LooseHalves)_mm512_cvtneps_pbh((__m512)x);
+#endif
     } else {
         const Ints h = kType == kBfloat16 ? to_bfloat16(x) : to_float16(x);
         *reinterpret_cast<LooseHalves*>(static_cast<uint16_t*>(p) + i) = __builtin_convertvector(h, LooseHalves);

@@ -36,7 +36,8 @@ constexpr bool kHasPairs = false;
 constexpr int kPairRows = kRows, kPairDepth = 1;
 #endif
 
-constexpr int kChain = 192;       // units added up in one accumulator before they join the tile: keeps rounding small
+template <bool kPairs>
+constexpr int kChain = kPairs ? 96 : 192;  // units added up in one accumulator: small rounding, and a piece of B in the L1 cache
 constexpr int kBlockRows = 96;    // rows of A that one thread packs at a time: they stay in its L2 cache
 constexpr int kDepthBlock = 1024; // depth of a product over tokens that is packed at a time
 
@@ -111,11 +112,20 @@ __attribute__((noinline)) void multiply_chain(const float* a, int64_t stride, co
 // The same in tile registers, for 32 x 32 elements: two by two tiles of 16 x 16.
 template <>
 __attribute__((noinline)) inline void multiply_chain<true, false>(const float* a, int64_t stride, const float* b,
-                                                                  int64_t units, float* tile, int64_t, bool) {
-    _tile_zero(0);
-    _tile_zero(1);
-    _tile_zero(2);
-    _tile_zero(3);
+                                                                  int64_t units, float* out, int64_t out_stride,
+                                                                  bool add) {
+    float* below = out + 16 * out_stride;
+    if (add) {
+        _tile_loadd(0, out, out_stride * 4);
+        _tile_loadd(1, out + 16, out_stride * 4);
+        _tile_loadd(2, below, out_stride * 4);
+        _tile_loadd(3, below + 16, out_stride * 4);
+    } else {
+        _tile_zero(0);
+        _tile_zero(1);
+        _tile_zero(2);
+        _tile_zero(3);
+    }
     for (int64_t k = 0; k < units; k += kPairDepth) {
         _tile_loadd(4, a + k, stride * 4);
         _tile_loadd(5, a + 16 * stride + k, stride * 4);
@@ -126,19 +136,11 @@ __attribute__((noinline)) inline void multiply_chain<true, false>(const float* a
         _tile_dpbf16ps(2, 5, 6);
         _tile_dpbf16ps(3, 5, 7);
     }
-    _tile_stored(0, tile, kColumns * 4);
-    _tile_stored(1, tile + 16, kColumns * 4);
-    _tile_stored(2, tile + 16 * kColumns, kColumns * 4);
-    _tile_stored(3, tile + 16 * kColumns + 16, kColumns * 4);
+    _tile_stored(0, out, out_stride * 4);
+    _tile_stored(1, out + 16, out_stride * 4);
+    _tile_stored(2, below, out_stride * 4);
+    _tile_stored(3, below + 16, out_stride * 4);
 }
-#endif
-
-#if defined(__AMX_BF16__)
-template <bool kPairs>
-constexpr bool kTileRegisters = kPairs;  // they hold the sum over any depth
-#else
-template <bool kPairs>
-constexpr bool kTileRegisters = false;
 #endif
 
 // Tile registers are set up while an instance lives, and given back so that the thread's context stays small.
@@ -164,7 +166,7 @@ inline void multiply_tile(const float* a, int64_t stride, const float* b, int64_
                           int64_t out_stride = kColumns, bool add = false) {
     int64_t k = 0;
     do {
-        const int64_t chain = kTileRegisters<kPairs> || units - k < kChain ? units - k : kChain;
+        const int64_t chain = units - k < kChain<kPairs> ? units - k : kChain<kPairs>;
         multiply_chain<kPairs, kTransposed>(a + (kTransposed ? k * stride : k), stride, b + k * kColumns, chain, out,
                                             out_stride, add || k > 0);
         k += chain;
@@ -199,7 +201,12 @@ struct Source {
     }
 };
 
+inline bool plain_pairs(const Source& s) { return s.type == kBfloat16 && s.mean == nullptr && s.gate == nullptr; }
 inline bool plain_floats(const Source& s) { return s.type == kFloat32 && s.mean == nullptr && s.gate == nullptr; }
+
+inline const uint16_t* half_row(const Source& s, int64_t row, int64_t column) {
+    return static_cast<const uint16_t*>(s.data) + row * s.stride + column;
+}
 
 inline const float* float_row(const Source& s, int64_t row, int64_t column) {
     return static_cast<const float*>(s.data) + row * s.stride + column;
@@ -241,12 +248,55 @@ inline void prefetch(const Source& s, int64_t row, int64_t column, int64_t count
 constexpr int kAhead = 12;
 
 // Two rows of floats as pairs of bfloat16, the first row in the low half.
-inline Floats pair_up(Floats low, Floats high) { return as_floats(to_bfloat16(low) | (to_bfloat16(high) << 16)); }
+inline Floats pair_up(Floats low, Floats high) {
+#if defined(__AVX512BF16__)
+    const auto bits = [](Floats x) { return (Ints)_mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh((__m512)x)); };
+#else
+    const auto bits = [](Floats x) { return to_bfloat16(x); };
+#endif
+    return as_floats(bits(low) | (bits(high) << 16));
+}
 
-// `count` floats of a row as pairs of neighbors. Reads and writes whole vectors of pairs.
-inline void pair_neighbors(const float* row, int64_t count, float* out) {
-    uint16_t* halves = reinterpret_cast<uint16_t*>(out);
-    for (int64_t i = 0; i < count; i += kLanes) store_as<kBfloat16>(halves, i, load(row + i));
+// Two vectors of neighbors as one vector of pairs.
+inline void store_pairs(float* out, Floats first, Floats second) {
+#if defined(__AVX512BF16__)
+    store(out, (Floats)(__m512)_mm512_cvtne2ps_pbh((__m512)second, (__m512)first));
+#else
+    store_as<kBfloat16>(out, 0, first);
+    store_as<kBfloat16>(out, kLanes, second);
+#endif
+}
+
+// The sum of the squares of a row of pairs.
+inline float square_of_pairs(const float* row, int64_t units) {
+    Floats total{};
+    for (int64_t k = 0; k < units; k += kLanes) {
+#if defined(__AVX512BF16__)
+        const __m512bh pairs = (__m512bh)(__m512)load(row + k);
+        total = (Floats)_mm512_dpbf16_ps((__m512)total, pairs, pairs);
+#else
+        const Ints pairs = as_ints(load(row + k));
+        const Floats low = from_bfloat16(pairs), high = as_floats(pairs & broadcast(int32_t(0xffff0000)));
+        total += low * low + high * high;
+#endif
+    }
+    return sum(total);
+}
+
+// `count` elements of a row as `units` pairs of neighbors, with zeros behind them. Writes whole vectors.
+inline void fetch_pairs(const Source& s, int64_t row, int64_t column, int64_t count, int64_t units, float* out) {
+    units = round_up(units, kLanes);
+    if (plain_pairs(s)) {
+        char* bytes = reinterpret_cast<char*>(out);
+        std::memcpy(bytes, half_row(s, row, column), size_t(count) * 2);
+        std::memset(bytes + count * 2, 0, size_t(units * 4 - count * 2));
+        return;
+    }
+    Frame frame;
+    float* floats = frame.take(2 * units);
+    fetch(s, row, column, count, floats);
+    for (int64_t k = round_up(count, kLanes); k < 2 * units; k += kLanes) store(floats + k, Floats{});
+    for (int64_t k = 0; k < units; k += kLanes) store_pairs(out + k, load(floats + 2 * k), load(floats + 2 * k + kLanes));
 }
 
 template <bool kPairs>
@@ -264,6 +314,15 @@ inline void pack_units_of_rows(const Source& s, int64_t first, int64_t depth, in
     float* high = frame.take(padded);
     for (int64_t k = begin; k < end; ++k) {
         const int64_t row = kPairs ? 2 * k : k;
+        if (kPairs && plain_pairs(s) && row + 1 < depth && columns % kLanes == 0) {
+            const uint16_t *first_row = half_row(s, first + row, 0), *second_row = half_row(s, first + row + 1, 0);
+            for (int64_t c = 0; c < padded; c += kLanes) {
+                const bool there = c < columns;
+                const Ints pairs = there ? widen(first_row + c) | (widen(second_row + c) << 16) : Ints{};
+                store(out + c / kColumns * panel + k * kColumns + c % kColumns, as_floats(pairs));
+            }
+            continue;
+        }
         for (int64_t c = round_up(columns, kLanes); c < padded; c += kLanes) store(low + c, Floats{}), store(high + c, Floats{});
         const auto fetch_row = [&](int64_t r, float* to) {
             if (r < depth) fetch(s, first + r, 0, columns, to);
@@ -294,7 +353,7 @@ inline void pack_panel_of_columns(const Source& s, int64_t first, int64_t depth,
                 continue;
             }
             Floats v[kLanes];
-            alignas(64) float row[kElements];
+            alignas(64) float row[kLanes];
             for (int j = 0; j < kLanes; ++j) {
                 v[j] = Floats{};
                 if (group + j >= count || present <= 0) continue;
@@ -303,15 +362,13 @@ inline void pack_panel_of_columns(const Source& s, int64_t first, int64_t depth,
                     v[j] = present == kLanes ? load(p) : load_first(p, int(present));
                     continue;
                 }
-                for (int e = 0; e < kElements; e += kLanes) store(row + e, Floats{});
-                fetch(s, column + group + j, first + element, present, row);
-                if constexpr (kPairs) {
-                    alignas(64) float pairs[kLanes];
-                    pair_neighbors(row, kElements, pairs);
-                    v[j] = load(pairs);
-                } else {
-                    v[j] = load(row);
+                if (kPairs && plain_pairs(s) && present == kElements) {
+                    std::memcpy(&v[j], half_row(s, column + group + j, first + element), kVectorBytes);
+                    continue;
                 }
+                if constexpr (kPairs) fetch_pairs(s, column + group + j, first + element, present, kLanes, row);
+                else fetch(s, column + group + j, first + element, present, row);
+                v[j] = load(row);
             }
             transpose(v);
             for (int64_t i = 0; i < kLanes && k + i < units; ++i) store(out + (k + i) * kColumns + group, v[i]);
@@ -357,15 +414,8 @@ inline PackedRows pack_rows(const Source& s, int64_t first, int64_t rows, int64_
     const int64_t units = Engine<kPairs>::units(depth), stride = padded_stride(units);
     for (int64_t i = 0; i < rows; ++i) {
         float* row = out + i * stride;
-        if constexpr (kPairs) {
-            Frame frame;
-            float* buffer = frame.take(round_up(2 * units, 2 * kLanes));
-            fetch(s, first + i, column, depth, buffer);
-            for (int64_t k = round_up(depth, kLanes); k < round_up(2 * units, 2 * kLanes); ++k) buffer[k] = 0;
-            pair_neighbors(buffer, round_up(2 * units, 2 * kLanes), row);
-        } else {
-            fetch(s, first + i, column, depth, row);
-        }
+        if constexpr (kPairs) fetch_pairs(s, first + i, column, depth, units, row);
+        else fetch(s, first + i, column, depth, row);
     }
     for (int64_t i = rows; i < round_up(rows, Engine<kPairs>::rows); ++i)
         std::memset(out + i * stride, 0, size_t(stride) * 4);
@@ -420,29 +470,6 @@ inline PackedRows pack_rows_transposed(const Source& s, int64_t first, int64_t r
 
 // -- products ------------------------------------------------------------------------------------------------------
 
-// For every tile of rows x columns: finish(first row, rows, first column, columns, tile with rows of kColumns floats).
-// A piece of a panel of B that fits the first-level cache serves all rows before the next piece is touched.
-template <bool kPairs, bool kTransposed, class Finish>
-inline void multiply_block(PackedRows a, const float* b, int64_t units, int64_t rows, int64_t columns, Finish finish) {
-    constexpr int kTileRows = Engine<kPairs>::rows, kTile = kTileRows * kColumns;
-    alignas(64) float tiles[(kBlockRows + kTileRows - 1) / kTileRows * kTile];
-    [[maybe_unused]] typename std::conditional<kPairs, TileRegisters, int>::type registers{};
-    for (int64_t j = 0; j < columns; j += kColumns) {
-        const float* panel = b + j * units;
-        int64_t k = 0;
-        do {
-            const int64_t chain = kTileRegisters<kPairs> || units - k < kChain ? units - k : kChain;
-            for (int64_t i = 0; i < rows; i += kTileRows)
-                multiply_chain<kPairs, kTransposed>(a.data + (kTransposed ? k * a.stride + i : i * a.stride + k), a.stride,
-                                                    panel + k * kColumns, chain, tiles + i * kColumns, kColumns, k > 0);
-            k += chain;
-        } while (k < units);
-        for (int64_t i = 0; i < rows; i += kTileRows)
-            finish(i, rows - i < kTileRows ? rows - i : kTileRows, j, columns - j < kColumns ? columns - j : kColumns,
-                   tiles + i * kColumns);
-    }
-}
-
 // Calls f(first row, rows) for blocks of rows on all threads. Blocks begin at multiples of the tile's rows.
 template <bool kPairs, class F>
 inline void for_blocks_of_rows(int64_t rows, F f) {
@@ -471,38 +498,79 @@ struct Finish {
             any_tile(row, rows, column, columns, tile);
     }
 
-    Floats value(Floats product, Floats other, int64_t column) const {
-        Floats x = product * alpha + other;
-        if (bias != nullptr) x += load(bias + column);
-        x -= shift;
-        return relu ? (x <= 0.0f ? Floats{} : x) : x;  // NaN stays
+    // Takes the lines of a tile of `out` into the cache, a little before they are written.
+    void ahead(int64_t row, int64_t rows, int64_t column) const {
+        const int64_t element = bytes_of(out.type);
+        for (int64_t i = row; i < row + rows; ++i) {
+            const char* p = static_cast<const char*>(out.data) + (i * out.stride + column) * element;
+            for (int64_t byte = 0; byte < kColumns * element; byte += 64) __builtin_prefetch(p + byte, 1);
+        }
+    }
+
+    Floats constant(int64_t column) const { return (bias == nullptr ? Floats{} : load(bias + column)) - shift; }
+    Floats value(Floats product, Floats other, Floats added) const {
+        const Floats x = product * alpha + other + added, least = broadcast(relu ? 0.0f : -INFINITY);
+        return x <= least ? least : x;  // NaN stays
     }
 
     template <int64_t kOut, int64_t kResidual>
     void whole_tile(int64_t row, int64_t rows, int64_t column, const float* tile) const {
-        for (int64_t i = row; i < row + rows; ++i, tile += kColumns)
+        const bool normalized = residual.mean != nullptr;
+        Floats added[kVectors], gamma[kVectors], beta[kVectors];
+        for (int v = 0; v < kVectors; ++v) {
+            const int64_t at = column + v * kLanes;
+            added[v] = constant(at);
+            gamma[v] = normalized ? load(residual.gamma + at) : Floats{};
+            beta[v] = normalized ? load(residual.beta + at) : Floats{};
+        }
+        for (int64_t i = row; i < row + rows; ++i, tile += kColumns) {
+            const float mean = normalized ? residual.mean[i] : 0.0f, rstd = normalized ? residual.rstd[i] : 0.0f;
 #pragma GCC unroll 4
-            for (int v = 0; v < kColumns; v += kLanes) {
+            for (int v = 0; v < kVectors; ++v) {
+                const int64_t at = column + v * kLanes;
                 Floats other{};
-                if (residual.data != nullptr) {
-                    other = load_as<kResidual>(residual.data, i * residual.stride + column + v);
-                    if (residual.mean != nullptr)
-                        other = (other - residual.mean[i]) * residual.rstd[i] * load(residual.gamma + column + v) +
-                                load(residual.beta + column + v);
-                }
-                store_as<kOut>(out.data, i * out.stride + column + v, value(load(tile + v), other, column + v));
+                if (residual.data != nullptr) other = load_as<kResidual>(residual.data, i * residual.stride + at);
+                if (normalized) other = (other - mean) * rstd * gamma[v] + beta[v];
+                store_as<kOut>(out.data, i * out.stride + at, value(load(tile + v * kLanes), other, added[v]));
             }
+        }
     }
 
     void any_tile(int64_t row, int64_t rows, int64_t column, int64_t columns, float* tile) const {
         alignas(64) float other[kColumns] = {};
         for (int64_t i = row; i < row + rows; ++i, tile += kColumns) {
             if (residual.data != nullptr) fetch(residual, i, column, columns, other);
-            for (int v = 0; v < kColumns; v += kLanes) store(tile + v, value(load(tile + v), load(other + v), column + v));
+            for (int v = 0; v < kColumns; v += kLanes) store(tile + v, value(load(tile + v), load(other + v), constant(column + v)));
             write(out.data, out.type, i * out.stride + column, columns, tile);
         }
     }
 };
+
+// Rows [first, first + rows) of out = Finish(A B), with these rows of A packed. A piece of a panel of B that fits the
+// first-level cache serves all rows before the next piece is touched.
+template <bool kPairs, bool kTransposed>
+inline void multiply_block(PackedRows a, const float* b, int64_t units, int64_t first, int64_t rows, int64_t columns,
+                           const Finish& finish) {
+    constexpr int kTileRows = Engine<kPairs>::rows, kTile = kTileRows * kColumns;
+    alignas(64) float tiles[(kBlockRows + kTileRows - 1) / kTileRows * kTile];
+    [[maybe_unused]] typename std::conditional<kPairs, TileRegisters, int>::type registers{};
+    const auto rows_of_tile = [&](int64_t i) { return rows - i < kTileRows ? rows - i : int64_t(kTileRows); };
+    for (int64_t j = 0; j < columns; j += kColumns) {
+        const float* panel = b + j * units;
+        int64_t k = 0;
+        do {
+            const int64_t chain = units - k < kChain<kPairs> ? units - k : kChain<kPairs>;
+            for (int64_t i = 0; i < rows; i += kTileRows) {
+                if (k + chain == units) finish.ahead(first + i, rows_of_tile(i), j);
+                multiply_chain<kPairs, kTransposed>(a.data + (kTransposed ? k * a.stride + i : i * a.stride + k), a.stride,
+                                                    panel + k * kColumns, chain, tiles + i * kColumns, kColumns, k > 0);
+            }
+            k += chain;
+        } while (k < units);
+        for (int64_t i = 0; i < rows; i += kTileRows)
+            finish(first + i, rows_of_tile(i), j, columns - j < kColumns ? columns - j : kColumns, tiles + i * kColumns);
+    }
+}
 
 // out = Finish(A B) with A as the source holds it (rows, depth) and B packed.
 template <bool kPairs>
@@ -511,10 +579,7 @@ inline void multiply(const Source& a, const float* b, int64_t rows, int64_t dept
         Frame frame;
         const PackedRows packed =
             pack_rows<kPairs>(a, first, count, 0, depth, frame.take(packed_rows_floats<kPairs>(count, depth)));
-        multiply_block<kPairs, false>(packed, b, Engine<kPairs>::units(depth), count, columns,
-                                      [&](int64_t i, int64_t n, int64_t j, int64_t m, float* tile) {
-                                          finish(first + i, n, j, m, tile);
-                                      });
+        multiply_block<kPairs, false>(packed, b, Engine<kPairs>::units(depth), first, count, columns, finish);
     });
 }
 
@@ -536,15 +601,11 @@ inline void multiply_transposed(const Source& a, const Source& b, int64_t rows, 
             const int64_t size = kPairs ? packed_rows_floats<kPairs>(count, part)
                                         : part * padded_stride(round_up(count, kRows));
             const PackedRows packed = pack_rows_transposed<kPairs>(a, first, count, start, part, frame.take(size));
-            multiply_block<kPairs, !kPairs>(
-                packed, packed_b, units, count, columns,
-                [&](int64_t i, int64_t n, int64_t j, int64_t m, float* tile) {
-                    Finish finish;  // sums of the blocks before it are its residual
-                    finish.out = {out, kFloat32, stride};
-                    finish.alpha = alpha;
-                    if (start > 0) finish.residual = Source(out, stride);
-                    finish(first + i, n, j, m, tile);
-                });
+            Finish finish;
+            finish.out = {out, kFloat32, stride};
+            finish.alpha = alpha;
+            if (start > 0) finish.residual = Source(out, stride);  // the sums of the blocks before
+            multiply_block<kPairs, !kPairs>(packed, packed_b, units, first, count, columns, finish);
         });
     }
 }

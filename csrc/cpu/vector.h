@@ -131,6 +131,20 @@ inline Floats exp2(Floats x) {
     return select(underflow, Floats{}, poly * power);
 }
 
+// 2^x for x <= 0, to 3e-6 of its value, but never below 2^-126: a weight that is rounded to bfloat16, and a term of a sum.
+inline Floats exp2_of_weight(Floats x) {
+    x = max(x, broadcast(-126.0f));
+    const Floats magic = broadcast(12582912.0f);
+    const Floats shifted = x + magic;
+    const Floats f = x - (shifted - magic);
+    Floats poly = broadcast(9.582852865584015e-3f);
+    poly = poly * f + broadcast(5.590642492460185e-2f);
+    poly = poly * f + broadcast(2.40240986167559e-1f);
+    poly = poly * f + broadcast(6.931241933586839e-1f);
+    poly = poly * f + broadcast(1.0f);
+    return poly * as_floats((as_ints(shifted) + 127) << 23);
+}
+
 // log2(x) of a positive normal number, to three units in the last place or 2e-7; NaN and infinity stay what they are.
 inline Floats log2(Floats x) {
     const Ints offset = as_ints(x) - 0x3f3504f3;  // so that the mantissa lies in [sqrt(1/2), sqrt(2))

@@ -52,6 +52,8 @@ SHAPES = {
     "value, causal, hidden": attention(2, 130, 1, 33, value=True, causal=True, lengths=torch.tensor([1, 97])),
     "norms beyond the guard": attention(1, 110, 2, 16, spread=9.0),
     "norms beyond the guard, hidden": attention(2, 110, 1, 16, spread=9.0, lengths=torch.tensor([60, 110])),
+    "keys in three turns": attention(1, 531, 1, 40, value=True, causal=True),
+    "keys in two turns, hidden": attention(2, 290, 1, 24, lengths=torch.tensor([259, 40])),
     "wide head": attention(1, 20, 1, 256),
     "block of a vision model": mssa(2, 65, 96, 4, 24),
     "decoder": mssa(1, 100, 40, 1, 40, step_size=-1.0),

@@ -1,6 +1,7 @@
 """The language models as Hugging Face models: what transformers asks of its own models, checked on tiny ones."""
 
 import importlib.util
+import json
 import subprocess
 import sys
 
@@ -100,6 +101,38 @@ def test_saved_models_load_through_auto_classes(tmp_path, model, auto):
     with torch.no_grad():
         assert torch.equal(loaded(idx).logits, wrapped(idx).logits)
     assert AutoConfig.from_pretrained(tmp_path).hidden_size == 16
+
+
+@pytest.mark.parametrize(
+    ("kind", "given"),
+    [(huggingface.CrateGPTHubConfig, GPT_OPTIONS), (huggingface.CrateBertHubConfig, BERT_OPTIONS)],
+    ids=["gpt", "bert"],
+)
+def test_configurations(kind, given, tmp_path, caplog):
+    """The checks of transformers' own ConfigTester."""
+    # Options of every configuration, with values that are not the defaults.
+    common = dict(return_dict=False, output_hidden_states=True, dtype=torch.float16, chunk_size_feed_forward=5,
+                  architectures=["Model"], id2label={0: "a", 1: "b"}, label2id={"a": 0, "b": 1},
+                  problem_type="regression")  # fmt: skip
+    config = kind(**common)
+    assert {name: getattr(config, name) for name in common} == common
+    config = kind(**given)
+    assert (config.hidden_size, config.num_hidden_layers, config.num_attention_heads, config.vocab_size) == (
+        16, 2, 2, 31,
+    )  # fmt: skip
+    assert given.items() - {("num_labels", 3)} <= json.loads(config.to_json_string()).items()
+    config.to_json_file(tmp_path / "config.json")
+    assert kind.from_json_file(tmp_path / "config.json").to_dict() == config.to_dict()
+    config.save_pretrained(tmp_path / "sub")
+    assert kind.from_pretrained(tmp_path, subfolder="sub").to_dict() == config.to_dict()
+    assert kind.from_pretrained(tmp_path / "sub", vocab_size=20).to_dict() == config.to_dict() | {"vocab_size": 20}
+    with pytest.raises(OSError):
+        kind.from_pretrained(tmp_path / "nowhere")
+    for labels in (5, 3):
+        config.num_labels = labels
+        assert len(config.id2label) == len(config.label2id) == labels
+    assert kind().num_labels == 2
+    assert not caplog.records
 
 
 def test_new_models_have_our_initialization():

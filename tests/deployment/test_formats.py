@@ -1,11 +1,16 @@
 """Models as files of other runtimes, run and compared."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
+from torch._inductor.cpp_builder import get_cpp_compiler
 
 from crate_kernels.deployment import FORMATS, Deployable
 from crate_kernels.deployment.formats import OPSET, files
 
+from ..docs.pages import blocks
 from .cases import build, expected, inputs_of, needs, visible
 
 
@@ -37,7 +42,6 @@ FILES = [
     pytest.param("onnx", "alpha", False, marks=[needs("onnx"), pytest.mark.slow]),
     pytest.param("openvino", "crate", True, marks=needs("openvino")),
     pytest.param("openvino", "bert", False, marks=[needs("openvino"), pytest.mark.slow]),
-    pytest.param("aoti", "crate", False, marks=[needs("aoti"), pytest.mark.slow]),
     pytest.param("safetensors", "crate", False),
 ]
 
@@ -61,6 +65,27 @@ def test_files_give_what_the_model_gives(kind, name, any_size, tmp_path):
 
         (opset,) = (o.version for o in onnx.load(path).opset_import if o.domain in ("", "ai.onnx"))
         assert opset == OPSET
+
+
+@needs("aoti")
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_compiled_packages(tmp_path):
+    """In Python, and in the C++ program of docs/deployment.md."""
+    model, path = build("crate"), tmp_path / "crate.pt2"
+    FORMATS["aoti"].write(model, path)
+    run = FORMATS["aoti"].open(path)
+    for batch in (2, 1, 3):
+        (images,) = inputs_of(Deployable(model), batch)
+        torch.testing.assert_close(run(images), expected(model, (images,)), rtol=1e-3, atol=1e-3)
+    (program,) = (block.text for block in blocks("docs/deployment.md") if block.language == "cpp")
+    (tmp_path / "run.cpp").write_text(program.replace("224", "16"))
+    (script,) = (block.text for block in blocks("docs/deployment.md") if "g++" in block.text)
+    script = script.replace("python", sys.executable).replace("g++", get_cpp_compiler())
+    said = subprocess.run(["bash", "-ec", script], cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+    wanted = expected(model, (torch.full((2, 3, 16, 16), 0.5),))
+    got = torch.tensor([float(line) for line in said.splitlines()])
+    torch.testing.assert_close(got, wanted.flatten(), rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,7 @@
 
 The formulas are those of this package's training commands: float32 parameters, AdamW, one operator per CRATE layer
 (``ops.crate_layer``), DDP or FSDP2 as in :mod:`crate_kernels.distributed.sharding`. Tests compare each formula with
-torch's own meters on 1 to 3 CPU ranks. A figure for GPUs is a prediction: memory of the CUDA context, of NCCL, of
+torch's own meters on 1 to 4 CPU ranks. A figure for GPUs is a prediction: memory of the CUDA context, of NCCL, of
 cuBLAS and of the allocator's fragments is not in it, hence ``--reserve``.
 """
 

@@ -68,7 +68,7 @@ class Case:
 
     def tensors(self, device: torch.device, dtype: torch.dtype, seed: int = 0) -> list[Tensor]:
         """New inputs; for the plain operators normalized tokens, as after LayerNorm and projection."""
-        generator = torch.Generator(device).manual_seed(seed)
+        generator = None if device.type == "meta" else torch.Generator(device).manual_seed(seed)
 
         def normal(*shape: int, spread: float = 1.0) -> Tensor:
             return (spread * torch.randn(*shape, generator=generator, device=device)).to(dtype)

@@ -20,6 +20,8 @@ FOREIGN = ("sdpa", "reference compiled", "timm", "ONNX Runtime", "OpenVINO")
 """Implementations of others: a wrong result of theirs is listed as refused, and the run still succeeds."""
 OF_OPERATORS = ("with --suite operators or all", lambda s: s.suite != "models")
 OF_MODELS = ("with --suite models or all", lambda s: s.suite != "operators")
+RENDERING = {"results", "report", "dispatch", "relative", "predict", "target"}
+"""Options that measure nothing."""
 SIZED = ("with --suite models or all, and without --quick", lambda s: s.suite != "operators" and not s.quick)
 
 
@@ -54,6 +56,11 @@ class Settings:
         False,
         "render the results: in a checkout docs/benchmarks.md and the README's table, elsewhere a page of its own",
     )
+    predict: bool = option(
+        False, "predict the times of the Triton kernels from their machine code, without a GPU; with --report in a "
+        "checkout also write the tables into docs/triton.md"
+    )  # fmt: skip
+    target: str = option("sm_90", "architecture of the prediction", only=("with --predict", lambda s: s.predict))
     dispatch: bool = option(False, "in a checkout: write the table that the automatic backend choice may follow")
     relative: bool = option(
         False, "compare speed-ups instead of seconds", only=("with --compare", lambda s: s.compare is not None)
@@ -62,7 +69,7 @@ class Settings:
 
     @property
     def renders(self) -> bool:
-        return self.report or self.dispatch or self.compare is not None
+        return self.report or self.dispatch or self.predict or self.compare is not None
 
     def check(self, given: Iterable[str]) -> None:
         """Raise ValueError for an option that is misspelled or does not apply."""
@@ -70,9 +77,11 @@ class Settings:
 
         options.check(self, given)
         options.check_device(self.device)
-        if self.renders and (idle := set(given) - {"results", "report", "dispatch", "relative"}):
+        if self.renders and (idle := set(given) - RENDERING):
             names = ", ".join(sorted(map(options.flag, idle)))
-            raise ValueError(f"{names} applies only without --report, --dispatch and --compare")
+            raise ValueError(f"{names} applies only without --report, --dispatch, --predict and --compare")
+        if self.predict and (idle := set(given) & {"results", "dispatch", "relative"}):
+            raise ValueError(f"{', '.join(sorted(map(options.flag, idle)))} applies only without --predict")
         listed(self.operators, "operators", cases.OPERATORS)
         listed(self.sizes, "sizes", models.SIZES)
         listed(self.implementations, "implementations", (*cases.IMPLEMENTATIONS, *models.IMPLEMENTATIONS))
@@ -108,9 +117,28 @@ def run(args: argparse.Namespace) -> int:
     settings.check(given)
     if settings.compare is not None:
         return compare(*settings.compare, settings.relative)
+    if settings.predict:
+        return predict(settings)
     if settings.renders:
         return render(settings)
     return measure(settings)
+
+
+def predict(settings: Settings) -> int:
+    """Print the predicted times of the Triton kernels, or write them into the page of the current checkout."""
+    from . import predict, report
+
+    text = predict.text(settings.target)
+    page = Path.cwd() / "docs" / "triton.md"
+    if settings.report:
+        replaced = report.between(page.read_text(), predict.MARKERS, text) if page.is_file() else None
+        if replaced is None:
+            raise ValueError(f"--predict --report writes {page}: run it in the root of a checkout")
+        page.write_text(replaced)
+        print(f"wrote {page}")
+    else:
+        print(text)
+    return 0
 
 
 def render(settings: Settings) -> int:

@@ -1,39 +1,48 @@
-"""Analysis of the machine code of a compiled NVIDIA kernel: its loops, and the unit of each instruction.
+"""What the machine code of a compiled kernel says: its loops, the unit of each instruction, the instructions that run.
 
-``nvdisasm`` ships with Triton. Nothing here runs on a GPU.
+``nvdisasm`` and ``cuobjdump`` ship with Triton, and AMD kernels come as assembly. Nothing here runs on a GPU.
 """
 
 from __future__ import annotations
 
+import functools
 import re
 import subprocess
 import tempfile
 from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 UNITS = {
-    "matrix": "HMMA HGMMA IMMA QGMMA DMMA OMMA UTCHMMA",
+    "matrix": "HMMA HGMMA IMMA QGMMA DMMA OMMA UTCHMMA UTCQMMA",
     "exponential": "MUFU",
     "fp32": "FFMA FMUL FADD FSEL FMNMX FMNMX3 FSETP FSET FCHK FFMA2 FMUL2 FADD2 FSWZADD",
-    "shared": "LDS LDSM STS STSM SHFL LDT LDTM STT STTM ATOMS",
-    "global": "LDG LDGSTS STG LDL STL LD ST ATOM ATOMG RED UTMALDG UTMASTG",
+    "shared memory": "LDS LDSM STS STSM SHFL REDUX LDT LDTM STT STTM ATOMS",
+    "global memory": "LDG LDGSTS STG LDL STL LD ST ATOM ATOMG RED UTMALDG UTMASTG",
     "synchronization": "BAR SYNCS DEPBAR LDGDEPBAR WARPSYNC FENCE MEMBAR WARPGROUP UTCBAR ERRBAR CCTL NANOSLEEP",
     "control": "BRA CALL RET BSYNC BSSY BREAK EXIT NOP YIELD BMOV JMP",
 }
-"""Unit -> mnemonics that occupy it. Any other instruction is "integer": addresses, moves, conversions, logic."""
+"""Unit -> mnemonics of NVIDIA's that occupy it. Any other instruction is "integer": addresses, moves, logic."""
 _UNIT = {mnemonic: unit for unit, mnemonics in UNITS.items() for mnemonic in mnemonics.split()}
 
-_LABEL = re.compile(r"(\.L_x_\d+):")
-_INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Za-z0-9_.]*)([^;]*);")
-_TARGET = re.compile(r"\.L_x_\d+")
+AMD_UNITS = (
+    ("matrix", r"v_(s?mfmac?|wmma)_"),
+    ("exponential", r"v_(exp|log|rcp|rsq|sqrt|sin|cos)_"),
+    ("fp32", r"v_(pk_)?\w*_f(32|64)(_|$)"),
+    ("shared memory", r"ds_"),
+    ("global memory", r"(global|buffer|flat|scratch|s_load|s_buffer)_"),
+    ("synchronization", r"s_(barrier|waitcnt)"),
+    ("control", r"s_(branch|cbranch|endpgm|nop|setprio|sleep|setpc|swappc)"),
+)
+"""(unit, beginning of AMD's mnemonics that occupy it); the first that fits."""
 
 
 @dataclass(frozen=True)
 class Instruction:
     name: str
     """With its modifiers: ``HGMMA.64x64x16.F32.BF16``."""
-    arguments: str
+    arguments: str = ""
 
     @property
     def mnemonic(self) -> str:
@@ -41,102 +50,270 @@ class Instruction:
 
     @property
     def unit(self) -> str:
+        if self.name.islower():
+            return next((unit for unit, start in AMD_UNITS if re.match(start, self.name)), "integer")
         return _UNIT.get(self.mnemonic, "integer")
 
-
-@dataclass(frozen=True)
-class Region:
-    """Some instructions of a kernel: the body of a loop, or all that are in no loop."""
-
-    instructions: tuple[Instruction, ...]
-
-    def __len__(self) -> int:
-        return len(self.instructions)
-
-    def counts(self) -> dict[str, int]:
-        """Unit -> how many instructions of a warp occupy it."""
-        return dict(Counter(i.unit for i in self.instructions))
-
+    @property
     def flops(self) -> float:
-        """Floating-point operations of the matrix instructions of one warp (a quarter of a warp group's)."""
-        return sum(_flops(i) for i in self.instructions)
-
-    def bytes_loaded(self) -> int:
-        """Bytes that one warp requests from global memory, including masked lanes."""
-        return sum(32 * _width(i) for i in self.instructions if i.mnemonic in ("LDG", "LDGSTS"))
-
-    def copies_in_flight(self) -> list[int]:
-        """Number of groups of asynchronous copies that may be pending at each wait; 0 means no prefetch."""
-        waits = [i for i in self.instructions if i.mnemonic == "DEPBAR" and "SB" in i.arguments]
-        return [int(i.arguments.rpartition(",")[2], 16) for i in waits]
-
-    def serialized(self) -> bool:
-        """Whether each warp-group product waits for the one before it (what ptxas reports as C7515)."""
-        products = sum(i.mnemonic == "HGMMA" for i in self.instructions)
-        waits = sum(i.name.startswith("WARPGROUP.DEPBAR") for i in self.instructions)
-        return products > 1 and waits >= products
-
-
-@dataclass(frozen=True)
-class Program:
-    """One kernel: its loops in the order of the code, and the rest. A loop's body excludes the loops inside it."""
-
-    loops: tuple[Region, ...]
-    straight: Region
+        """Floating-point operations of one warp; a warp-group product is shared by four warps."""
+        if self.mnemonic == "HGMMA" and (size := re.search(r"\.(\d+)x(\d+)x(\d+)", self.name)):
+            m, n, k = map(int, size.groups())
+            return 2 * m * n * k / 4
+        if self.mnemonic == "HMMA" and (size := re.search(r"\.(16)(8)(4|8|16)\b", self.name)):
+            m, n, k = map(int, size.groups())
+            return 2 * m * n * k
+        return 0.0
 
     @property
-    def product_loops(self) -> tuple[Region, ...]:
-        return tuple(loop for loop in self.loops if loop.counts().get("matrix"))
+    def shared_bytes(self) -> int:
+        """Bytes that one warp moves between registers and shared memory, or between its lanes."""
+        if self.mnemonic in ("LDSM", "STSM"):  # matrices of 8 x 8 elements of 16 bits
+            many = self.name.rpartition(".")[2]
+            return 128 * int(many) if many in ("2", "4") else 128
+        return 32 * self.width if self.unit == "shared memory" else 0
+
+    @property
+    def copied_bytes(self) -> int:
+        """Bytes that the asynchronous copies of one warp request, those of masked lanes included."""
+        return 32 * self.width if self.mnemonic == "LDGSTS" else 0
+
+    @property
+    def width(self) -> int:
+        """Bytes of each lane of a load or store."""
+        if size := re.search(r"\.(64|128)\b", self.name):
+            return int(size[1]) // 8
+        if size := re.search(r"\.[US](8|16)\b", self.name):
+            return int(size[1]) // 8
+        return 4
 
 
-def disassembled(cubin: bytes) -> Program:
-    import triton
+@dataclass(frozen=True)
+class Loop:
+    """A loop: the places of its instructions without those of the loops inside it, and these."""
 
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "nvdisasm"
+    own: tuple[int, ...]
+    inner: tuple[Loop, ...] = ()
+
+    def all(self) -> Iterable[Loop]:
+        """This loop and those inside it."""
+        return (self, *(loop for inner in self.inner for loop in inner.all()))
+
+
+class Program:
+    """The instructions of a kernel, and for each the places of those that may run next."""
+
+    def __init__(self, instructions: Sequence[Instruction], following: Sequence[Sequence[int]]):
+        self.instructions = tuple(instructions)
+        self.following = tuple(tuple(places) for places in following)
+        outermost = self._loops(self.reached())
+        self._outermost = outermost
+        self.loops = tuple(sorted((loop for outer in outermost for loop in outer.all()), key=lambda loop: loop.own[0]))
+
+    def _loops(self, places: Iterable[int]) -> tuple[Loop, ...]:
+        """The outermost loops among some instructions.
+
+        A loop is a strongly connected part of the control flow. A branch back is no sign of a loop by itself, because
+        code that is laid out of line branches back as well. A part without its entry shows the loops inside it.
+        """
+        inside = set(places)
+        found = []
+        for part in self._components(inside):
+            if len(part) == 1 and part[0] not in self.following[part[0]]:
+                continue
+            members = set(part)
+            before = {place for place in inside - members if members & set(self.following[place])}
+            entries = {place for other in before for place in self.following[other] if place in members}
+            entry = min(entries or members)
+            inner = self._loops(members - {entry})
+            nested = {place for loop in inner for every in loop.all() for place in every.own}
+            found.append(Loop(tuple(sorted(members - nested)), inner))
+        return tuple(found)
+
+    def _components(self, places: set[int]) -> list[list[int]]:
+        """The strongly connected parts, each after those that follow it (Tarjan's algorithm)."""
+        number: dict[int, int] = {}
+        low: dict[int, int] = {}
+        waiting: list[int] = []
+        held: set[int] = set()
+        found = []
+        for root in sorted(places):
+            if root in number:
+                continue
+            stack = [(root, iter(self.following[root]))]
+            number[root] = low[root] = len(number)
+            waiting.append(root)
+            held.add(root)
+            while stack:
+                place, following = stack[-1]
+                for other in following:
+                    if other not in places:
+                        continue
+                    if other not in number:
+                        number[other] = low[other] = len(number)
+                        waiting.append(other)
+                        held.add(other)
+                        stack.append((other, iter(self.following[other])))
+                        break
+                    if other in held:
+                        low[place] = min(low[place], number[other])
+                else:
+                    stack.pop()
+                    if stack:
+                        low[stack[-1][0]] = min(low[stack[-1][0]], low[place])
+                    if low[place] == number[place]:
+                        part = waiting[waiting.index(place) :]
+                        del waiting[-len(part) :]
+                        held.difference_update(part)
+                        found.append(part)
+        return found
+
+    def reached(self) -> set[int]:
+        """The places that control can come to. Padding behind the end of a kernel is not among them."""
+        found, ahead = set(), [0] if self.instructions else []
+        while ahead:
+            place = ahead.pop()
+            if place not in found:
+                found.add(place)
+                ahead += self.following[place]
+        return found
+
+    def of(self, loop: Loop) -> list[Instruction]:
+        """The instructions of a loop without those of the loops inside it."""
+        return [self.instructions[place] for place in loop.own]
+
+    def product_loops(self) -> list[Loop]:
+        """The loops that multiply matrices."""
+        return [loop for loop in self.loops if any(i.unit == "matrix" for i in self.of(loop))]
+
+    def path(self, trips: Mapping[Loop, float]) -> list[tuple[Instruction, float]]:
+        """The instructions of the longest way through the kernel, each with the number of times that it runs.
+
+        ``trips``: how often each loop runs; 0 for a loop that the way must not take; loops left out run once. Inside a
+        loop every instruction counts, also where a branch may skip it.
+        """
+        times = dict.fromkeys(self.reached(), 1.0)
+        for outer in self._outermost:
+            self._scale(outer, 1.0, trips, times)
+        banned = {place for loop in self.loops if trips.get(loop) == 0 for place in loop.own}
+        parts = self._components(set(times) - banned)
+        part_of = {place: index for index, part in enumerate(parts) for place in part}
+        most: list[float] = []
+        after: list[int | None] = []
+        for index, part in enumerate(parts):
+            next_parts = {part_of[p] for place in part for p in self.following[place] if p in part_of} - {index}
+            best = max(next_parts, key=lambda other: most[other], default=None)
+            most.append(sum(times[place] for place in part) + (0.0 if best is None else most[best]))
+            after.append(best)
+        at: int | None = part_of.get(0)
+        chosen: list[int] = []
+        while at is not None:
+            chosen += parts[at]
+            at = after[at]
+        return [(self.instructions[place], times[place]) for place in sorted(chosen)]
+
+    def _scale(self, loop: Loop, outer: float, trips: Mapping[Loop, float], times: dict[int, float]) -> None:
+        repeated = outer * trips.get(loop, 1.0)
+        for place in loop.own:
+            if place in times:
+                times[place] = repeated
+        for inner in loop.inner:
+            self._scale(inner, repeated, trips, times)
+
+
+def counts(instructions: Iterable[Instruction]) -> dict[str, int]:
+    """Unit -> how many instructions of a warp occupy it."""
+    return dict(sorted(Counter(i.unit for i in instructions).items()))
+
+
+def copies_in_flight(instructions: Iterable[Instruction]) -> list[int]:
+    """How many groups of asynchronous copies may be pending at each wait for one; 0 means no prefetch."""
+    waits = [i for i in instructions if i.mnemonic == "DEPBAR" and "SB0" in i.arguments]
+    return [int(i.arguments.partition(",")[2].split()[0].rstrip(","), 16) for i in waits]
+
+
+def serialized(instructions: Sequence[Instruction]) -> bool:
+    """Whether each warp-group product waits for the one before it, which ptxas reports as C7515.
+
+    A kernel that comes from a cache does not meet ptxas again, so its warning cannot be relied on.
+    """
+    products = sum(i.mnemonic == "HGMMA" for i in instructions)
+    waits = sum(i.name.startswith("WARPGROUP.DEPBAR") for i in instructions)
+    return products > 1 and waits >= products
+
+
+# -- reading -------------------------------------------------------------------------------------------------------
+
+
+def read_nvidia(text: str) -> Program:
+    """The output of ``nvdisasm -c`` of one kernel."""
+    labels: dict[str, int] = {}
+    found: list[tuple[str | None, str, str]] = []
+    for line in text.splitlines():
+        if label := re.match(r"(\S+):$", line.strip()):
+            labels[label[1]] = len(found)
+        elif code := re.match(r"\s*/\*[0-9a-f]{4,}\*/\s+(@\S+\s+)?([A-Z][A-Za-z0-9_.]*)\s*(.*?);", line):
+            found.append((code[1], code[2], code[3]))
+    following = []
+    for index, (predicate, name, arguments) in enumerate(found):
+        kind = name.partition(".")[0]
+        if kind in ("BRX", "JMX", "BRXU", "JMXU"):
+            raise ValueError(f"an indirect branch: {name} {arguments}")
+        # The target of a branch whose condition is an operand follows that operand.
+        always = predicate is None and (kind in ("EXIT", "RET") or (kind == "BRA" and arguments.startswith("`")))
+        places = [] if always or index + 1 == len(found) else [index + 1]
+        target = re.search(r"`\((\S+?)\)", arguments) if kind in ("BRA", "CALL") else None
+        if target and target[1] in labels:
+            places.append(labels[target[1]])
+        following.append(places)
+    return Program([Instruction(name, arguments.strip()) for _, name, arguments in found], following)
+
+
+def read_amd(text: str) -> Program:
+    """AMD assembly of one kernel, as the compiler writes it."""
+    labels: dict[str, int] = {}
+    found: list[Instruction] = []
+    for line in text.splitlines():
+        line = line.partition(";")[0].strip()
+        if label := re.match(r"(\S+):$", line):
+            labels[label[1]] = len(found)
+        elif code := re.match(r"([vsa-z]+_\w+)\s*(.*)$", line):
+            found.append(Instruction(code[1], code[2]))
+    following = []
+    for index, instruction in enumerate(found):
+        always = instruction.name in ("s_endpgm", "s_branch", "s_setpc_b64")
+        places = [] if always or index + 1 == len(found) else [index + 1]
+        if instruction.name.startswith(("s_branch", "s_cbranch")) and instruction.arguments in labels:
+            places.append(labels[instruction.arguments])
+        following.append(places)
+    return Program(found, following)
+
+
+@functools.cache
+def tool(name: str) -> Path:
+    """A tool of NVIDIA's that Triton's package holds: ``nvdisasm`` or ``cuobjdump``.
+
+    Raises:
+        RuntimeError: Triton, or the tool in it, is missing.
+    """
+    try:
+        import triton
+    except ImportError:
+        raise RuntimeError(f"this needs Triton, whose package holds the disassembler {name}") from None
+    path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
+    if not path.is_file():
+        raise RuntimeError(f"this needs {name}, which the installed Triton does not hold at {path}")
+    return path
+
+
+def _output(name: str, *arguments: str) -> str:
+    return subprocess.run([tool(name), *arguments], capture_output=True, text=True, check=True).stdout
+
+
+def disassembled(cubin: bytes) -> tuple[Program, dict[str, int]]:
+    """A compiled NVIDIA kernel, and its registers and bytes of local memory a thread: REG, STACK, LOCAL."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        done = subprocess.run([tool, "-c", file.name], capture_output=True, text=True, check=True)
-    return read(done.stdout)
-
-
-def read(text: str) -> Program:
-    """The output of ``nvdisasm -c`` of one kernel."""
-    labels: dict[str, int] = {}
-    code: list[Instruction] = []
-    for line in text.splitlines():
-        if label := _LABEL.search(line):
-            labels[label[1]] = len(code)
-        elif found := _INSTRUCTION.search(line):
-            code.append(Instruction(found[1], found[2].strip()))
-    ends: dict[int, int] = {}
-    for index, instruction in enumerate(code):
-        if instruction.mnemonic in ("BRA", "CALL") and (target := _TARGET.search(instruction.arguments)):
-            start = labels.get(target[0], len(code))
-            if start < index:  # a branch to itself ends a kernel
-                ends[start] = max(index, ends.get(start, 0))
-    owner = [-1] * len(code)  # the innermost loop of each instruction: the latest start that encloses it
-    for start in sorted(ends):
-        for index in range(start, ends[start] + 1):
-            owner[index] = start
-    regions = {start: Region(tuple(i for i, o in zip(code, owner, strict=True) if o == start)) for start in (-1, *ends)}
-    return Program(tuple(regions[start] for start in sorted(ends)), regions[-1])
-
-
-def _flops(instruction: Instruction) -> float:
-    if instruction.mnemonic == "HGMMA" and (size := re.search(r"\.(\d+)x(\d+)x(\d+)", instruction.name)):
-        m, n, k = map(int, size.groups())
-        return 2 * m * n * k / 4
-    if instruction.mnemonic == "HMMA" and (size := re.search(r"\.(16)(8)(4|8|16)\b", instruction.name)):
-        m, n, k = map(int, size.groups())
-        return 2 * m * n * k
-    return 0.0
-
-
-def _width(instruction: Instruction) -> int:
-    """Bytes that each lane loads."""
-    if size := re.search(r"\.(64|128)\b", instruction.name):
-        return int(size[1]) // 8
-    if size := re.search(r"\.[US](8|16)\b", instruction.name):
-        return int(size[1]) // 8
-    return 4
+        usage = re.findall(r"(REG|STACK|LOCAL):(\d+)", _output("cuobjdump", "-res-usage", file.name))
+        return read_nvidia(_output("nvdisasm", "-c", file.name)), {name: int(value) for name, value in usage}

@@ -280,7 +280,10 @@ def test_timm_training_loop(folder, tmp_path):
     from timm.scheduler import create_scheduler_v2
     from timm.utils import CheckpointSaver, ModelEmaV3, accuracy, dispatch_clip_grad
 
-    model = create(num_classes=2)
+    model = create(
+        pretrained=False, in_chans=3, num_classes=2, drop_rate=0.0, drop_path_rate=None, drop_block_rate=None,
+        global_pool=None, bn_momentum=None, bn_eps=None, scriptable=False, checkpoint_path="",
+    )  # fmt: skip
     model.set_grad_checkpointing(True)
     config = resolve_data_config(dict(img_size=16), model=model)
     loaders = {

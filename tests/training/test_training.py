@@ -20,8 +20,8 @@ from crate_kernels.models.checkpoint import read
 from crate_kernels.runs import checkpoints
 from crate_kernels.runs.logs import read_records
 from crate_kernels.training import classifier, speed
-from crate_kernels.training.classifier import Trainer
 from crate_kernels.training.config import DATA_DEFAULTS, resolve
+from crate_kernels.training.engine import Engine
 
 pytest.importorskip("mlxtend")
 
@@ -132,18 +132,26 @@ def test_a_killed_run_resumes_to_the_same_result(tmp_path, capsys):
     assert not [name for name in os.listdir(killed) if name.endswith(".tmp")]
 
 
-@pytest.mark.parametrize("form", ["tar", "parquet"])
-def test_streamed_images_resume_in_the_middle_of_an_epoch(form, fashion_root, tmp_path, capsys, monkeypatch):
+PRETRAINING = shlex.split("--dim 16 --depth 1 --heads 2 --epochs 3 --precision fp32 --checkpoint-seconds 0")
+STREAMED = {
+    "train": [*STATEFUL, "--crop", "0.8"],
+    "train-mae": ["train-mae", *PRETRAINING, "--decoder-depth", "1"],
+    "train-dino": ["train-dino", *PRETRAINING, *shlex.split("--hidden 8 --bottleneck 8 --prototypes 8")],
+}
+
+
+@pytest.mark.parametrize(("name", "form"), [("train", "tar"), ("train-mae", "parquet"), ("train-dino", "tar")])
+def test_streamed_images_resume_in_the_middle_of_an_epoch(name, form, fashion_root, tmp_path, capsys, monkeypatch):
     if form == "parquet":
         pytest.importorskip("pyarrow")
     source, shards = ImageSource("fashion-mnist", str(fashion_root)), tmp_path / "shards"
     prepare(source, shards, Settings(form, 10, None, 0), show=lambda line: None)
-    command = [*STATEFUL, "--data", str(shards), "--patch-size", "7", "--batch-size", "8", "--accumulate", "1"]
-    command += ["--crop", "0.8", "--layerwise-steps", "0"]
+    command = [*STREAMED[name], "--data", str(shards), "--patch-size", "7", "--batch-size", "8", "--accumulate", "1"]
+    command += ["--layerwise-steps", "0"]
     whole, part = tmp_path / "whole", tmp_path / "part"
     assert main([*command, "--output", str(whole)]) == 0
     assert "loader alone: " in capsys.readouterr().out
-    train_step = Trainer.train_step
+    train_step = Engine.train_step
 
     def interrupt(self, batches):
         if self.step == 8:  # of five in an epoch
@@ -151,7 +159,7 @@ def test_streamed_images_resume_in_the_middle_of_an_epoch(form, fashion_root, tm
         train_step(self, batches)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "train_step", interrupt)
+        patch.setattr(Engine, "train_step", interrupt)
         assert main([*command, "--output", str(part), "--workers", "0"]) == 130
     assert main([*command, "--output", str(part), "--workers", "2", "--resume"]) == 0
     assert same(weights(part), weights(whole))

@@ -61,7 +61,8 @@ UNUSUAL_TARGETS = ("sm_90", "gfx942")
 UNUSUAL = {"layer one token", "attention float16 p=16 one token", "attention p=128 one tile causal lengths"}
 
 EXTRA: set[str] = {
-    "decoding float32", "decoding p=32", "attention p=48", "attention p=256", "attention float32 p=256",
+    "decoding float32", "decoding p=32", "decoding paged p=128 eight tokens",
+    "attention p=48", "attention p=256", "attention float32 p=256",
     "ista few rows", "ista float32",
 }  # fmt: skip
 """Cases compiled only with ``--all``: they differ from the others in tile sizes alone."""
@@ -120,15 +121,19 @@ def ista(dtype, rows=256 * 197, dim=768):
     overcomplete.backward(*arguments)
 
 
-def decoding(dtype, queries=1, batch=1, tokens=1024, heads=12, width=64):
-    """One step of generation against a cache."""
+def decoding(dtype, queries=1, batch=1, tokens=1024, heads=12, width=64, size=0):
+    """One step of generation against a cache; ``size``: the tokens of a block of a paged one."""
     import torch
 
     from ..ops.triton_kernels import decoding as backend
 
     w = torch.empty((batch, queries, heads, width), dtype=dtype, device="meta")
     cache = torch.empty((batch, tokens, heads, width), dtype=dtype, device="meta")
-    backend.decode(w, cache, torch.empty((batch, queries), dtype=torch.int64, device="meta"), 0.125)
+    table = None
+    if size:
+        cache = cache.view(-1, size, heads, width)
+        table = torch.empty((batch, tokens // size), dtype=torch.int32, device="meta")
+    backend.decode(w, cache, torch.empty((batch, queries), dtype=torch.int64, device="meta"), 0.125, table)
 
 
 def cases() -> dict:
@@ -151,6 +156,8 @@ def cases() -> dict:
         "attention float32 p=256": lambda: attention(single, width=256),
         "decoding": lambda: decoding(half),
         "decoding p=128 eight tokens": lambda: decoding(half, queries=8, width=128),
+        "decoding paged": lambda: decoding(half, size=16),
+        "decoding paged p=128 eight tokens": lambda: decoding(half, queries=8, width=128, size=256),
         "decoding float32": lambda: decoding(single),
         "decoding p=32": lambda: decoding(half, width=32),
         "layer": lambda: layer(half, half),
@@ -190,7 +197,7 @@ def faults(row: dict) -> list[str]:
         found.append("shared memory")
     if row["serialized"]:
         found.append("serialized")
-    if row.get("num_stages", 0) > 2 and any(0 in loop["in flight"] for loop in row["loops"] if loop["matrix"]):
+    if row.get("num_stages", 0) > 2 and any(0 in loop["in flight"] for loop in row["loops"]):
         found.append("no prefetch")
     if row["spilled"] and not any(accepts(row) for accepts, _ in ACCEPTED_SPILLS):
         found.append("spills")

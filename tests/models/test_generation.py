@@ -1,3 +1,4 @@
+import math
 import re
 
 import pytest
@@ -45,6 +46,53 @@ def test_cached_attention_is_the_last_rows_of_causal_attention(dtype):
         message = f"positions: values must lie in 0..8 (the last place of the cache), got {found}"
         with pytest.raises(ValueError, match=re.escape(message)):
             ops.cached_subspace_attention(new, w, positions + shift)
+
+
+@pytest.mark.parametrize("size", [1, 4, 16])
+def test_a_paged_cache_holds_its_tokens_in_blocks(size):
+    torch.manual_seed(size)
+    w = torch.randn(2, 9, 3, 5, dtype=torch.float64)
+    positions = torch.tensor([[2, 3], [7, 8]])
+    new = w[torch.arange(2)[:, None], positions]
+    used = positions.amax(1) // size + 1
+    order = torch.randperm(int(used.sum())).tolist()
+    pool, table = torch.full((len(order), size, 3, 5), math.nan, dtype=w.dtype), torch.full((2, int(used.max())), -1)
+    for row in range(2):
+        for column in range(int(used[row])):
+            table[row, column] = order.pop()
+            tokens = w[row, column * size : (column + 1) * size]
+            pool[table[row, column], : len(tokens)] = tokens
+    wanted = ops.cached_subspace_attention(new, w, positions, scale=0.7)
+    pool.requires_grad_()
+    got = ops.cached_subspace_attention(new, pool, positions, block_table=table.int(), scale=0.7)
+    torch.testing.assert_close(got, wanted, rtol=0, atol=1e-12)
+    weights = torch.randn_like(got)
+    (gradient,) = torch.autograd.grad(got, pool, weights)
+    leaf = w.clone().requires_grad_()
+    (every,) = torch.autograd.grad(ops.cached_subspace_attention(new, leaf, positions, scale=0.7), leaf, weights)
+    for row, last in enumerate(positions[:, -1].tolist()):
+        for j in range(last + 1):
+            torch.testing.assert_close(gradient[table[row, j // size], j % size], every[row, j], rtol=0, atol=1e-12)
+
+
+def test_what_a_paged_cache_refuses():
+    w, pool, positions = torch.zeros(2, 1, 3, 5), torch.zeros(4, 8, 3, 5), torch.tensor([[3], [15]])
+    table = torch.tensor([[0, -1], [1, 2]])
+    ops.cached_subspace_attention(w, pool, positions, block_table=table)
+    with pytest.raises(
+        ValueError, match=re.escape("block_table: values must lie in 0..3 (the last block of the cache)")
+    ):
+        ops.cached_subspace_attention(w, pool, positions, block_table=table + 2)
+    with pytest.raises(
+        ValueError, match=re.escape("positions: values must lie in 0..15 (the last place of the cache)")
+    ):
+        ops.cached_subspace_attention(w, pool, positions + 1, block_table=table)
+    with pytest.raises(ValueError, match=re.escape("block_table: expected shape (2, T), got (1, 2)")):
+        ops.cached_subspace_attention(w, pool, positions, block_table=table[:1])
+    with pytest.raises(ValueError, match="cache, block_table: no room in"):
+        ops.cached_subspace_attention(w, pool[:, :0], positions, block_table=table)
+    with pytest.raises(TypeError, match="block_table: dtype"):
+        ops.cached_subspace_attention(w, pool, positions, block_table=table.float())
 
 
 def test_positions_that_the_model_has_not_learned_are_an_error():

@@ -47,8 +47,49 @@ def test_new_tokens_see_what_causal_attention_shows_them(batch, queries, keys, h
     torch.testing.assert_close(got.cpu().double(), expected, rtol=tolerance, atol=tolerance)
 
 
+def paged(cache, positions, size, dtype=torch.int32):
+    """The same cache as a pool of shuffled blocks of ``size`` tokens, its table, and NaN wherever nobody may read.
+
+    Entries of the table beyond the last position of a sequence point outside the pool.
+    """
+    batch, _, heads, width = cache.shape
+    used = positions.amax(1).cpu() // size + 1
+    order = torch.randperm(int(used.sum()) + 2, generator=torch.Generator().manual_seed(size)).tolist()
+    pool = torch.full((len(order), size, heads, width), float("nan"), dtype=cache.dtype)
+    table = torch.full((batch, int(used.max()) + 1), -7, dtype=dtype)
+    for row in range(batch):
+        for column in range(int(used[row])):
+            table[row, column] = order.pop()
+            tokens = cache[row, column * size : (column + 1) * size].cpu()
+            pool[table[row, column], : len(tokens)] = tokens
+    return pool.to(DEVICE), table.to(DEVICE)
+
+
+# Tiles of 16 keys in the interpreter: blocks of several tiles, of one, of a part of one, and of an odd size.
+@pytest.mark.parametrize("size", [64, 16, 8, 5, 1])
+@pytest.mark.parametrize(
+    ("batch", "queries", "keys", "heads", "width", "dtype"),
+    [
+        (3, 1, 150, 2, 32, torch.float32),
+        (2, 3, 97, 2, 64, torch.bfloat16),
+        (2, 1, 70, 1, 80, torch.float16),
+        (1, 17, 99, 1, 128, torch.float32),
+    ],
+    ids=str,
+)
+def test_a_paged_cache_says_what_a_contiguous_one_says(batch, queries, keys, heads, width, dtype, size):
+    w, cache, positions, all_tokens = setting(batch, queries, keys, heads, width, dtype)
+    pool, table = paged(cache, positions, size)
+    full = ops.subspace_attention(all_tokens, scale=0.2, causal=True, backend="reference")
+    expected = full[torch.arange(batch)[:, None], positions.cpu()]
+    tolerance = 2e-6 if dtype == torch.float32 else 8e-3
+    with torch.no_grad(), ops.use_backend("triton"):
+        got = ops.cached_subspace_attention(w, pool, positions, block_table=table, scale=0.2)
+    torch.testing.assert_close(got.cpu().double(), expected, rtol=tolerance, atol=tolerance)
+
+
 def test_keys_are_split_over_programs_and_some_splits_see_none():
-    kind = (torch.device("cpu"), torch.float32, 2, 1, 300, 16, "ieee")
+    kind = (torch.device("cpu"), torch.float32, 2, 1, 300, 16, 0, "ieee")
     splits, span, *_ = decoding._options(*kind)
     assert splits > 4
     w, cache, positions, all_tokens = setting(2, 1, 300, 1, 16, torch.float32, torch.tensor([300, span - 1]))

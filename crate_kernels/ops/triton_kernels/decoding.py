@@ -1,7 +1,8 @@
 """Attention of a few new tokens to a cache in Triton, split over the keys.
 
 One tensor is key and value, so each tile of the cache is read once for both roles. A head of one sequence is too little
-work for a GPU: several programs share its keys, and a second kernel merges their sums.
+work for a GPU: several programs share its keys, and a second kernel merges their sums. The cache is one tensor for each
+sequence, or a pool of blocks with a table that says which of them a sequence has.
 """
 
 from __future__ import annotations
@@ -35,18 +36,22 @@ def why_not(w: Tensor, cache: Tensor) -> str | None:
     return launch.why_not(w)
 
 
-def decode(w: Tensor, cache: Tensor, positions: Tensor, scale: float) -> Tensor:
+def decode(w: Tensor, cache: Tensor, positions: Tensor, scale: float, table: Tensor | None = None) -> Tensor:
     """``w (B, M, H, p)``, ``cache (B, N, H, p)``, ``positions (B, M)`` int64 in 0..N-1 -> ``(B, M, H, p)``.
 
-    ``o_i = softmax_j(scale · w_i · cache_j) cache_j`` over ``j <= positions_i``.
+    ``o_i = softmax_j(scale · w_i · cache_j) cache_j`` over ``j <= positions_i``. With ``table (B, T)``, int32 or int64,
+    the cache is ``(blocks, S, H, p)``, N is T·S, and ``cache_j`` is ``cache[table[b, j // S], j % S]``.
     """
     batch, queries, heads, width = w.shape
     w, cache, positions = launch.unit_stride(w), launch.unit_stride(cache), positions.contiguous()
+    page, keys = 0, cache.shape[1]
+    if table is not None:
+        table, page, keys = table.contiguous(), keys, keys * table.shape[1]
     o = torch.empty(w.shape, dtype=w.dtype, device=w.device)
     if o.numel() == 0:
         return o
     splits, span, options, merge = _options(
-        w.device, w.dtype, batch * heads, queries, cache.shape[1], width, launch.dot_precision(w.dtype)
+        w.device, w.dtype, batch * heads, queries, keys, width, page, launch.dot_precision(w.dtype)
     )
     part, lse = o, None
     if splits > 1:
@@ -54,8 +59,8 @@ def decode(w: Tensor, cache: Tensor, positions: Tensor, scale: float) -> Tensor:
         lse = torch.empty((batch * heads, splits, queries), dtype=torch.float32, device=w.device)
     launch.launch(
         _decode, batch * heads * splits,
-        w, cache, positions, part, lse, *w.stride()[:3], *cache.stride()[:3],
-        heads, queries, cache.shape[1], splits, span, scale * LOG2E, **options,
+        w, cache, table, positions, part, lse, *w.stride()[:3], *cache.stride()[:3],
+        heads, queries, keys, cache.shape[0], splits, span, scale * LOG2E, **options,
     )  # fmt: skip
     if splits > 1:
         launch.launch(_merge, batch * heads * queries, part, lse, o, heads, queries, splits, **merge)
@@ -64,7 +69,14 @@ def decode(w: Tensor, cache: Tensor, positions: Tensor, scale: float) -> Tensor:
 
 @once
 def _options(
-    device: torch.device, dtype: torch.dtype, pairs: int, queries: int, keys: int, width: int, precision: str
+    device: torch.device,
+    dtype: torch.dtype,
+    pairs: int,
+    queries: int,
+    keys: int,
+    width: int,
+    page: int,
+    precision: str,
 ) -> tuple[int, int, dict, dict]:
     """Over how many programs the keys of a head are split, the keys of each, and the parameters of both kernels."""
     options = configuration("decoding", device, dtype, keys, width)
@@ -76,7 +88,7 @@ def _options(
     shape = {"P": width, "WIDTH": max(16, triton.next_power_of_2(width))}
     # One query needs no matrix product; tl.dot multiplies 16 rows at least.
     rows = 1 if queries == 1 else max(16, triton.next_power_of_2(queries))
-    options |= shape | {"BLOCK_M": rows, "PRECISION": precision}
+    options |= shape | {"BLOCK_M": rows, "PAGE": page, "STAGES": options["num_stages"], "PRECISION": precision}
     return splits, span, options, shape | {"SPLITS": triton.next_power_of_2(splits), "num_warps": 4}
 
 
@@ -85,8 +97,10 @@ def _options(
 
 @triton.jit
 def _decode(
-    w, cache, positions, out, lse, w_b, w_m, w_h, c_b, c_n, c_h, heads, queries, keys, splits, span, scale,
-    P: tl.constexpr, WIDTH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
+    w, cache, table, positions, out, lse, w_b, w_m, w_h, c_b, c_n, c_h, heads, queries, keys, blocks, splits, span,
+    scale,
+    P: tl.constexpr, WIDTH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PAGE: tl.constexpr,
+    STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The attention of the queries of one head to the keys of one split; without ``lse`` the split is all there is."""
     split = tl.program_id(0) % splits
@@ -104,13 +118,25 @@ def _decode(
     q = tl.load(w + batch * w_b + inner * w_h + m[:, None] * w_m + column, mask=m_in & c_in, other=0.0)
     if BLOCK_M == 1:
         q = q.to(tl.float32)
-    cache += batch * c_b + inner * c_h
+    cache += inner * c_h
+    if table is None:
+        cache += batch * c_b
+    else:
+        table += batch * (keys // PAGE)
     acc = tl.zeros([BLOCK_M, WIDTH], tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     top = tl.full([BLOCK_M], -3.0e38, tl.float32)
-    for start in range(split * span, end, BLOCK_N):
+    # By name, because Triton prefetches by itself only what a matrix product takes.
+    for start in tl.range(split * span, end, BLOCK_N, num_stages=STAGES):
         key = start + n
-        at = cache + tl.cast(key, tl.int64)[:, None] * c_n + column
+        if table is None:
+            row = tl.cast(key, tl.int64) * c_n
+        else:
+            # One entry for each key, even where a block holds the whole tile: a single one would not be prefetched.
+            block = tl.load(table + key // PAGE, mask=key < end, other=0)
+            block = tl.minimum(tl.maximum(tl.cast(block, tl.int64), 0), blocks - 1)  # whatever the table holds
+            row = block * c_b + tl.cast(key % PAGE, tl.int64) * c_n
+        at = cache + row[:, None] + column
         k = tl.load(at, mask=(key < end)[:, None] & c_in, other=0.0)
         if BLOCK_M == 1:
             k = k.to(tl.float32)

@@ -297,15 +297,36 @@ def test_not_finite_values_reach_the_same_rows(name, bad):
     assert finite[0].any()
 
 
-def test_hidden_tokens_may_hold_anything():
-    w = normal(1, 40, 1, 8).float()
-    expected = ops.subspace_attention(w[:, :21], backend="triton")
-    w[:, 21:] = float("nan")
-    for causal in (False, True):
-        got = ops.subspace_attention(w, lengths=torch.tensor([21]), causal=causal, backend="triton")[:, :21]
-        assert got.isfinite().all()
-        if not causal:
-            torch.testing.assert_close(got, expected, rtol=0, atol=0)
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("hidden", [float("nan"), float("inf"), -float("inf")])
+def test_hidden_tokens_may_hold_anything(hidden, causal):
+    w, grad = normal(1, 40, 1, 8).float(), normal(1, 40, 1, 8).float()
+    w[:, 21:], grad[:, 21:] = hidden, 0
+
+    def outcome(w, grad, **options):
+        w = w.clone().requires_grad_()
+        o = ops.subspace_attention(w, causal=causal, backend="triton", **options)
+        return o.detach(), *torch.autograd.grad(o, w, grad)
+
+    expected = outcome(w[:, :21], grad[:, :21])
+    for got, want in zip(outcome(w, grad, lengths=torch.tensor([21])), expected, strict=True):
+        assert want.isfinite().all()
+        torch.testing.assert_close(got[:, :21], want, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["attention-value-causal-lengths", "ista-50x8", "mssa-plain"])
+def test_second_derivatives_are_the_references(name):
+    case = CASES[name].to(SINGLE)
+
+    def second(backend):
+        leaves = [None if t is None else t.to(DEVICE).requires_grad_() for t in case.tensors]
+        wanted = [t for t in leaves if t is not None]
+        out = case.operator(*leaves, **case.options, backend=backend)
+        first = torch.autograd.grad(out.square().sum(), wanted, create_graph=True)
+        return torch.autograd.grad(sum(g.square().sum() for g in first), wanted)
+
+    for got, want in zip(second("triton"), second("reference"), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-3 * want.abs().max().item())
 
 
 @pytest.mark.parametrize("name", ["attention-N197", "attention-N65-causal", "ista-50x8", "mssa-plain"])

@@ -19,6 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..masks import finite_where_hidden
 from ..triton_kernels import launch
 from ..triton_kernels.arithmetic import dot, rounded
 from ..triton_kernels.configurations import configuration, once
@@ -42,14 +43,19 @@ def why_not_width(width: int, tensor: Tensor) -> str | None:
     return launch.why_not(tensor)
 
 
+def _operands(w: Tensor, value: Tensor | None, lengths: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """What the kernels read. They multiply hidden rows by zero, so these rows must be finite."""
+    w, value = (None if t is None else launch.unit_stride(finite_where_hidden(t, lengths)) for t in (w, value))
+    return w, value
+
+
 def forward(
     w: Tensor, value: Tensor | None, lengths: Tensor | None, scale: float, causal: bool
 ) -> tuple[Tensor, Tensor]:
     """-> ``o (B, N, H, p)`` contiguous, and the base-2 log-normalizer ``lse (B, H, N)`` of the softmax rows in
     float32: a natural logarithm would be rounded twice on its way through ``exp2``."""
     batch, tokens, heads, width = w.shape
-    w = launch.unit_stride(w)
-    value = None if value is None else launch.unit_stride(value)
+    w, value = _operands(w, value, lengths)
     lengths = None if lengths is None else lengths.contiguous()
     o = torch.empty(w.shape, dtype=w.dtype, device=w.device)
     lse = torch.empty((batch, heads, tokens), dtype=torch.float32, device=w.device)
@@ -96,8 +102,8 @@ def backward(
 ) -> tuple[Tensor, Tensor | None]:
     """-> ``(dw, dvalue)``; ``dvalue`` is None without a separate value, its part is then in ``dw``."""
     batch, tokens, heads, width = w.shape
-    w, grad = launch.unit_stride(w), launch.unit_stride(grad)
-    value = None if value is None else launch.unit_stride(value)
+    w, value = _operands(w, value, lengths)
+    grad = launch.unit_stride(grad)
     lengths = None if lengths is None else lengths.contiguous()
     o, lse = o.contiguous(), lse.contiguous()
     dw = torch.empty(w.shape, dtype=w.dtype, device=w.device)

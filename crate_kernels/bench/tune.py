@@ -1,15 +1,21 @@
-"""Measure the backends on the user's device, on the shapes of one model, and let the automatic choice follow.
+"""Measure the backends and the launch options of the Triton kernels on the user's device, on the shapes of one model.
 
-The correctness gate of the benchmark comes first: a backend with wrong results is not timed. The order of the backends
-is that of the geometric mean of their times in inference and in training. The records go to the user's cache folder
-(see :mod:`crate_kernels.user_cache`), with the device, the versions, the shapes and the times. Nothing is ever measured
-at import or by a call.
+The automatic choice follows. The correctness gate of the benchmark comes first: a backend or a launch with wrong
+results is not timed. The order is that of the geometric mean of the times in inference and in training. The launch
+options of the Triton kernels come first, one kernel after the other, then the backends. Other options replace the
+shipped ones only if they are faster beyond the noise. The records go to the user's cache folder (see
+:mod:`crate_kernels.user_cache`), with the device, the versions, the shapes and the times. Nothing is ever measured at
+import or by a call.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
+import importlib.util
+import json
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -90,9 +96,10 @@ def run(args: argparse.Namespace) -> int:
         return 0
     if not settings.show:
         tune(settings, device)
-    found = tuned.records(device)
-    print("\n".join(map(line, found)) if found else "nothing is stored")
-    print(f"stored in {user_cache.folder() / f'{tuned.FILE}.json'}")
+    lines = [line(record) for record in tuned.records(device)]
+    lines += [launch_line(record) for record in tuned.records(device, tuned.LAUNCHES)]
+    print("\n".join(lines) if lines else "nothing is stored")
+    print(f"stored in {user_cache.folder()}, {tuned.FILE}.json and {tuned.LAUNCHES}.json")
     return 0
 
 
@@ -107,6 +114,7 @@ def tune(settings: Settings, device: torch.device) -> None:
         for number, case in enumerate(cases):
             report.show(number, case.name)
             try:
+                tune_launches(case, device, dtype, settings.seconds, functools.partial(report.show, number))
                 record = measure(case, device, dtype, settings.seconds)
             except torch.OutOfMemoryError:
                 report.line(f"{case.name}: the device has no room for the float64 reference; take a smaller --batch")
@@ -115,6 +123,77 @@ def tune(settings: Settings, device: torch.device) -> None:
                 report.line(f"{case.operator}: {backend} is not measured: {reason}")
             tuned.store(device, [record])
             report.show(number + 1, case.name)
+
+
+def tune_launches(
+    case: Case, device: torch.device, dtype: torch.dtype, seconds: float, progress: Callable[[str], object] = str
+) -> list[dict[str, Any]]:
+    """Find the fastest launch options of the Triton kernels that an operator launches, and store a record for each.
+
+    Nothing is done where Triton is missing, or cannot run the operator on the device, or gives wrong results with the
+    shipped options.
+    """
+    if importlib.util.find_spec("triton") is None:
+        return []
+    from ..ops.triton_kernels import configurations, launch
+
+    leaves = [t.requires_grad_() for t in case.tensors(device, dtype)]
+    if launch.why_not(leaves[0]) is not None:
+        return []
+    call = case.call("triton")
+
+    def right(chosen: dict[str, dict]) -> bool:
+        with configurations.trial(chosen):
+            try:
+                return bool(operators.gated(case, {"triton": call}, leaves)[0])
+            except Exception:  # whatever a compiler or a launch raises: too many registers, a tile that cannot be
+                return False
+
+    def tried(chosen: dict[str, dict], direction: str) -> Callable[[], object]:
+        with configurations.trial(chosen):
+            run = operators.prepared(call, leaves, direction)
+
+        def inside():
+            with configurations.trial(chosen):
+                run()
+
+        return inside
+
+    with configurations.asked() as asked:
+        if not right({}):
+            return []
+    best: dict[str, dict] = {}
+    found = []
+    for kernel, kind, rows, width in sorted(asked, key=str):
+        options = configurations.candidates(kernel, device, kind, rows, width)
+        passed = {}
+        for number, each in enumerate(options):
+            progress(f"{case.name}: {kernel}, {number + 1} of {len(options)} launch options")
+            if right(best | {kernel: each}):
+                passed[json.dumps(each)] = each
+        samples: dict[str, dict[str, list[float]]] = {}
+        for direction in dispatch.DIRECTIONS:
+            runs = {name: tried(best | {kernel: each}, direction) for name, each in passed.items()}
+            samples[direction] = timing.measure(runs, device, seconds=seconds, rounds=(5, 50))
+        first = json.dumps(options[0])
+        if first not in passed:
+            continue
+        faster = {
+            name: math.prod(timing.paired_ratio(samples[d][first], samples[d][name])["p50"] for d in samples)
+            for name in passed
+        }
+        fastest = max(faster, key=faster.__getitem__)
+        low = (timing.paired_ratio(samples[d][first], samples[d][fastest])["p20"] for d in samples)
+        chosen = passed[fastest] if math.prod(low) > 1 else options[0]
+        best[kernel] = chosen
+        found.append({
+            "kernel": kernel, "dtype": str(kind).removeprefix("torch."), "rows": rows, "width": width,
+            "options": chosen, "shipped": options[0], "operator": case.operator, "shape": case.shape(),
+            "seconds": {name: {d: timing.quantiles(samples[d][name])["p50"] for d in samples} for name in passed},
+        })  # fmt: skip
+    tuned.store(device, found, tuned.LAUNCHES)
+    configurations.forget()
+    return found
 
 
 def measure(case: Case, device: torch.device, dtype: torch.dtype, seconds: float) -> dict[str, Any]:
@@ -151,3 +230,13 @@ def line(record: dict[str, Any]) -> str:
     )
     what = f"{record['operator']} {record['dtype']} size {record['size']} rows {record['rows']}"
     return f"{what}{' causal' if record['causal'] else ''}: {best or 'no backend passed'} ({times})"
+
+
+def launch_line(record: dict[str, Any]) -> str:
+    """One record of launch options for the terminal."""
+    times = record["seconds"]
+    chosen, shipped = (math.prod(times[json.dumps(record[name])].values()) for name in ("options", "shipped"))
+    gain = (shipped / chosen) ** (1 / len(dispatch.DIRECTIONS))
+    what = f"{record['kernel']} {record['dtype']} rows {record['rows']} width {record['width']}"
+    options = " ".join(f"{name}={value}" for name, value in record["options"].items())
+    return f"{what}: {options} ({len(times)} measured; {gain:.2f} times as fast as shipped)"

@@ -1,7 +1,9 @@
 """Which backend was fastest on this device: what ``crate-kernels tune`` measured and the user's cache folder holds.
 
-A record holds for calls of the same operator, dtype and order of tokens (causal or not), with the same size (N for the
-attention operators, d for the others), and with half to twice as many rows as were measured.
+A record of backends holds for calls of the same operator, dtype and order of tokens (causal or not), with the same size
+(N for the attention operators, d for the others), and with half to twice as many rows as were measured. A record of
+launch options holds for launches of the same Triton kernel and dtype with rows of the same width: for the same number
+of rows, or, where the rows are those of a product, for half to twice as many.
 """
 
 from __future__ import annotations
@@ -14,6 +16,10 @@ import torch
 from .. import user_cache
 
 FILE = "tune"
+LAUNCHES = "launches"
+"""The file of launch options."""
+SIMILAR = ("product",)
+"""Kernels whose options do not depend on the exact number of rows."""
 
 
 def ranking(
@@ -28,36 +34,67 @@ def ranking(
     return None
 
 
-def records(device: torch.device) -> list[dict[str, Any]]:
+def launch_options(
+    device: torch.device, kernel: str, dtype: torch.dtype, rows: int, width: int
+) -> dict[str, Any] | None:
+    """The fastest launch options of a Triton kernel for such operands; None if nobody measured them."""
+    place = device.type, device.index
+    if place not in _launches:
+        exist = (user_cache.folder() / f"{LAUNCHES}.json").exists() and device.type != "meta"
+        _launches[place] = tuple(records(device, LAUNCHES)) if exist else ()
+    for record in _launches[place]:
+        if (record["kernel"], record["dtype"], record["width"]) != (kernel, str(dtype).removeprefix("torch."), width):
+            continue
+        near = record["rows"] <= 2 * rows and rows <= 2 * record["rows"]
+        if near if kernel in SIMILAR else record["rows"] == rows:
+            return dict(record["options"])
+    return None
+
+
+def records(device: torch.device, file: str = FILE) -> list[dict[str, Any]]:
     """What is stored for the device, and for the versions at hand."""
-    found = user_cache.read(FILE).get(user_cache.combination(device), [])
+    found = user_cache.read(file).get(user_cache.combination(device), [])
     return [record for record in found if isinstance(record, dict)]
 
 
-def store(device: torch.device, found: list[dict[str, Any]]) -> None:
+KEYS = {FILE: ("operator", "dtype", "causal", "size", "rows"), LAUNCHES: ("kernel", "dtype", "rows", "width")}
+"""File -> what tells its records apart."""
+
+
+def store(device: torch.device, found: list[dict[str, Any]], file: str = FILE) -> None:
     """Add records; they replace those of the same call. Calls from now on follow them."""
 
     def key(record: Mapping[str, Any]) -> tuple:
-        return tuple(record[name] for name in ("operator", "dtype", "causal", "size", "rows"))
+        return tuple(record[name] for name in KEYS[file])
 
-    merged = {key(record): record for record in [*records(device), *found]}
-    content = user_cache.read(FILE)
+    merged = {key(record): record for record in [*records(device, file), *found]}
+    content = user_cache.read(file)
     content[user_cache.combination(device)] = list(merged.values())
-    user_cache.write(FILE, content)
-    _loaded.clear()
+    user_cache.write(file, content)
+    forget()
 
 
 def clear(device: torch.device) -> int:
     """Forget what is stored for the device; returns the number of records."""
-    content = user_cache.read(FILE)
-    count = len(content.pop(user_cache.combination(device), []))
-    user_cache.write(FILE, content)
-    _loaded.clear()
+    count = 0
+    for file in KEYS:
+        content = user_cache.read(file)
+        count += len(content.pop(user_cache.combination(device), []))
+        user_cache.write(file, content)
+    forget()
     return count
+
+
+def forget() -> None:
+    """Read the files again at the next call."""
+    _loaded.clear()
+    _launches.clear()
 
 
 _loaded: dict[tuple[str, int | None], tuple[dict[str, Any], ...]] = {}
 """The records of each device, read once in a process: a call must not wait for a file."""
+_launches: dict[tuple[str, int | None], tuple[dict[str, Any], ...]] = {}
+"""The same of launch options."""
 
 
 @torch.compiler.assume_constant_result

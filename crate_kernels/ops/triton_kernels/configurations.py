@@ -2,8 +2,8 @@
 
 A row is taken if elements are no larger than its ``size``, operand rows no wider than its ``width``, there are at least
 ``rows`` rows, and the device has at least ``shared`` bytes of shared memory for one program; the first such row wins.
-Nothing is measured at import or at run time. ``override`` (or the environment variable, as JSON) replaces single
-options for experiments::
+Nothing is measured at import or at run time. What ``crate-kernels tune`` has measured on the device at hand replaces a
+row. ``override`` (or the environment variable, as JSON) replaces single options for experiments::
 
     CRATE_KERNELS_TRITON='{"attention_forward": {"BLOCK_M": 128, "num_warps": 8}}'
 """
@@ -14,11 +14,12 @@ import contextlib
 import functools
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import TypeVar
 
 import torch
 
+from .. import tuned
 from . import launch
 
 ENVIRONMENT_VARIABLE = "CRATE_KERNELS_TRITON"
@@ -107,6 +108,10 @@ TABLE = {
 }
 
 _overrides: dict[str, dict] = json.loads(os.environ.get(ENVIRONMENT_VARIABLE) or "{}")
+_trial: tuple[tuple[str, str], ...] = ()
+"""(kernel, options as JSON) that ``trial`` puts in the place of the table's."""
+_asked: set[tuple[str, torch.dtype, int, int]] | None = None
+"""Where ``asked`` collects the calls of ``configuration``."""
 
 
 _Function = TypeVar("_Function", bound=Callable)
@@ -118,9 +123,17 @@ def once(function: _Function) -> _Function:
 
     The result must not be changed. It is what a launch needs beyond its tensors, so a call computes none of it twice.
     """
-    cached = functools.lru_cache(maxsize=512)(function)
+
+    @functools.lru_cache(maxsize=512)
+    def cached(trial, *arguments):
+        return function(*arguments)
+
+    @functools.wraps(function)
+    def call(*arguments):
+        return cached(_trial, *arguments)
+
     _caches.append(cached)
-    return cached
+    return call
 
 
 def forget() -> None:
@@ -131,11 +144,61 @@ def forget() -> None:
 
 def configuration(kernel: str, device: torch.device, dtype: torch.dtype, rows: int, width: int) -> dict:
     """Launch options of ``kernel`` on ``device`` for an operand of ``rows`` rows of ``width`` elements of ``dtype``."""
+    if _asked is not None:
+        _asked.add((kernel, dtype, rows, width))
+    tried = dict(_trial).get(kernel)
+    options = tuned.launch_options(device, kernel, dtype, rows, width) if tried is None else json.loads(tried)
+    return (options or shipped(kernel, device, dtype, rows, width)) | _overrides.get(kernel, {})
+
+
+def shipped(kernel: str, device: torch.device, dtype: torch.dtype, rows: int, width: int) -> dict:
+    """What the table has for such a launch."""
     size, memory = dtype.itemsize, launch.shared_memory(device)
     for most_size, most_width, least_rows, least_memory, options in TABLE[kernel]:
         if size <= most_size and width <= most_width and rows >= least_rows and memory >= least_memory:
-            return options | _overrides.get(kernel, {})
+            return dict(options)
     raise AssertionError(f"no configuration of {kernel} for {rows} rows of {width} elements of {size} bytes")
+
+
+def candidates(kernel: str, device: torch.device, dtype: torch.dtype, rows: int, width: int) -> list[dict]:
+    """The options worth trying for such a launch: those of the table for such operands on any device, the shipped ones
+    first, and these with one stage more or less and with half or twice the warps."""
+    first = shipped(kernel, device, dtype, rows, width)
+    found = [first]
+    for most_size, most_width, _, _, options in TABLE[kernel]:
+        if dtype.itemsize <= most_size and width <= most_width:
+            found.append(options)
+    for name, values in (("num_stages", (-1, 1)), ("num_warps", (0.5, 2))):
+        if name in first:
+            change = (lambda a, b: a + b) if name == "num_stages" else (lambda a, b: int(a * b))
+            found += [first | {name: value} for value in (change(first[name], by) for by in values) if value > 0]
+    return [options for index, options in enumerate(found) if options not in found[:index]]
+
+
+@contextlib.contextmanager
+def trial(options: Mapping[str, dict]) -> Iterator[None]:
+    """Inside, the launch options of some kernels are these, whatever the table and the user's cache hold.
+
+    To enter it again with the same options costs nothing.
+    """
+    global _trial
+    previous, _trial = _trial, tuple((kernel, json.dumps(chosen)) for kernel, chosen in options.items())
+    try:
+        yield
+    finally:
+        _trial = previous
+
+
+@contextlib.contextmanager
+def asked() -> Iterator[set[tuple[str, torch.dtype, int, int]]]:
+    """Collects (kernel, dtype, rows, width) of all launches whose options are looked up inside."""
+    global _asked
+    forget()
+    previous, _asked = _asked, set()
+    try:
+        yield _asked
+    finally:
+        _asked = previous
 
 
 @contextlib.contextmanager

@@ -349,11 +349,18 @@ def _load(
         yield tuple(batch)
 
 
-def loader_speed(data: ImageData, batching: Batching, size: tuple[int, int], seconds: float = 2.0) -> float:
+MEASURED_SECONDS = 2.0
+
+
+def loader_speed(data: ImageData, batching: Batching, size: tuple[int, int], seconds: float | None = None) -> float:
     """Training images per second that the loader of this rank delivers while nothing else runs, in at most an epoch.
+
+    Args:
+        seconds: how long it is measured; ``MEASURED_SECONDS`` by default.
 
     The first batches are not counted where there are others: the loader prepares them while its processes start.
     """
+    seconds = MEASURED_SECONDS if seconds is None else seconds
     workers = default_workers() if batching.workers is None else batching.workers
     once = dataclasses.replace(batching, epochs=1)
     counts, times = [0], [time.perf_counter()]

@@ -28,9 +28,9 @@ pytest.importorskip("mlxtend")
 SMALL = shlex.split("train --dim 48 --depth 2 --heads 2 --patch-size 7 --batch-size 64 --checkpoint-seconds 1000")
 # Everything that keeps a state or draws at random: moving average, dropout, mixup, accumulation, a schedule.
 STATEFUL = shlex.split(
-    "train --dim 16 --depth 1 --heads 2 --patch-size 14 --batch-size 40 --accumulate 2 --epochs 3 --ema 0.99"
+    "train --dim 16 --depth 1 --heads 2 --patch-size 14 --batch-size 40 --accumulate 2 --epochs 2 --ema 0.99"
     " --dropout 0.1 --mixup 0.2 --optimizer lion --learning-rate 1e-3 --log-steps 1 --seed 5 --precision fp32"
-    " --checkpoint-seconds 0"
+    " --checkpoint-seconds 0 --layerwise-steps 0"
 )
 
 
@@ -103,7 +103,7 @@ def test_a_killed_run_resumes_to_the_same_result(tmp_path, capsys):
     assert main([*STATEFUL, "--output", str(whole)]) == 0
     command = [*STATEFUL, "--output", str(killed), "--workers", "2"]
     process = subprocess.Popen([sys.executable, "-m", "crate_kernels.cli", *command], stdout=subprocess.DEVNULL)
-    steps, log = 3 * 50, killed / "metrics.jsonl"
+    steps, log = 2 * 50, killed / "metrics.jsonl"
     moment = random.randrange(5, steps - 20)
     deadline = time.monotonic() + 120
     while len(read_records(log)) < moment:

@@ -19,6 +19,7 @@ namespace crate::CRATE_ISA {
 
 constexpr int kTokens = 96;      // of a block; a multiple of kRows and of kColumns
 constexpr int kPairTokens = 256; // keys that a strip of bfloat16 queries attends to at a time; a multiple of kColumns
+constexpr int kFewTokens = 32;   // up to here, tile registers are too empty to pay
 constexpr float kRange = 90.0f;  // largest difference of c_i, in powers of two, for which E_ij u_j cannot underflow in vain
 static_assert(kTokens % kRows == 0 && kTokens % kColumns == 0);
 
@@ -262,8 +263,49 @@ inline void attend_rows(const Head& head, const Operand& w, const float* values,
     }
 }
 
+// A head's rows as the operands of products of pairs: A, B of scores and B of sums.
+template <bool kPairs>
+inline PackedRows pair_rows(Frame& frame, const Source& s, int64_t tokens, int64_t width) {
+    for (int64_t i = 0; i < tokens; ++i) prefetch(s, i, 0, width);
+    return pack_rows<kPairs>(s, 0, tokens, 0, width, frame.take(packed_rows_floats<kPairs>(tokens, width)));
+}
+template <bool kPairs>
+inline const float* pair_keys(Frame& frame, const Source& s, int64_t tokens, int64_t width) {
+    const int64_t units = Engine<kPairs>::units(width);
+    float* keys = frame.take(round_up(tokens, kColumns) * units);
+    for (int64_t j = 0; j < tokens; j += kColumns)
+        pack_panel_of_columns<kPairs>(s, 0, width, j, tokens - j < kColumns ? tokens - j : kColumns, keys + j * units);
+    return keys;
+}
+template <bool kPairs>
+inline const float* pair_values(Frame& frame, const Source& s, int64_t tokens, int64_t width) {
+    float* values = frame.take(packed_floats<kPairs>(tokens, width));
+    pack_units_of_rows<kPairs>(s, 0, tokens, width, 0, Engine<kPairs>::units(tokens), values);
+    return values;
+}
+
+// scores (a strip of rows, `count` columns) = rows times keys from `first` on.
+template <bool kPairs>
+inline void score_strip(const PackedRows& rows, int64_t row, const float* keys, int64_t units, int64_t first, int64_t count,
+                        float* scores) {
+    for (int64_t j = 0; j < count; j += kColumns)
+        multiply_chain<kPairs, false>(rows.data + row * rows.stride, rows.stride, keys + (first + j) * units, units,
+                                      scores + j, kPairTokens, false);
+}
+
+constexpr int64_t kWeightStride = kPairTokens / 2 + 16;  // of a strip of weights, in pairs
+
+// sums = or += weights times the values of `count` tokens from `first` on.
+template <bool kPairs>
+inline void sum_strip(const float* weights, const float* values, int64_t token_units, int64_t first, int64_t count,
+                      int64_t width, float* sums, bool add) {
+    for (int64_t column = 0; column < width; column += kColumns)
+        multiply_chain<kPairs, false>(weights, kWeightStride, values + column * token_units + first / 2 * kColumns,
+                                      Engine<kPairs>::units(count), sums + column, round_up(width, kColumns), add);
+}
+
 // The queries that are keys, with products of pairs of bfloat16: P_ij = exp(scale w_i w_j - c_i - max c), without use of its
-// symmetry, because such products cost less than turning tiles would. Says whether the head's c_i allow it.
+// symmetry, because products in tile registers cost less than turning tiles would. Says whether the head's c_i allow it.
 template <bool kPairs>
 inline bool attend_pairs(const Head& head, const AttentionForward& call, const Source& w, const Source& value,
                          int64_t visible, float scale, float* lse) {
@@ -271,8 +313,7 @@ inline bool attend_pairs(const Head& head, const AttentionForward& call, const S
     Frame frame;
     const int64_t width = head.shape.width, padded = round_up(width, kColumns);
     const int64_t units = Engine<kPairs>::units(width), token_units = Engine<kPairs>::units(visible);
-    for (int64_t i = 0; i < visible; ++i) prefetch(w, i, 0, width);
-    const PackedRows rows = pack_rows<kPairs>(w, 0, visible, 0, width, frame.take(packed_rows_floats<kPairs>(visible, width)));
+    const PackedRows rows = pair_rows<kPairs>(frame, w, visible, width);
     float* c = frame.take(round_up(visible, kStrip) + kLanes);
     float* normalizer = frame.take(round_up(visible, kStrip) + kLanes);
     float most = -INFINITY, least = INFINITY;
@@ -285,14 +326,10 @@ inline bool attend_pairs(const Head& head, const AttentionForward& call, const S
     if (!(scale > 0 && most - least <= kRange)) return false;
     for (int64_t i = visible; i < round_up(visible, kStrip); ++i) c[i] = 0;
 
-    float* keys = frame.take(round_up(visible, kColumns) * units);
-    for (int64_t j = 0; j < visible; j += kColumns)
-        pack_panel_of_columns<kPairs>(w, 0, width, j, visible - j < kColumns ? visible - j : kColumns, keys + j * units);
-    float* values = frame.take(packed_floats<kPairs>(visible, width));
-    pack_units_of_rows<kPairs>(value, 0, visible, width, 0, token_units, values);
-    const int64_t stride = padded_stride(kPairTokens / 2);
+    const float* keys = pair_keys<kPairs>(frame, w, visible, width);
+    const float* values = pair_values<kPairs>(frame, value, visible, width);
     float* scores = frame.take(kStrip * kPairTokens);
-    float* weights = frame.take(kStrip * stride);
+    float* weights = frame.take(kStrip * kWeightStride);
     float* sums = frame.take(kStrip * padded);
     const Ints lanes = lane_numbers();
     TileRegisters registers;
@@ -303,9 +340,7 @@ inline bool attend_pairs(const Head& head, const AttentionForward& call, const S
         for (int64_t r = 0; r < kStrip; ++r) normalizer[i + r] = 0;
         for (int64_t first = 0; first < seen; first += kPairTokens) {
             const int64_t keys_here = seen - first < kPairTokens ? seen - first : kPairTokens;
-            for (int64_t j = 0; j < keys_here; j += kColumns)
-                multiply_chain<kPairs, false>(rows.data + i * rows.stride, rows.stride, keys + (first + j) * units, units,
-                                              scores + j, kPairTokens, false);
+            score_strip<kPairs>(rows, i, keys, units, first, keys_here, scores);
             for (int64_t r = 0; r < kStrip; ++r) {
                 const float shift = c[i + r] + most;
                 const int64_t mine = head.shape.causal && i + r + 1 < seen ? i + r + 1 - first : keys_here;
@@ -318,13 +353,11 @@ inline bool attend_pairs(const Head& head, const AttentionForward& call, const S
                         if (column + kLanes > mine) p[v] = select(lanes < int32_t(mine - column), p[v], Floats{});
                         total += p[v];
                     }
-                    store_pairs(weights + r * stride + j / 2, p[0], p[1]);
+                    store_pairs(weights + r * kWeightStride + j / 2, p[0], p[1]);
                 }
                 normalizer[i + r] += sum(total);
             }
-            for (int64_t column = 0; column < width; column += kColumns)
-                multiply_chain<kPairs, false>(weights, stride, values + column * token_units + first / 2 * kColumns,
-                                              Engine<kPairs>::units(keys_here), sums + column, padded, first > 0);
+            sum_strip<kPairs>(weights, values, token_units, first, keys_here, width, sums, first > 0);
         }
         for (int64_t r = 0; r < count; ++r) {
             const float share = 1.0f / normalizer[i + r];
@@ -347,8 +380,8 @@ inline void attend(const Head& head, Frame& frame, const AttentionForward& call)
     const float scale = float(head.shape.scale) * kLog2E;
     float* lse = call.lse + head.first_row();
     bool keys_done = false;  // whether the queries that are keys are done
-    if constexpr (kHasPairs)
-        if (head.shape.low_precision && head.shape.first_query == 0)
+    if constexpr (kHasTiles)
+        if (head.shape.low_precision && head.shape.first_query == 0 && visible > kFewTokens)
             keys_done = attend_pairs<true>(head, call, w_source, v_source, visible, scale, lse);
     if (keys_done && visible == tokens) return;
     for (int64_t i = 0; i < visible; ++i) prefetch(w_source, i, 0, width);
@@ -446,7 +479,96 @@ inline void attend(const Head& head, Frame& frame, const AttentionForward& call)
 // -- backward ------------------------------------------------------------------------------------------------------
 
 // dS = P (g v - delta), dw_i = sum_j scale (dS_ij + dS_ji) w_j, dv_i = sum_j P_ji g_j; without a value dw takes both.
+// The same with products of pairs, where every token is key and query. A strip of tokens i takes all that falls to its rows, as
+// query and as key, so that no two strips add to one row:
+//   dw_i = sum_j scale (dS_ij + dS_ji) w_j, dv_i = sum_j P_ji g_j, with s_ij = s_ji.
+template <bool kPairs>
+inline void attend_backward_pairs(const Head& head, const AttentionBackward& call) {
+    constexpr int kStrip = Engine<kPairs>::rows;
+    Frame frame;
+    const int64_t tokens = head.shape.tokens, width = head.shape.width, padded = round_up(width, kColumns);
+    const int64_t units = Engine<kPairs>::units(width), token_units = Engine<kPairs>::units(tokens);
+    const bool causal = head.shape.causal, shared = call.value.data == nullptr;
+    const float scale = float(head.shape.scale);
+    const Source w_source = head.rows(call.w), g_source = head.rows(call.grad), o_source = head.rows(call.out);
+    const Source value_source = head.rows(call.value);
+    const PackedRows w_rows = pair_rows<kPairs>(frame, w_source, tokens, width);
+    const PackedRows g_rows = pair_rows<kPairs>(frame, g_source, tokens, width);
+    const PackedRows v_rows = shared ? w_rows : pair_rows<kPairs>(frame, value_source, tokens, width);
+    const float* w_keys = pair_keys<kPairs>(frame, w_source, tokens, width);
+    const float* g_keys = pair_keys<kPairs>(frame, g_source, tokens, width);
+    const float* v_keys = shared ? w_keys : pair_keys<kPairs>(frame, value_source, tokens, width);
+    const float* w_values = pair_values<kPairs>(frame, w_source, tokens, width);
+    const float* g_values = pair_values<kPairs>(frame, g_source, tokens, width);
+    float* lse = frame.take(tokens + kPairTokens);
+    float* delta = frame.take(tokens + kPairTokens);
+    float* g_row = frame.take(padded);
+    float* o_row = frame.take(padded);
+    for (int64_t i = 0; i < tokens; ++i) {
+        prefetch(o_source, i + kAhead < tokens ? i + kAhead : i, 0, width);
+        fetch(g_source, i, 0, width, g_row);
+        fetch(o_source, i, 0, width, o_row);
+        delta[i] = dot(g_row, o_row, width);
+        lse[i] = call.lse[head.first_row() + i] * kLog2E;
+    }
+    for (int64_t i = tokens; i < tokens + kPairTokens; ++i) delta[i] = lse[i] = 0;
+
+    float* scores = frame.take(kStrip * kPairTokens);
+    float* down = frame.take(kStrip * kPairTokens);  // g_i v_j
+    float* up = frame.take(kStrip * kPairTokens);    // v_i g_j
+    float* ds = frame.take(kStrip * kWeightStride);
+    float* p = frame.take(kStrip * kWeightStride);
+    float* dw = frame.take(kStrip * padded);
+    float* dv = shared ? dw : frame.take(kStrip * padded);
+    const Ints lanes = lane_numbers();
+    TileRegisters registers;
+    for (int64_t i = 0; i < tokens; i += kStrip) {
+        const int64_t count = tokens - i < kStrip ? tokens - i : kStrip;
+        for (int64_t first = 0; first < tokens; first += kPairTokens) {
+            const int64_t here = tokens - first < kPairTokens ? tokens - first : kPairTokens;
+            score_strip<kPairs>(w_rows, i, w_keys, units, first, here, scores);
+            score_strip<kPairs>(g_rows, i, v_keys, units, first, here, down);
+            score_strip<kPairs>(v_rows, i, g_keys, units, first, here, up);
+            for (int64_t r = 0; r < kStrip; ++r) {
+                const float lse_i = lse[i + r], delta_i = delta[i + r];
+                for (int64_t j = 0; j < here; j += 2 * kLanes) {
+                    Floats both[2], as_key[2];
+                    for (int v = 0; v < 2; ++v) {
+                        const int64_t at = r * kPairTokens + j + v * kLanes, column = first + j + v * kLanes;
+                        const Floats s = load(scores + at) * (scale * kLog2E);
+                        Floats query = exp2_of_weight(s - lse_i), key = exp2_of_weight(s - load(lse + column));
+                        Floats from_query = query * (load(down + at) - delta_i);
+                        Floats from_key = key * (load(up + at) - load(delta + column));
+                        if (causal || column + kLanes > tokens) {
+                            const Ints number = lanes + int32_t(column), there = number < int32_t(tokens);
+                            const Ints sees = causal ? there & (number <= int32_t(i + r)) : there;
+                            const Ints seen = causal ? there & (number >= int32_t(i + r)) : there;
+                            from_query = select(sees, from_query, Floats{});
+                            from_key = select(seen, from_key, Floats{});
+                            key = select(seen, key, Floats{});
+                        }
+                        both[v] = (from_query + from_key) * scale;
+                        as_key[v] = key;
+                    }
+                    store_pairs(ds + r * kWeightStride + j / 2, both[0], both[1]);
+                    store_pairs(p + r * kWeightStride + j / 2, as_key[0], as_key[1]);
+                }
+            }
+            sum_strip<kPairs>(ds, w_values, token_units, first, here, width, dw, first > 0);
+            sum_strip<kPairs>(p, g_values, token_units, first, here, width, dv, shared || first > 0);
+        }
+        for (int64_t r = 0; r < count; ++r) {
+            head.write_row(call.dw, i + r, dw + r * padded);
+            if (!shared) head.write_row(call.dvalue, i + r, dv + r * padded);
+        }
+    }
+}
+
 inline void attend_backward(const Head& head, Frame& frame, const AttentionBackward& call) {
+    if constexpr (kHasTiles)
+        if (head.shape.low_precision && head.shape.first_query == 0 && head.visible() == head.shape.tokens &&
+            head.shape.tokens > kFewTokens)
+            return attend_backward_pairs<true>(head, call);
     const int64_t tokens = head.shape.tokens, width = head.shape.width, visible = head.visible();
     const bool causal = head.shape.causal, shared = call.value.data == nullptr;
     const float scale = float(head.shape.scale);

@@ -26,13 +26,13 @@ constexpr int kRows = 6, kVectors = 4;  // 24 + 4 + 1 of 32 registers
 constexpr int kColumns = kVectors * kLanes;
 
 #if defined(__AMX_BF16__)
-constexpr bool kHasPairs = true;
+constexpr bool kHasPairs = true, kHasTiles = true;
 constexpr int kPairRows = 32, kPairDepth = 16;  // two tile registers of 16 rows; 16 pairs a row of a tile register
 #elif defined(__AVX512BF16__)
-constexpr bool kHasPairs = true;
+constexpr bool kHasPairs = true, kHasTiles = false;
 constexpr int kPairRows = kRows, kPairDepth = 1;
 #else
-constexpr bool kHasPairs = false;
+constexpr bool kHasPairs = false, kHasTiles = false;
 constexpr int kPairRows = kRows, kPairDepth = 1;
 #endif
 

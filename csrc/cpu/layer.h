@@ -145,8 +145,102 @@ inline Heads heads_of(void* data, int64_t type, const AttentionShape& shape) {
     return {data, type, shape.tokens * inner, inner, shape.width};
 }
 
+// z + step o, where attention has no output projection.
+inline void add_attention(const LayerForward& call, int64_t first, int64_t count, const MutableArray& to) {
+    Frame frame;
+    const int64_t width = call.shape.width;
+    const float step = float(call.shape.mssa_step_size);
+    float* o = frame.take(round_up(width, kLanes));
+    float* z = frame.take(round_up(width, kLanes));
+    for (int64_t i = first; i < first + count; ++i) {
+        read(call.o.data, call.o.type, i * call.o.stride, width, o);
+        read(call.z.data, call.z.type, i * call.z.stride, width, z);
+        for (int64_t k = 0; k < width; k += kLanes) store(z + k, load(z + k) + load(o + k) * step);
+        write(to.data, to.type, i * to.stride, width, z);
+    }
+}
+
+inline void attend_tokens(const LayerForward& call, Frame& frame) {
+    const AttentionShape& attention = call.shape.attention;
+    AttentionForward attend_call{};
+    attend_call.shape = attention;
+    attend_call.w = heads_of(call.w.data, call.w.type, attention);
+    attend_call.out = heads_of(call.o.data, call.o.type, attention);
+    attend_call.lse = call.lse != nullptr ? call.lse : frame.take(attention.batch * attention.heads * attention.tokens);
+    attention_forward(attend_call);
+}
+
+// Whether multiply_few_rows serves the call: float32 weights that nobody has packed, and few rows.
+inline bool has_few_rows(const LayerForward& call) {
+    const LayerWeights& weights = call.weights;
+    const int64_t rows = call.shape.attention.batch * call.shape.attention.tokens;
+    const bool mssa = call.halves & 1, ista = call.halves & 2;
+    if (2 * rows >= call.shape.width) return false;
+    if (mssa && (weights.packed_projection != nullptr || weights.packed_output != nullptr ||
+                 weights.projection.type != kFloat32 || weights.output.type != kFloat32))
+        return false;
+    return !ista || (weights.packed_folded == nullptr && weights.folded.data == nullptr && weights.dictionary.type == kFloat32);
+}
+
+// z" = relu(x + eta (x - x Wᵀ) W - eta lambda) without the fold, which would cost more than all products of few rows.
+inline void forward_few_rows(const LayerForward& call) {
+    const LayerShape& shape = call.shape;
+    const LayerWeights& weights = call.weights;
+    const int64_t width = shape.width, inner = shape.attention.heads * shape.attention.width;
+    const int64_t rows = shape.attention.batch * shape.attention.tokens, padded = round_up(width, kColumns);
+    const bool mssa = call.halves & 1, ista = call.halves & 2;
+    Frame frame;
+    Source middle = call.z;
+    if (mssa) {
+        Norm norm(frame, weights.mssa_norm, width, call.mean_1, call.rstd_1);
+        norm.keep_statistics(frame, rows);
+        row_statistics(call.z, 0, rows, width, norm);
+        Finish projected;
+        projected.out = call.w;
+        multiply_few_rows(norm.of(call.z), weights.projection, false, rows, width, inner, projected);
+        attend_tokens(call, frame);
+        MutableArray to = call.out;
+        if (ista) {
+            to = {frame.take(rows * padded), kFloat32, padded};
+            middle = Source(to);
+        }
+        if (weights.output.data != nullptr) {
+            Finish residual;
+            residual.out = to;
+            residual.alpha = float(shape.mssa_step_size);
+            residual.residual = call.z;
+            residual.bias = vector(frame, weights.output_bias, width, residual.alpha);
+            multiply_few_rows(call.o, weights.output, false, rows, inner, width, residual);
+        } else {
+            add_attention(call, 0, rows, to);
+        }
+        if (ista && call.middle.data != nullptr)
+            for (int64_t i = 0; i < rows; ++i)
+                write(call.middle.data, call.middle.type, i * call.middle.stride, width, float_row(middle, i, 0));
+    }
+    if (!ista) return;
+    Norm norm(frame, weights.ista_norm, width, call.mean_2, call.rstd_2);
+    if (norm) {
+        norm.keep_statistics(frame, rows);
+        row_statistics(middle, 0, rows, width, norm);
+    }
+    Finish difference;  // x - x Wᵀ
+    difference.out = {frame.take(rows * padded), kFloat32, padded};
+    difference.alpha = -1.0f;
+    difference.residual = norm.of(middle);
+    multiply_few_rows(norm.of(middle), weights.dictionary, false, rows, width, width, difference);
+    Finish step;
+    step.out = call.out;
+    step.alpha = float(shape.step_size);
+    step.residual = norm.of(middle);
+    step.shift = float(shape.step_size * shape.lambd);
+    step.relu = true;
+    multiply_few_rows(Source(difference.out), weights.dictionary, true, rows, width, width, step);
+}
+
 template <bool kPairs>
 inline void forward(const LayerForward& call) {
+    if (!kPairs && has_few_rows(call)) return forward_few_rows(call);
     const LayerShape& shape = call.shape;
     const AttentionShape& attention = shape.attention;
     const int64_t width = shape.width, inner = attention.heads * attention.width;
@@ -174,12 +268,7 @@ inline void forward(const LayerForward& call) {
                 pack_rows<kPairs>(norm.of(call.z), first, count, 0, width, block.take(packed_rows_floats<kPairs>(count, width)));
             multiply_block<kPairs, false>(a, projection, Engine<kPairs>::units(width), first, count, inner, finish);
         });
-        AttentionForward attend_call{};
-        attend_call.shape = attention;
-        attend_call.w = heads_of(call.w.data, call.w.type, attention);
-        attend_call.out = heads_of(call.o.data, call.o.type, attention);
-        attend_call.lse = call.lse != nullptr ? call.lse : frame.take(attention.batch * attention.heads * attention.tokens);
-        attention_forward(attend_call);
+        attend_tokens(call, frame);
     }
 
     const float* output = static_cast<const float*>(weights.packed_output);
@@ -235,14 +324,7 @@ inline void forward(const LayerForward& call) {
                 residual.bias = output_bias;
                 multiply(pack_rows<kPairs>(call.o, first, count, 0, inner, space), output, inner, residual);
             } else {
-                float* o = block.take(round_up(width, kLanes));
-                float* z = block.take(round_up(width, kLanes));
-                for (int64_t i = first; i < first + count; ++i) {
-                    read(call.o.data, call.o.type, i * call.o.stride, width, o);
-                    read(call.z.data, call.z.type, i * call.z.stride, width, z);
-                    for (int64_t k = 0; k < width; k += kLanes) store(z + k, load(z + k) + load(o + k) * step_1);
-                    write(to.data, to.type, i * to.stride, width, z);
-                }
+                add_attention(call, first, count, to);
             }
             if (ista && call.middle.data != nullptr)
                 for (int64_t i = first; i < first + count; ++i)

@@ -546,30 +546,77 @@ struct Finish {
     }
 };
 
-// Rows [first, first + rows) of out = Finish(A B), with these rows of A packed. A piece of a panel of B that fits the
-// first-level cache serves all rows before the next piece is touched.
+// tiles (rows of kColumns floats) = A times one panel of B. A piece of the panel that fits the first-level cache serves all rows
+// before the next piece is touched. ahead(i) is called a little before tile i is complete.
+template <bool kPairs, bool kTransposed, class Ahead>
+inline void multiply_panel(PackedRows a, const float* panel, int64_t units, int64_t rows, float* tiles, Ahead ahead) {
+    int64_t k = 0;
+    do {
+        const int64_t chain = units - k < kChain<kPairs> ? units - k : kChain<kPairs>;
+        for (int64_t i = 0; i < rows; i += Engine<kPairs>::rows) {
+            if (k + chain == units) ahead(i);
+            multiply_chain<kPairs, kTransposed>(a.data + (kTransposed ? k * a.stride + i : i * a.stride + k), a.stride,
+                                                panel + k * kColumns, chain, tiles + i * kColumns, kColumns, k > 0);
+        }
+        k += chain;
+    } while (k < units);
+}
+
+// Rows [first, first + rows) of out = Finish(A B), with these rows of A packed.
 template <bool kPairs, bool kTransposed>
 inline void multiply_block(PackedRows a, const float* b, int64_t units, int64_t first, int64_t rows, int64_t columns,
                            const Finish& finish) {
-    constexpr int kTileRows = Engine<kPairs>::rows, kTile = kTileRows * kColumns;
-    alignas(64) float tiles[(kBlockRows + kTileRows - 1) / kTileRows * kTile];
+    constexpr int kTileRows = Engine<kPairs>::rows;
+    alignas(64) float tiles[(kBlockRows + kTileRows - 1) / kTileRows * kTileRows * kColumns];
     [[maybe_unused]] typename std::conditional<kPairs, TileRegisters, int>::type registers{};
     const auto rows_of_tile = [&](int64_t i) { return rows - i < kTileRows ? rows - i : int64_t(kTileRows); };
     for (int64_t j = 0; j < columns; j += kColumns) {
-        const float* panel = b + j * units;
-        int64_t k = 0;
-        do {
-            const int64_t chain = units - k < kChain<kPairs> ? units - k : kChain<kPairs>;
-            for (int64_t i = 0; i < rows; i += kTileRows) {
-                if (k + chain == units) finish.ahead(first + i, rows_of_tile(i), j);
-                multiply_chain<kPairs, kTransposed>(a.data + (kTransposed ? k * a.stride + i : i * a.stride + k), a.stride,
-                                                    panel + k * kColumns, chain, tiles + i * kColumns, kColumns, k > 0);
-            }
-            k += chain;
-        } while (k < units);
+        multiply_panel<kPairs, kTransposed>(a, b + j * units, units, rows, tiles,
+                                            [&](int64_t i) { finish.ahead(first + i, rows_of_tile(i), j); });
         for (int64_t i = 0; i < rows; i += kTileRows)
             finish(first + i, rows_of_tile(i), j, columns - j < kColumns ? columns - j : kColumns, tiles + i * kColumns);
     }
+}
+
+// out (rows, columns) = Finish(X Mᵀ), or Finish(X M) if `transposed`, for few rows: M is read where it lies, as the left operand,
+// and X is copied into panels. Copying M would cost more than the product.
+inline void multiply_few_rows(const Source& x, const Source& m, bool transposed, int64_t rows, int64_t depth,
+                              int64_t columns, const Finish& finish) {
+    static_assert(kBlockRows % kColumns == 0 && kColumns % kLanes == 0);
+    Frame outer;
+    float* panels = outer.take(packed_floats<false>(depth, rows));
+    pack_matrix<false>(x, true, 0, depth, rows, panels);
+    parallel((columns + kBlockRows - 1) / kBlockRows, [&](int64_t begin, int64_t end) {
+        for (int64_t first = begin * kBlockRows; first < end * kBlockRows && first < columns; first += kBlockRows) {
+            const int64_t count = columns - first < kBlockRows ? columns - first : kBlockRows;
+            Frame frame;
+            PackedRows a{const_cast<float*>(transposed ? float_row(m, 0, first) : float_row(m, first, 0)), m.stride};
+            if (count % kRows || m.stride * 4 % 4096 == 0) {  // tiles read whole rows; such a stride falls into one cache set
+                if (transposed)
+                    a = pack_rows_transposed<false>(m, first, count, 0, depth,
+                                                    frame.take(depth * padded_stride(round_up(count, kRows))));
+                else
+                    a = pack_rows<false>(m, first, count, 0, depth, frame.take(packed_rows_floats<false>(count, depth)));
+            }
+            alignas(64) float tiles[kBlockRows * kColumns], turned[kColumns * kColumns];
+            for (int64_t i = 0; i < rows; i += kColumns) {
+                const int64_t rows_here = rows - i < kColumns ? rows - i : kColumns;
+                const auto nothing = [](int64_t) {};
+                if (transposed) multiply_panel<false, true>(a, panels + i * depth, depth, count, tiles, nothing);
+                else multiply_panel<false, false>(a, panels + i * depth, depth, count, tiles, nothing);
+                for (int64_t j = 0; j < count; j += kColumns) {
+                    for (int r = 0; r < kColumns; r += kLanes)
+                        for (int c = 0; c < kColumns; c += kLanes) {
+                            Floats v[kLanes];
+                            for (int l = 0; l < kLanes; ++l) v[l] = load(tiles + (j + c + l) * kColumns + r);
+                            transpose(v);
+                            for (int l = 0; l < kLanes; ++l) store(turned + (r + l) * kColumns + c, v[l]);
+                        }
+                    finish(i, rows_here, first + j, count - j < kColumns ? count - j : kColumns, turned);
+                }
+            }
+        }
+    });
 }
 
 // out = Finish(A B) with A as the source holds it (rows, depth) and B packed.

@@ -14,7 +14,7 @@ from crate_kernels import ops, use_backend
 from crate_kernels.nn import CrateBlock, prepare_for_inference
 from crate_kernels.ops import cpu_kernels, kept
 from tests.ops import oracle
-from tests.ops.builders import attention, mssa
+from tests.ops.builders import attention, ista, mssa
 from tests.ops.cases import CASES, SMALL
 
 pytestmark = pytest.mark.skipif(cpu_kernels.MISSING is not None, reason=str(cpu_kernels.MISSING))
@@ -56,6 +56,9 @@ SHAPES = {
     "keys in two turns, hidden": attention(2, 290, 1, 24, lengths=torch.tensor([259, 40])),
     "wide head": attention(1, 20, 1, 256),
     "block of a vision model": mssa(2, 65, 96, 4, 24),
+    "few rows of many columns": ista(1, 41, 128),
+    "few rows, columns a power of two": mssa(1, 3, 1024, 2, 16),
+    "few rows, attention": mssa(1, 33, 200, 5, 40),
     "decoder": mssa(1, 100, 40, 1, 40, step_size=-1.0),
 }
 

@@ -25,3 +25,9 @@ def mssa(batch, tokens, width, heads, p, *, output=True, bias=True, **options):
     out_bias = normal(width, seed=2) if output and bias else None
     tensors = normal(batch, tokens, width), *norm, normal(heads * p, width, spread=width**-0.5), out_weight, out_bias
     return Case("", ops.mssa_block, tensors, dict(heads=heads, **options))
+
+
+def ista(batch, tokens, width, **options):
+    norm = 1 + normal(width, spread=0.2), normal(width, spread=0.2, seed=1)
+    tensors = normal(batch, tokens, width), *norm, normal(width, width, spread=width**-0.5)
+    return Case("", ops.ista_block, tensors, options)

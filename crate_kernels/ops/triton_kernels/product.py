@@ -141,8 +141,10 @@ def product(
     changed = gate_rows is not None or (norm is not None and a.dtype == torch.float32)
     read = a.dtype.itemsize + (0 if gate_rows is None else gate_rows.dtype.itemsize)
     programs, across, options = _options(
-        a.device, matrix.dtype, rows, inner, columns, parts, relu, changed, read, launch.dot_precision(matrix.dtype)
-    )
+        a.device, matrix.dtype, rows, inner, columns, parts, relu, changed, read,
+        residual is not None and residual.dtype == matrix.dtype and norm is None and gate is None and not changed,
+        launch.dot_precision(matrix.dtype),
+    )  # fmt: skip
     copied = None if copy is None else torch.empty((rows, columns), dtype=copy, device=a.device)
     if measure:
         measured = Statistics(vector(across, rows), vector(across, rows), options["BLOCK_N"])
@@ -179,12 +181,13 @@ def _options(
     relu: bool,
     changed: bool,
     read: int,
+    added: bool,
     precision: str,
 ) -> tuple[int, int, dict]:
     """The programs of a product, those of them side by side over its columns, and its compile-time parameters.
 
     ``changed``: the rows are gated or normalized on their way into the product. ``read``: the bytes that each of their
-    elements takes, its gate included.
+    elements takes, its gate included. ``added``: a residual is all that the product meets behind it.
     """
     options = configuration("product", device, dtype, rows, columns)
     options["BLOCK_K"] = max(16, min(options["BLOCK_K"], triton.next_power_of_2(inner)))
@@ -192,6 +195,10 @@ def _options(
     stage = options["BLOCK_K"] * (options["BLOCK_M"] * read + options["BLOCK_N"] * dtype.itemsize)
     buffers = launch.shared_memory(device) // stage + (0 if launch.tensor_memory(device) else 1)
     options["num_stages"] = max(1, min(options["num_stages"], buffers))
+    if added and launch.wgmma(device) and options["num_warps"] == 8:
+        # The sums and a residual need a few registers more than the 128 that let a multiprocessor hold two programs.
+        # The compiler then stores eight of them, once a tile. Behind a norm it would store 80.
+        options.setdefault("maxnreg", 128)
     across = triton.cdiv(columns, options["BLOCK_N"])
     options |= {
         "RELU": relu,

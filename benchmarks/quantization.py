@@ -1,7 +1,7 @@
 """Weights of eight bits against float32: accuracy on the default data set, size, and speed on this CPU.
 
     crate-kernels train
-    python benchmarks/quantization.py runs/mnist5k [--small] [--rounds 15] [--json results.json]
+    python benchmarks/quantization.py runs/mnist5k [--small] [--rounds 15] [--json benchmarks/results/quantization.json]
 
 The accuracy is that of the trained model on all its test images. The speed is that of the same model, and with
 ``--small`` that of CRATE-S, in interleaved rounds: this package's kernels, and the copy of Linear layers under
@@ -21,6 +21,7 @@ from pathlib import Path
 import torch
 
 from crate_kernels.analysis.inputs import real_inputs
+from crate_kernels.bench.results import environment
 from crate_kernels.data.images import ImageSource, load
 from crate_kernels.deployment import SCHEMES, Deployable, linear_copy, quantize
 from crate_kernels.deployment.quantization import nbytes
@@ -80,7 +81,7 @@ def main() -> None:
     args = parser.parse_args()
     warnings.simplefilter("ignore")
     model, metadata = open_model(args.run)
-    found = {"threads": torch.get_num_threads(), "torch": torch.__version__, "accuracy": accuracies(model, metadata)}
+    found = {"environment": environment(torch.device("cpu")), "accuracy": accuracies(model, metadata)}
     print(json.dumps(found), flush=True)
     torch.manual_seed(0)
     models = {"run": (model, (1, 64))} | ({"CRATE-S": (CRATE_small().eval(), (1, 8))} if args.small else {})

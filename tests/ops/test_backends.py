@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import pytest
@@ -35,6 +36,12 @@ def test_the_argument_outranks_the_context_and_the_context_is_restored():
     assert ops.requested_backend() == before
     with pytest.raises(ValueError, match="use_backend: unknown backend 'fast'"), ops.use_backend("fast"):
         pass
+
+
+def test_a_request_is_that_of_its_thread():
+    before = ops.requested_backend()
+    with ops.use_backend("reference"), ThreadPoolExecutor(1) as pool:
+        assert pool.submit(ops.requested_backend).result() == before != "reference"
 
 
 def test_a_compiled_function_follows_use_backend():

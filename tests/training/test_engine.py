@@ -17,7 +17,7 @@ from crate_kernels.distributed import launch
 from crate_kernels.models import CrateMAE
 from crate_kernels.models.checkpoint import read
 from crate_kernels.runs import checkpoints
-from crate_kernels.training.engine import Engine
+from crate_kernels.training.engine import Engine, choose_precision
 
 from ..distributed.trainers import RUNS, follow
 
@@ -248,3 +248,12 @@ def test_photographs_are_a_data_set_like_others():
     assert inputs.shape == (3, 3, 16, 16)
     assert what == "3 test images of photos, 16 x 16"
     assert inputs.std() > 0.1
+
+
+def test_the_automatic_precision_depends_on_the_device_alone(monkeypatch):
+    monkeypatch.setattr(torch.version, "cuda", "13.2")
+    for capability, expected in (((7, 5), "fp32"), ((8, 0), "bf16"), ((12, 0), "bf16")):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, found=capability: found)
+        assert choose_precision("auto", torch.device("cuda"))[0] == expected
+    assert choose_precision("auto", torch.device("cpu")) == ("fp32", "automatic: bf16 is for GPUs")
+    assert choose_precision("bf16", torch.device("cpu")) == ("bf16", "as asked for")

@@ -144,7 +144,7 @@ class Operator:
         try:
             autocast = _autocast(tensors[0].device.type) if torch._C._is_any_autocast_enabled() else None
             key = (
-                backend, backends.requested_backend(), autocast, options,
+                backend, backends.requested_backend(), autocast, options, *map(type, options),  # 1 == True
                 *[t if t is None else (type(t), t.dtype, t.layout, t.device, t.shape) for t in tensors],
             )  # fmt: skip
             plan = self._plans.get(key)

@@ -536,7 +536,8 @@ inline void attend_backward_pairs(const Head& head, const AttentionBackward& cal
                     for (int v = 0; v < 2; ++v) {
                         const int64_t at = r * kPairTokens + j + v * kLanes, column = first + j + v * kLanes;
                         const Floats s = load(scores + at) * (scale * kLog2E);
-                        Floats query = exp2_of_weight(s - lse_i), key = exp2_of_weight(s - load(lse + column));
+                        Floats query = exp2_of_weight(at_most(s - lse_i, 0));
+                        Floats key = exp2_of_weight(at_most(s - load(lse + column), 0));
                         Floats from_query = query * (load(down + at) - delta_i);
                         Floats from_key = key * (load(up + at) - load(delta + column));
                         if (causal || column + kLanes > tokens) {
@@ -652,10 +653,11 @@ inline void attend_backward(const Head& head, Frame& frame, const AttentionBackw
                                 forward &= number <= int32_t(i + r);
                                 backward &= number >= int32_t(i + r);
                             }
-                            const Floats p_ij = select(forward, exp2(s - lse[I + i + r]), Floats{});
+                            // Large scores differ from their normalizer by rounding, which must not become a power.
+                            const Floats p_ij = select(forward, exp2(at_most(s - lse[I + i + r], 0)), Floats{});
                             Floats sum = select(forward, p_ij * (load(down + at) - delta[I + i + r]), Floats{});
                             if (both || diagonal) {
-                                const Floats p_ji = select(backward, exp2(s - lse_j), Floats{});
+                                const Floats p_ji = select(backward, exp2(at_most(s - lse_j, 0)), Floats{});
                                 sum += select(backward, p_ji * (load(up + at) - delta_j), Floats{});
                                 store(p_other + (i + r) * stride + column, p_ji);
                             }

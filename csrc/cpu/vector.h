@@ -67,6 +67,10 @@ inline void store_first(float* p, Floats v, int count) {
 
 inline Floats select(Ints condition, Floats yes, Floats no) { return condition ? yes : no; }
 inline Floats max(Floats a, Floats b) { return a > b ? a : b; }
+inline Floats at_most(Floats x, float limit) {  // NaN stays
+    const Floats l = broadcast(limit);
+    return l < x ? l : x;
+}
 // The same bits: a cast between vectors of one size converts nothing.
 inline Floats as_floats(Ints v) { return (Floats)v; }
 inline Ints as_ints(Floats v) { return (Ints)v; }

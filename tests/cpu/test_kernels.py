@@ -15,7 +15,7 @@ from crate_kernels.nn import CrateBlock, prepare_for_inference
 from crate_kernels.ops import cpu_kernels, kept
 from tests.ops import oracle
 from tests.ops.builders import attention, ista, mssa
-from tests.ops.cases import CASES, SMALL
+from tests.ops.cases import CASES, SMALL, Case
 
 pytestmark = pytest.mark.skipif(cpu_kernels.MISSING is not None, reason=str(cpu_kernels.MISSING))
 
@@ -67,6 +67,15 @@ SHAPES = {
 @pytest.mark.parametrize("name", SHAPES)
 def test_shapes_at_the_edges_of_the_blocks(name, dtype, instruction_set):
     oracle.check(SHAPES[name], dtype, "cpu")
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+def test_the_gradient_of_huge_scores_stays_in_bounds(dtype, instruction_set):
+    # The normalizer of scores of 1e9 is rounded by 64, and no weight may become 2^64 for that.
+    w = 1e4 * torch.randn(3, 40, 2, 8, generator=torch.Generator().manual_seed(0))
+    case = Case("", ops.subspace_attention, (w.to(dtype).double(), None), {})
+    exact, got = (oracle.run(case, *run)[1].double() for run in (("reference", torch.float64), ("cpu", dtype)))
+    assert got.norm() <= 100 * exact.norm()
 
 
 @pytest.mark.parametrize("name", SMALL)

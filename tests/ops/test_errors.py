@@ -96,3 +96,11 @@ def test_norm_parameters_may_stay_in_float32():
     z, u, out = Z.bfloat16(), U.bfloat16(), OUT.bfloat16()
     narrow = ops.mssa_block(z, NORM.bfloat16(), NORM.bfloat16(), u, out, None, heads=3)
     torch.testing.assert_close(ops.mssa_block(z, NORM, NORM, u, out, None, heads=3), narrow)
+
+
+@pytest.mark.parametrize("option", [{"causal": 1}, {"scale": True}])
+def test_an_argument_is_checked_whatever_the_call_before_it_had(option):
+    w = torch.randn(1, 3, 1, 4)
+    ops.subspace_attention(w, causal=True, scale=1.0)  # 1 == True == 1.0
+    with pytest.raises(TypeError, match=f"{next(iter(option))}: expected"):
+        ops.subspace_attention(w, **{"causal": True, "scale": 1.0, **option})

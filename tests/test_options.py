@@ -222,7 +222,7 @@ def test_every_unknown_word_is_refused_with_the_known_ones(command, capsys):
         ("plan --model crate_gpt2_base --image-size 224", "--image-size applies only with a vision model"),
         ("plan --gpus 3", "--batch-size 1024 is the batch of all ranks together: 3 ranks do not divide it"),
         ("bench --relative", "--relative applies only with --compare"),
-        ("bench --report --seconds 3", "--seconds applies only without --report, --dispatch and --compare"),
+        ("bench --report --seconds 3", "--seconds applies only without --report, --dispatch, --predict and --compare"),
     ],
 )  # fmt: skip
 def test_what_does_not_apply_is_refused(arguments, message, capsys):

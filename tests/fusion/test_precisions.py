@@ -60,7 +60,8 @@ def test_same_dtypes_within_the_budget(name, precision):
 @pytest.mark.parametrize("name", CODE_BASES)
 def test_under_autocast_errors_are_those_of_the_model_before(name):
     ratios = []
-    for seed in range(6):
+    # The vision model has few outputs: a unit of a ReLU that flips makes the error of one seed three times as large.
+    for seed in range(24 if name == "vision" else 6):
         exact, before, got = three(name, "autocast", seed)
         errors = [[relative(t, e) for t, e in zip(tensors, exact, strict=True)] for tensors in (got, before)]
         ratios.append([a / b if b else 1.0 for a, b in zip(*errors, strict=True)])

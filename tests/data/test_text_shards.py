@@ -214,25 +214,18 @@ def test_the_processes_of_a_killed_preparation_end_with_it_and_it_resumes(tmp_pa
     command = [sys.executable, "-m", "crate_kernels", "prepare-text", *chosen, "--output"]
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
     subprocess.run([*command, tmp_path / "whole"], check=True, env=environment, capture_output=True)
-    kills = 0
-    while kills < 2:
-        process = subprocess.Popen([*command, tmp_path / "part", "--workers", "2"], env=environment)
-        records = tmp_path / "part" / "parts"
-        before = len(list(records.glob("*.json")))
-        while process.poll() is None and len(list(records.glob("*.json"))) <= before:
-            time.sleep(0.01)
-        if process.poll() is not None:
-            break
-        workers = descendants(process.pid)
-        assert len(workers) >= 2
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        kills += 1
-        deadline = time.monotonic() + 60
-        while any(Path(f"/proc/{pid}").exists() for pid in workers) and time.monotonic() < deadline:
-            time.sleep(0.05)
-        assert not [pid for pid in workers if Path(f"/proc/{pid}").exists()]
-    assert kills
+    process = subprocess.Popen([*command, tmp_path / "part", "--workers", "2"], env=environment)
+    while process.poll() is None and not list((tmp_path / "part" / "parts").glob("*.json")):
+        time.sleep(0.01)
+    assert process.poll() is None
+    workers = descendants(process.pid)
+    assert len(workers) >= 2
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    deadline = time.monotonic() + 60
+    while any(Path(f"/proc/{pid}").exists() for pid in workers) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not [pid for pid in workers if Path(f"/proc/{pid}").exists()]
     subprocess.run([*command, tmp_path / "part"], check=True, env=environment, capture_output=True)
     assert TextShards(tmp_path / "part").manifest == TextShards(tmp_path / "whole").manifest
     TextShards(tmp_path / "part").verify()

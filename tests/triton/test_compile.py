@@ -13,7 +13,11 @@ from pathlib import Path
 import pytest
 
 BUDGET = Path(__file__).parent / "budget.json"
-TARGETS = ["sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx90a", "gfx942"]
+EVERY_TARGET = "CRATE_KERNELS_EVERY_TARGET"
+twin = pytest.mark.skipif(EVERY_TARGET not in os.environ, reason=f"compiled like its twin; {EVERY_TARGET}=1 runs it")
+# sm_86 has the instructions and the shared memory of sm_89, gfx90a those of gfx942.
+TARGETS = [pytest.param("sm_86", marks=twin), pytest.param("gfx90a", marks=twin)]
+TARGETS += ["sm_80", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942"]
 KERNELS = {
     "forward",
     "backward",

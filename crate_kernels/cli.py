@@ -44,7 +44,10 @@ def main(arguments: list[str] | None = None) -> int:
     """Run one subcommand and return its exit code: 0; 2 after an expected error; 130 or 143 after a signal."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     rank = os.environ.get("RANK", "0")  # torchrun's
-    parser = Parser("crate-kernels", description="White-box transformers with kernels of their own.")
+    parser = Parser(
+        "crate-kernels",
+        description="Train, measure and speed up CRATE, a transformer whose layers are optimization steps.",
+    )
     parser.add_argument("--version", action="version", version=__version__)
     subparsers = parser.add_subparsers(dest="command", metavar="command", required=True)
     try:

@@ -17,6 +17,12 @@ GROUPS = ("options", "data", "model", "optimization", "machine", "ranks and memo
 
 METAVARS = {"int": "N", "float": "X", "str": "TEXT"}
 
+PATHS = {
+    "data": "NAME_OR_PATH", "root": "PATH", "text": "PATH", "init": "PATH", "output": "PATH", "results": "PATH",
+    "classes": "PATH", "index": "PATH_OR_URL",
+}  # fmt: skip
+"""What the help shows for the value of an option with one of these names, in every command."""
+
 Condition = tuple[str, Callable[[Any], bool]]
 """When an option applies: a text for the user, and a function of the settings."""
 
@@ -154,30 +160,35 @@ def check_device(value: str) -> None:
 # -- the command line --------------------------------------------------------------------------------------------------
 
 
-def add_arguments(parser: argparse.ArgumentParser, kind: type, variants: Mapping[str, Any] | None = None) -> None:
+def add_arguments(
+    parser: argparse.ArgumentParser, kind: type, variants: Mapping[str, Any] | None = None, needed: str = ""
+) -> None:
     """Add an argument for each option of ``kind``. Missing arguments are not in the parsed namespace.
 
     Args:
         variants: settings whose defaults the help shows: "" for those of the bare command, and by their label those of
             other data sets, models and the like.
+        needed: arguments that must be given, as the line of usage shows them.
     """
     variants = {"": kind()} if variants is None else variants
-    parser.usage = "%(prog)s [options]"
-    groups: dict[str, Any] = {}
+    parser.usage = " ".join(filter(None, ("%(prog)s", needed, "[options]")))
+    groups: dict[str, Any] = {GROUPS[0]: parser}  # argparse's own group, with --help, has this title
     for field in sorted(fields(kind), key=lambda field: GROUPS.index(field.metadata["group"])):
         title = field.metadata["group"]
-        group = groups.setdefault(title, parser.add_argument_group(title))
+        if title not in groups:
+            groups[title] = parser.add_argument_group(title)
         keywords: dict[str, Any] = {"help": field.metadata["help"].replace("%", "%%")}
         if type_name(field) == "bool":
             keywords["action"] = argparse.BooleanOptionalAction if field.default else "store_true"
         else:
             keywords["type"] = {"int": int, "float": float, "str": str}[type_name(field)]
             keywords["choices"] = field.metadata["choices"]
-            keywords["metavar"] = "NAME" if keywords["choices"] else METAVARS[type_name(field)]
+            usual = PATHS.get(field.name, METAVARS[type_name(field)])
+            keywords["metavar"] = "NAME" if keywords["choices"] else usual
             if keywords["choices"] and not all(choice in keywords["help"] for choice in keywords["choices"]):
                 keywords["help"] += f": {', '.join(keywords['choices'])}"
             keywords["help"] += default_in_words(field.name, variants).replace("%", "%%")
-        group.add_argument(flag(field.name), dest=field.name, default=argparse.SUPPRESS, **keywords)
+        groups[title].add_argument(flag(field.name), dest=field.name, default=argparse.SUPPRESS, **keywords)
 
 
 def default_in_words(name: str, variants: Mapping[str, Any]) -> str:

@@ -191,7 +191,7 @@ def _verdict(
             if known[name] is not None:
                 warnings.warn(
                     f"the backend {backend!r} computes {operator} wrongly on {user_cache.combination(device)}: "
-                    f"{known[name]}. The automatic choice passes it by. Please report this with the output of "
+                    f"{known[name]}. The automatic choice skips this backend. Please report this with the output of "
                     "`crate-kernels selftest`.",
                     stacklevel=2,
                 )

@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import importlib
 import math
+import re
 import unicodedata
 
 import pytest
@@ -235,9 +236,17 @@ def test_what_does_not_apply_is_refused(arguments, message, capsys):
 def test_help_shows_the_defaults_that_will_be_used(command, capsys):
     with pytest.raises(SystemExit, match="0"):
         cli.main([command, "--help"])
-    text = " ".join(capsys.readouterr().out.split())
+    shown = capsys.readouterr().out
+    headings = re.findall(r"^[a-z ]+:$", shown, re.MULTILINE)
+    assert "options:" in headings
+    assert len(headings) == len(set(headings))
+    text = " ".join(shown.split())
     for name in (field.name for field in options.fields(COMMANDS[command][1])):
         assert options.flag(name) in text
+    if command == "segment":
+        assert "segment IMAGE [IMAGE ...] --checkpoint PATH [options]" in text
+        assert "crate_mae_base_patch16_224" in text
+        assert "gpt2" not in text
     if command == "train":
         assert "after the warm-up (default 0.003; alpha: 0.004; cifar10, photos: 0.001; folders: 0.0003)" in text
         assert "what the head reads: cls, mean (default mean; cifar10, folders: cls)" in text

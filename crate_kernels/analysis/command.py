@@ -22,8 +22,10 @@ from .plots import plot_half_steps, plot_layerwise
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("checkpoint", help="the folder of a training run, or a model's safetensors file")
-    options.add_arguments(parser, Settings)
+    parser.add_argument(
+        "checkpoint", metavar="CHECKPOINT", help="the folder of a training run, or a model's safetensors file"
+    )
+    options.add_arguments(parser, Settings, needed="CHECKPOINT")
 
 
 @dataclass

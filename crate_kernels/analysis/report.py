@@ -40,8 +40,8 @@ td, th { padding: .15em 1em .15em 0; text-align: left; vertical-align: top; } th
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run", help="the folder of a training run")
-    options.add_arguments(parser, Settings)
+    parser.add_argument("run", metavar="RUN", help="the folder of a training run")
+    options.add_arguments(parser, Settings, needed="RUN")
 
 
 @dataclass

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .. import options
-from ..models.registry import FACTORIES
+from ..models.registry import registered
 from ..models.vision import VisionModel
 from ..options import option
 from ..runs.folder import open_model
@@ -28,7 +28,9 @@ class Settings:
     """The options of ``segment``."""
 
     model: str | None = option(
-        None, "registered name of the model, for a public checkpoint that does not name it", choices=FACTORIES
+        None,
+        "registered name of the model, for a public checkpoint that does not name it",
+        choices=registered(VisionModel),
     )
     output: str = option("segments", "folder of the results")
     size: int | None = option(
@@ -41,11 +43,14 @@ class Settings:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("images", nargs="+", help="image files of any size")
+    parser.add_argument("images", nargs="+", metavar="IMAGE", help="image files of any size")
     parser.add_argument(
-        "--checkpoint", required=True, help="the folder of a training run, or a vision model's safetensors file"
+        "--checkpoint",
+        required=True,
+        metavar="PATH",
+        help="required: the folder of a training run, or a vision model's file",
     )
-    options.add_arguments(parser, Settings)
+    options.add_arguments(parser, Settings, needed="IMAGE [IMAGE ...] --checkpoint PATH")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -118,8 +118,11 @@ def readme_text(found: Results) -> str:
         if device == "cpu":
             about += f", {environment['threads']} threads"
         lines.append(
-            f"Speed against the reference equations in eager mode (in brackets: against their `torch.compile`),"
+            "Speed against the reference equations in eager mode (in brackets: against the same equations under"
+            " `torch.compile`),"
             f" measured in one run on {about}, {records[0]['dtype']}, batch {batch['batch'] if batch else '?'}."
+            " Prepared: after `prepare_for_inference(model)`, which folds each ISTA step into one matrix and, on a"
+            " CPU, packs the weights."
             f" Last column: bytes saved for backward per token-channel and layer, here / by the reference equations.\n"
         )
         heads = ["", "inference", "inference, prepared", "training step", "saved for backward"]

@@ -282,7 +282,7 @@ WRITES = ("without --verify and --index", lambda o: not o.verify and o.index is 
 class Options:
     """The options of ``crate-kernels prepare-images``."""
 
-    output: str | None = option(None, "folder for the shards, which must be given; train --data takes this folder")
+    output: str | None = option(None, "required: the folder for the shards; train --data takes this folder")
     root: str | None = option(None, "folder with the files of fashion-mnist or cifar10", only=WRITES)
     format: str = option("tar", "WebDataset's tar, or Parquet", choices=("tar", "parquet"), only=WRITES)
     shard_images: int = option(1000, "images in a shard", least=1, only=WRITES)
@@ -292,7 +292,7 @@ class Options:
     seed: int = option(0, "of the order, and of the split of a folder without one", least=0, only=WRITES)
     workers: int | None = option(None, "processes; without it one for each core", least=0, most=1024, only=WRITES)
     max_broken: int | None = option(
-        None, "fail if more images than this cannot be read; without it they are only named", least=0, only=WRITES
+        None, "fail when more than N images cannot be read; without it they are only named", least=0, only=WRITES
     )
     index: str | None = option(
         None, "folder or URL of shards that are there already: write only their manifest",
@@ -307,9 +307,12 @@ class Options:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = "Started again after an interruption, the same command does the shards that are missing."
     parser.add_argument(
-        "data", nargs="?", help="a folder of class folders, or a data set by name, as crate-kernels train takes it"
+        "data",
+        nargs="?",
+        metavar="NAME_OR_PATH",
+        help="a folder of class folders, or a data set by name, as crate-kernels train takes it",
     )
-    options.add_arguments(parser, Options)
+    options.add_arguments(parser, Options, needed="[NAME_OR_PATH] --output PATH")
 
 
 def run(args: argparse.Namespace) -> int:

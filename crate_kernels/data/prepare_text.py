@@ -189,7 +189,7 @@ DATASET = ("with --dataset", lambda o: o.dataset is not None)
 class Options:
     """The options of ``crate-kernels prepare-text``."""
 
-    output: str | None = option(None, "folder for the shards, which must be given; train-text --text takes this folder")
+    output: str | None = option(None, "required: the folder for the shards; train-text --text takes this folder")
     tokenizer: str = option("bytes", "bytes, or GPT-2's byte pairs", choices=TOKENIZERS, only=WRITES)
     field: str = option("text", "key or column that holds the text", only=WRITES)
     separator: str | None = option(
@@ -216,7 +216,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "inputs", nargs="*", metavar="PATH", help="text, JSON lines, Arrow and Parquet files, or folders of them"
     )
-    options.add_arguments(parser, Options)
+    options.add_arguments(parser, Options, needed="[PATH ...] --output PATH")
 
 
 def run(args: argparse.Namespace) -> int:

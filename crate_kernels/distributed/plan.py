@@ -49,7 +49,10 @@ class PlanOptions:
     )  # fmt: skip
     num_classes: int = option(1000, "classes, of vision models", "model", least=1, most=1 << 24)
     batch_size: int = option(
-        1024, "images or texts of all ranks together, per optimizer step and accumulation", "optimization", least=1
+        1024,
+        "images or texts in one batch, over all ranks; --accumulate batches make one optimizer step",
+        "optimization",
+        least=1,
     )
     accumulate: int = option(
         1, "batches whose gradients make one optimizer step", "optimization", least=1, most=1 << 20

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import os
+import typing
 from collections.abc import Callable
 from functools import partial
 
@@ -45,6 +47,16 @@ CLASSES: dict[str, type[CrateModel]] = {
     )
 }
 """Class name, as files record it -> class."""
+
+
+def registered(*kinds: type[CrateModel]) -> list[str]:
+    """The registered names of the models of these classes. Factories that are functions name their class."""
+    found = []
+    for name, factory in FACTORIES.items():
+        made = typing.get_type_hints(factory)["return"] if inspect.isfunction(factory) else None
+        if made is not None and issubclass(made, kinds):
+            found.append(name)
+    return found
 
 
 def create_model(name: str, **options) -> CrateModel:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import inspect
-import typing
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +13,7 @@ from .. import options
 from ..data.batches import Batching
 from ..data.images import READERS, ImageSource
 from ..models import CRATE, CrateAlpha
-from ..models.registry import FACTORIES
+from ..models.registry import registered
 from ..ops.backends import BACKENDS
 from ..options import option
 from . import initial, optimizer, recipes
@@ -25,7 +23,7 @@ DATA_DEFAULTS: dict[str, dict[str, Any]] = {
     "mnist5k": dict(
         dim=96, depth=4, heads=4, patch_size=7, pool="mean", epochs=30, learning_rate=3e-3, flip=0.0, crop=0.8
     ),
-    # 60,000 garments in under six minutes on two cores: 17 tokens an image.
+    # 60,000 garments in under five minutes on two cores: 17 tokens an image.
     "fashion-mnist": dict(
         dim=128, depth=4, heads=4, patch_size=7, pool="mean", epochs=12, learning_rate=3e-3, flip=0.5, crop=0.85
     ),
@@ -49,16 +47,14 @@ SCHEDULES = ("cosine", "tanh", "step", "multistep", "poly")
 """timm's learning-rate schedules that need no metric of the run."""
 
 
-def classifiers() -> list[str]:
-    """The registered models that classify images."""
-    return [
-        name
-        for name, factory in FACTORIES.items()
-        if inspect.isfunction(factory) and typing.get_type_hints(factory).get("return") in (CRATE, CrateAlpha)
-    ]
+PHOTOS = "photos (crops of 16 photographs inside scikit-image and scikit-learn)"
+DATA = f"{', '.join(PHOTOS if name == 'photos' else name for name in READERS)}, a folder of class folders, or shards"
+"""The help of ``--data``."""
 
+BATCH_SIZE = "images in one batch, over all ranks; --accumulate batches make one optimizer step"
+"""The help of ``--batch-size``."""
 
-MAX_BROKEN = "end the run when so many images and one more cannot be read; without it they are only counted and named"
+MAX_BROKEN = "stop when more than N images cannot be read; without it they are only counted and named"
 """The help of ``--max-broken``."""
 
 
@@ -136,7 +132,7 @@ def data_name(data: str) -> str:
 class ImageOptions(EngineOptions):
     """Options of every command that trains on images."""
 
-    data: str = option("mnist5k", f"{', '.join(READERS)}, a folder of class folders, or shards", "data")
+    data: str = option("mnist5k", DATA, "data")
     root: str | None = option(
         None, "folder with the files of fashion-mnist or cifar10, in torchvision's layout", "data",
         only=("with --data fashion-mnist or cifar10", lambda s: s.data in ("fashion-mnist", "cifar10")),
@@ -166,7 +162,7 @@ class Config(ImageOptions):
     cutmix: float = option(0.0, "cutmix's alpha", "data", least=0)
 
     model: str | None = option(
-        None, "a registered model, instead of its sizes", "model", choices=classifiers(),
+        None, "a named model, instead of --dim, --depth and --heads", "model", choices=registered(CRATE, CrateAlpha),
     )  # fmt: skip
     architecture: str = option(
         "crate", "family of a model that is given by its sizes", "model", choices=("crate", "alpha"),
@@ -183,14 +179,12 @@ class Config(ImageOptions):
         None, "weights to start from: the folder of a run of train, train-mae or train-dino, or a checkpoint", "model"
     )
     new_head: bool = option(
-        False, "leave the head of --init out, for other classes", "model",
+        False, "do not load the classification head of --init: the data has other classes", "model",
         only=("with --init", lambda s: s.init is not None),
     )  # fmt: skip
 
     epochs: int = option(30, "passes over the training images", "optimization", least=1, most=1_000_000)
-    batch_size: int = option(
-        128, "images of all ranks together, per optimizer step and accumulation", "optimization", least=1
-    )
+    batch_size: int = option(128, BATCH_SIZE, "optimization", least=1)
     accumulate: int = option(1, "batches whose gradients make one optimizer step", "optimization", least=1)
     optimizer: str = option("adamw", "any of timm's, such as adamw or lion", "optimization")
     learning_rate: float = option(1e-3, "after the warm-up", "optimization", above=0)
@@ -254,7 +248,9 @@ class Config(ImageOptions):
 def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("recipe")
     group.add_argument(
-        "--recipe", metavar="NAME_OR_FILE", help="take the options of a recipe; those given here go before them"
+        "--recipe",
+        metavar="NAME_OR_FILE",
+        help="take the options of a recipe; options on the command line override the recipe",
     )
     group.add_argument(
         "--smoke", action="store_true", help="the recipe with a small model on small real data, in about a minute"

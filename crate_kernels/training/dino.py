@@ -16,12 +16,11 @@ from torch import Tensor, nn
 from torch.nn.functional import log_softmax
 
 from ..analysis import coding_rate
-from ..data.images import READERS
 from ..distributed import launch
 from ..models.dino import CrateDINO
 from ..options import option
 from . import command
-from .config import data_name
+from .config import DATA, data_name
 from .pretrain import PretrainConfig, Pretrainer, knn_accuracy, probe_accuracy, random_crops
 
 DINO = ("without --simdino", lambda s: not s.simdino)
@@ -33,7 +32,7 @@ LOCAL = ("with --local-crops above 0", lambda s: s.local_crops > 0)
 class DINOConfig(PretrainConfig):
     """The options of ``train-dino``."""
 
-    data: str = option("mnist5k", f"{', '.join(READERS)}, or a folder of class folders", "data")
+    data: str = option("mnist5k", DATA, "data")
     dim: int = option(96, "width of the tokens", "model", least=1, most=1 << 16)
     patch_size: int = option(7, "pixels along a patch", "model", least=1)
     pool: str = option("mean", "what the heads read", "model", choices=("cls", "mean"))

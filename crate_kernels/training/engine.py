@@ -26,6 +26,7 @@ from ..data.batches import seed_for
 from ..distributed import launch, sharding
 from ..models import CrateModel
 from ..models.checkpoint import write_atomically
+from ..ops import cpu_kernels
 from ..runs import checkpoints
 from ..runs.folder import SUMMARY, Description
 from ..runs.logs import MetricsLog
@@ -408,6 +409,8 @@ def choose_precision(wanted: str, device: torch.device) -> tuple[str, str]:
     if wanted != "auto":
         return wanted, "as asked for"
     if device.type != "cuda":
+        if cpu_kernels.ISA in ("amx", "avx512_bf16"):  # products in bf16: the choice is left to the user
+            return "fp32", "automatic; --precision bf16 may be faster on this processor"
         return "fp32", "automatic: bf16 is for GPUs"
     capability = torch.cuda.get_device_capability(device)
     if torch.version.cuda is not None and capability < (8, 0):

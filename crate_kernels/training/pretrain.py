@@ -24,12 +24,12 @@ from ..data.batches import (
     seed_for,
     training_batches,
 )
-from ..data.images import READERS, ImageSource, load
+from ..data.images import ImageSource, load
 from ..distributed import launch
 from ..models import CrateModel
 from ..options import option
 from ..version import __version__
-from .config import ImageOptions
+from .config import BATCH_SIZE, DATA, ImageOptions
 from .engine import Engine, Meter
 from .progress import Report, clock
 
@@ -38,7 +38,7 @@ from .progress import Report, clock
 class PretrainConfig(ImageOptions):
     """Options that every self-supervised run has."""
 
-    data: str = option("photos", f"{', '.join(READERS)}, a folder of class folders, or shards", "data")
+    data: str = option("photos", DATA, "data")
 
     dim: int = option(128, "width of the tokens", "model", least=1, most=1 << 16)
     depth: int = option(4, "number of layers", "model", least=1, most=1000)
@@ -46,9 +46,7 @@ class PretrainConfig(ImageOptions):
     patch_size: int = option(8, "pixels along a patch", "model", least=1)
 
     epochs: int = option(20, "passes over the training images", "optimization", least=1, most=1_000_000)
-    batch_size: int = option(
-        64, "images of all ranks together, per optimizer step and accumulation", "optimization", least=1
-    )
+    batch_size: int = option(64, BATCH_SIZE, "optimization", least=1)
     accumulate: int = option(1, "batches whose gradients make one optimizer step", "optimization", least=1)
     learning_rate: float = option(1e-3, "after the warm-up; falls to zero along a cosine", "optimization", above=0)
     warmup_epochs: float = option(1.0, "epochs of linear warm-up", "optimization", least=0)

@@ -66,7 +66,9 @@ class TextConfig(EngineOptions):
     dropout: float = option(0.0, "dropout", "model", least=0, most=0.99)
 
     steps: int = option(6000, "optimizer steps", "optimization", least=1)
-    batch_size: int = option(12, "texts of all ranks together, per step and accumulation", "optimization", least=1)
+    batch_size: int = option(
+        12, "texts in one batch, over all ranks; --accumulate batches make one step", "optimization", least=1
+    )
     accumulate: int = option(1, "batches whose gradients make one optimizer step", "optimization", least=1)
     learning_rate: float = option(2e-3, "after the warm-up; falls to a tenth along a cosine", "optimization", above=0)
     warmup_steps: int = option(500, "steps of linear warm-up", "optimization", least=0)

@@ -16,6 +16,7 @@ from crate_kernels.cli import main
 from crate_kernels.distributed import launch
 from crate_kernels.models import CrateMAE
 from crate_kernels.models.checkpoint import read
+from crate_kernels.ops import cpu_kernels
 from crate_kernels.runs import checkpoints
 from crate_kernels.training.engine import Engine, choose_precision
 
@@ -255,5 +256,12 @@ def test_the_automatic_precision_depends_on_the_device_alone(monkeypatch):
     for capability, expected in (((7, 5), "fp32"), ((8, 0), "bf16"), ((12, 0), "bf16")):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, found=capability: found)
         assert choose_precision("auto", torch.device("cuda"))[0] == expected
-    assert choose_precision("auto", torch.device("cpu")) == ("fp32", "automatic: bf16 is for GPUs")
+    for isa in (None, "avx512", "neon"):
+        monkeypatch.setattr(cpu_kernels, "ISA", isa)
+        assert choose_precision("auto", torch.device("cpu")) == ("fp32", "automatic: bf16 is for GPUs")
+    for isa in ("avx512_bf16", "amx"):
+        monkeypatch.setattr(cpu_kernels, "ISA", isa)
+        precision, reason = choose_precision("auto", torch.device("cpu"))
+        assert precision == "fp32"
+        assert reason == "automatic; --precision bf16 may be faster on this processor"
     assert choose_precision("bf16", torch.device("cpu")) == ("bf16", "as asked for")

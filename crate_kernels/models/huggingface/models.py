@@ -416,7 +416,7 @@ class CrateGPTForCausalLM(_WithHead, GenerationMixin):
         return False  # its caches hold keys and values apart
 
     def _prepare_cache_for_generation(
-        self, generation_config, model_kwargs: dict, generation_mode, batch_size: int, max_cache_length: int
+        self, generation_config, model_kwargs: dict, mode, batch_size: int, max_cache_length: int, *more
     ) -> None:
         if max_cache_length > self.crate.block_size:  # the last token of the text is not read
             raise ValueError(

@@ -59,7 +59,7 @@ def main(arguments: list[str] | None = None) -> int:
         args = parser.parse_args(arguments)
         return importlib.import_module(COMMANDS[args.command][0]).run(args) or 0
     except KeyboardInterrupt as interrupt:
-        if rank == "0":
+        if rank == "0" and not getattr(interrupt, "reported", False):
             print("interrupted", file=sys.stderr)
         return getattr(interrupt, "code", 128 + signal.SIGINT)
     except Exception as error:

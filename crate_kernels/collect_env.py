@@ -14,6 +14,7 @@ import torch
 from . import ops
 from .ops import backends, cpu_kernels, libraries
 from .ops.products import FASTER_WITH_ONEDNN
+from .terminal import count
 from .version import __version__
 
 
@@ -61,7 +62,8 @@ def report() -> str:
         except importlib.metadata.PackageNotFoundError:
             versions[package] = "not installed"
     lines = [f"{name:14} {version}" for name, version in versions.items()]
-    lines.append(f"{'platform':14} {platform.platform()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads")
+    machine = f"{count(os.cpu_count() or 1, 'core')}, {count(torch.get_num_threads(), 'thread')}"
+    lines.append(f"{'platform':14} {platform.platform()}, {machine}")
     library = "oneDNN" if FASTER_WITH_ONEDNN else "torch's own choice"
     lines.append(f"{'CPU products':14} float32 from {library} ({torch.backends.cpu.get_cpu_capability()})")
     lines.append(f"{'CUDA':14} torch built for {torch.version.cuda or 'none'}; " + _devices())

@@ -11,6 +11,11 @@ def printable(text: str) -> str:
     return "".join(c if c in "\n\t" or unicodedata.category(c) != "Cc" else _sign(ord(c)) for c in text)
 
 
+def count(number: int, noun: str) -> str:
+    """``"1 shard"``, ``"2 shards"``, ``"1,024 shards"``."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
 def _sign(code: int) -> str:
     if code < 0x20:
         return chr(0x2400 + code)  # Unicode's pictures of the control characters

@@ -1,5 +1,6 @@
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -29,9 +30,20 @@ def test_help_names_every_command_and_imports_none(capsys):
     assert capsys.readouterr().out.strip() == __version__
 
 
-def test_info(capsys):
+def test_info(capsys, monkeypatch):
+    monkeypatch.setattr("torch.get_num_threads", lambda: 1)
     assert cli.main(["info"]) == 0
-    assert "torch" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "torch" in said
+    assert ", 1 thread\n" in said
+
+
+@pytest.mark.parametrize("name", ["report", "segment"])
+def test_the_help_says_that_existing_files_are_replaced(name, capsys):
+    pytest.importorskip("matplotlib")
+    with pytest.raises(SystemExit, match="0"):
+        cli.main([name, "--help"])
+    assert re.search(r"which replaces? (an )?existing", " ".join(capsys.readouterr().out.split()))
 
 
 def test_a_missing_package_is_named_with_its_remedy():

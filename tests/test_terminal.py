@@ -1,4 +1,4 @@
-from crate_kernels.terminal import printable
+from crate_kernels.terminal import count, printable
 
 
 def test_control_characters_become_signs():
@@ -6,3 +6,7 @@ def test_control_characters_become_signs():
     assert printable("\x1b[31mred\x07") == "\u241b[31mred\u2407"
     assert printable("\x7f\x9b0m\r") == "\u2421\ufffd0m\u240d"
     assert printable("naïve — 数") == "naïve — 数"
+
+
+def test_one_thing_is_singular():
+    assert [count(number, "shard") for number in (0, 1, 1112)] == ["0 shards", "1 shard", "1,112 shards"]

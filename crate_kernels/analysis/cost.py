@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, normalize
 
 from ..models import CRATE
+from ..terminal import count
 from ..timing import medians
 from .objective import subspace_coding_rate
 from .probe import LayerwiseProbe
@@ -81,6 +82,6 @@ def probe(repeats: int = 9) -> None:
 
 
 if __name__ == "__main__":
-    print(f"{torch.get_num_threads()} threads, torch {torch.__version__}\n")
+    print(f"{count(torch.get_num_threads(), 'thread')}, torch {torch.__version__}\n")
     determinants()
     probe()

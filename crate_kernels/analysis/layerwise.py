@@ -50,23 +50,31 @@ class Layerwise:
         )
 
     def compression(self) -> str:
-        """What the curves of R^c show, in a sentence or two. Empty if ``compressed_rate`` was not measured."""
+        """What the curves of R^c show, in a sentence or two. Empty if ``compressed_rate`` was not measured.
+
+        The sentences compare the numbers as they print them.
+        """
         if not self.compressed_rate.numel():
             return ""
         before, after = self.coding_rate.mean(dim=1), self.compressed_rate.mean(dim=1)
-        falls, layers = (before - after).tolist(), len(before)
+        falls, layers = [round(fall, 1) for fall in (before - after).tolist()], len(before)
         if min(falls) > 0:
             spans = f"{min(falls):.1f} nats" if layers == 1 else f"{min(falls):.1f} to {max(falls):.1f} nats"
             text = f"Attention lowers the coding rate R^c in every layer, by {spans}: it compresses the tokens."
+        elif lowered := sum(fall > 0 for fall in falls):
+            text = f"Attention lowers the coding rate R^c in {lowered} of {layers} layers."
         else:
-            text = f"Attention lowers the coding rate R^c in {sum(fall > 0 for fall in falls)} of {layers} layers."
+            text = f"Attention lowers the coding rate R^c in no layer of {layers}: this model does not compress its "
+            text += "tokens."
         if layers == 1:
             return text
-        first, last = before[0].item(), before[-1].item()
-        if last < first:
-            return f"{text} R^c falls from {first:.0f} nats in the first layer to {last:.0f} in the last."
+        first, last = f"{before[0].item():.0f}", f"{before[-1].item():.0f}"
+        if last == first:
+            return f"{text} R^c stays at {first} nats from the first layer to the last."
+        if float(last) < float(first):
+            return f"{text} R^c falls from {first} nats in the first layer to {last} in the last."
         return (
-            f"{text} From the first layer to the last R^c does not fall ({first:.0f} to {last:.0f} nats): every layer "
+            f"{text} From the first layer to the last R^c does not fall ({first} to {last} nats): every layer "
             "measures it in subspaces of its own."
         )
 

@@ -48,7 +48,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 class Settings(DataOptions):
     """The options of ``report``."""
 
-    output: str | None = option(None, "the HTML file to write; without it report.html in the run's folder")
+    output: str | None = option(
+        None, "the HTML file to write, which replaces an existing one; without it report.html in the run's folder"
+    )
 
 
 def run(args: argparse.Namespace) -> int:

@@ -32,7 +32,7 @@ class Settings:
         "registered name of the model, for a public checkpoint that does not name it",
         choices=registered(VisionModel),
     )
-    output: str = option("segments", "folder of the results")
+    output: str = option("segments", "folder of the results, which replace existing files")
     size: int | None = option(
         None, "pixels along the shorter side that the model sees; without it its own size", least=1, most=8192
     )

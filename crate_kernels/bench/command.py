@@ -13,6 +13,7 @@ import torch
 
 from .. import options
 from ..options import option
+from ..terminal import count
 from . import cost, peaks, results
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -161,6 +162,9 @@ def render(settings: Settings) -> int:
 
 def compare(old: Path, new: Path, relative: bool) -> int:
     """Print what became slower by more than the noise; the exit code is then 1."""
+    for path in (old, new):
+        if not path.is_file():
+            raise ValueError(f"--compare: no result file {path}")
     found = results.slower(results.read(old)["records"], results.read(new)["records"], relative=relative)
     for entry in found:
         operator, family, batch, shape, *rest = results.key(entry["record"])
@@ -183,7 +187,7 @@ def measure(settings: Settings) -> int:
     deadline = time.monotonic() + (settings.limit or float("inf"))
     folder = Path(settings.results) / results.device_folder(device)
     environment = results.environment(device, settings.commit)
-    about = f"{environment['device']}, torch {torch.__version__}, {environment['threads']} threads"
+    about = f"{environment['device']}, torch {torch.__version__}, {count(environment['threads'], 'thread')}"
     print(f"{about}, commit {environment['commit']}")
     peak_rates = None
     if not settings.check_only and settings.suite != "overhead":

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
+from ..terminal import count
 from . import results
 from .models import (
     COMPILED,
@@ -116,7 +117,7 @@ def readme_text(found: Results) -> str:
         batch = _headline_record(of_first, "training step", OURS) or _headline_record(of_first, "forward", OURS)
         about = f"{environment['device']}, torch {environment['versions']['torch']}"
         if device == "cpu":
-            about += f", {environment['threads']} threads"
+            about += f", {count(environment['threads'], 'thread')}"
         lines.append(
             "Speed against the reference equations in eager mode (in brackets: against the same equations under"
             " `torch.compile`),"
@@ -201,7 +202,11 @@ def docs_text(found: Results) -> str:
 def _source(device: str, part: str, content: dict) -> str:
     environment, peak_rates = content["environment"], content["peaks"]
     versions = ", ".join(f"{k} {v}" for k, v in environment["versions"].items() if v)
-    driver = f", driver {environment['driver']}" if environment.get("driver") else f", {environment['threads']} threads"
+    driver = (
+        f", driver {environment['driver']}"
+        if environment.get("driver")
+        else f", {count(environment['threads'], 'thread')}"
+    )
     if environment.get("load_average"):
         driver += f", load average {environment['load_average']:.1f} at the start"
     source = f"`benchmarks/results/{device}/{part}.json`: commit {environment['commit']}; {versions}{driver}."

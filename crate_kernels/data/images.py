@@ -280,7 +280,10 @@ def _scan(root: Path) -> tuple[list[str], list[str], np.ndarray]:
     for label, name in enumerate(classes):
         found = sorted(str(path) for path in (root / name).rglob("*") if path.suffix.lower() in IMG_EXTENSIONS)
         if not found:
-            raise DataError(f"{root / name} has no images (accepted endings: {' '.join(IMG_EXTENSIONS)})")
+            raise DataError(
+                f"{root} is no folder of class folders: {root / name} has no images (accepted endings: "
+                f"{' '.join(IMG_EXTENSIONS)})"
+            )
         paths += found
         labels += [label] * len(found)
     return classes, paths, np.array(labels)

@@ -25,6 +25,7 @@ from PIL import Image
 from .. import options
 from ..models.checkpoint import naming, write_atomically
 from ..options import option
+from ..terminal import count
 from . import parts
 from .batches import decode
 from .errors import DataError
@@ -345,7 +346,7 @@ def write(data: str | None, wanted: Options) -> int:
         manifest = prepare(ImageSource(str(data), wanted.root, seed=wanted.seed), output, settings, workers)
     for split in ("train", "test"):
         shards = getattr(manifest, split)
-        print(f"{split}: {sum(shard.images for shard in shards):,} images in {len(shards)} shards")
+        print(f"{split}: {count(sum(shard.images for shard in shards), 'image')} in {count(len(shards), 'shard')}")
     for sentence in manifest.broken[:10]:
         print(f"broken: {sentence}")
     if manifest.broken:

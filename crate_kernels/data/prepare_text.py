@@ -11,6 +11,7 @@ import dataclasses
 import functools
 import hashlib
 import os
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,9 +23,10 @@ from .. import options
 from ..models.checkpoint import naming
 from ..models.tokenizers import TOKENIZERS, Tokenizer, create_tokenizer
 from ..options import option
+from ..terminal import count
 from . import parts, text_files
 from .text_files import Format, Range
-from .text_shards import COUNTS, FORMAT, SPLITS, Manifest, Shard, TextShards, is_prepared
+from .text_shards import COUNTS, FORMAT, MORE_VALIDATION, SPLITS, Manifest, Shard, TextShards, is_prepared
 
 BUFFERED_TOKENS = 1 << 20
 """A shard's tokens are written so many at a time."""
@@ -249,9 +251,11 @@ def write(inputs: list[str], wanted: Options, settings: Settings) -> int:
     shards, seconds = TextShards(output), time.monotonic() - began
     manifest = shards.manifest
     for split in SPLITS:
-        print(
-            f"{split}: {manifest.total(split, 'tokens'):,} tokens, {manifest.total(split, 'documents'):,} documents, "
-            f"{manifest.total(split, 'bytes'):,} bytes of text in {len(getattr(manifest, split))} shards"
+        tokens, documents, size = (
+            count(manifest.total(split, f"{noun}s"), noun) for noun in ("token", "document", "byte")
         )
+        print(f"{split}: {tokens}, {documents}, {size} of text in {count(len(getattr(manifest, split)), 'shard')}")
+    if not manifest.validation:
+        print(f"warning: No text fell into the validation split. {MORE_VALIDATION}", file=sys.stderr)
     print(f"{seconds:.0f} s; train on them with crate-kernels train-text --text {output}")
     return 0

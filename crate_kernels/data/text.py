@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..models.tokenizers import Tokenizer, create_tokenizer
 from .digests import digest
-from .text_shards import TextShards, WindowOrder
+from .text_shards import MORE_VALIDATION, TextShards, WindowOrder
 
 EVALUATION_TOKENS = 1 << 16
 """About how many validation tokens an evaluation reads, evenly spread where there are more."""
@@ -49,12 +49,14 @@ class Corpus:
     """What the corpus holds, in words and a digest."""
     bytes_per_token: float
     """Bytes of text that a validation token stands for, on average."""
+    advice = ""
+    """The end of the error for too few validation tokens: how to get more."""
 
     def __init__(self, tokenizer: Tokenizer, context: int, train: int, validation: int):
         if validation <= context:
             raise ValueError(
                 f"{validation:,} of {train + validation:,} tokens are for validation; "
-                f"there must be more than --context {context}"
+                f"there must be more than --context {context}{self.advice}"
             )
         self.tokenizer, self.context = tokenizer, context
         self.training_tokens, self.validation_tokens = train, validation
@@ -135,6 +137,8 @@ class ShardCorpus(Corpus):
     Raises:
         ValueError: the folder is damaged, or was made with a tokenizer that differs from the present one.
     """
+
+    advice = f". In crate-kernels prepare-text: {MORE_VALIDATION}"
 
     def __init__(self, folder: Path, context: int, seed: int):
         self.shards = shards = TextShards(folder)

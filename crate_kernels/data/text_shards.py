@@ -32,6 +32,9 @@ FORMAT = 1
 MANIFEST, COUNTS = "manifest.json", "counts.npy"
 SPLITS = ("train", "validation")
 
+MORE_VALIDATION = "Raise --validation, or split the text with --separator."
+"""What to do about too few validation tokens. ``prepare-text`` has these options."""
+
 OPEN_SHARDS = 64
 """So many shards are open at most at a time: each one holds a file descriptor."""
 

@@ -16,7 +16,7 @@ from ..models import CrateModel
 from ..models.registry import FACTORIES
 from ..models.vision import VisionModel
 from ..options import option
-from ..runs.folder import open_model
+from ..runs import folder
 from ..timing import medians
 from .formats import FORMATS, Run, files, size
 from .program import Deployable, example
@@ -65,7 +65,7 @@ def export(checkpoint: Path, settings: Settings) -> int:
     kind = FORMATS[settings.format]
     if missing := kind.missing():
         raise ValueError(f"--format {settings.format} needs {', '.join(missing)}: see docs/deployment.md")
-    model, metadata = open_model(checkpoint, settings.model)
+    model, metadata = folder.open_model(checkpoint, settings.model)
     if isinstance(model, VisionModel):
         if settings.image_size:
             _resize(model, settings.image_size)
@@ -92,14 +92,19 @@ def _resize(model: VisionModel, pixels: int) -> None:
 
 def _path(checkpoint: Path, settings: Settings, suffix: str) -> Path:
     if settings.output is None:
-        folder, name = (checkpoint, "model") if checkpoint.is_dir() else (checkpoint.parent, checkpoint.stem)
-        path = folder / f"{name}{'-exported' if suffix == '.safetensors' else ''}{suffix}"
+        parent, name = (checkpoint, "model") if checkpoint.is_dir() else (checkpoint.parent, checkpoint.stem)
+        path = parent / f"{name}{'-exported' if suffix == '.safetensors' else ''}{suffix}"
     else:
         path = Path(settings.output)
         if path.suffix != suffix:
             raise ValueError(f"--output must end in {suffix} with --format {settings.format}, got {path}")
     if path.exists() and path.samefile(checkpoint):
         raise ValueError(f"--output {path} is the checkpoint itself")
+    run = checkpoint if checkpoint.is_dir() else checkpoint.parent
+    if checkpoint.is_dir() or (run / folder.OPTIONS).is_file():
+        for own in (run / name for name in folder.FILES):
+            if path.exists() and own.exists() and path.samefile(own):
+                raise ValueError(f"--output {path} is a file of the run: choose another")
     for file in files(path):
         if file.exists() and not (settings.overwrite and file.is_file()):
             raise ValueError(f"{file} is there already: give --overwrite, or another --output")

@@ -19,7 +19,9 @@ from torch import nn
 from .. import options
 from ..models import CRATE, CrateGPT, create_model
 from ..models.base import CrateModel
+from ..models.vision import PatchSizeError
 from ..options import option
+from ..terminal import count
 
 FLOAT = 4
 """Bytes of a parameter, of its gradient, and of each of AdamW's two moments."""
@@ -87,8 +89,13 @@ class PlanOptions:
         else:
             sizes = {"num_classes": self.num_classes}
             sizes |= {} if self.image_size is None else {"image_size": self.image_size}
-        with torch.device("meta"):
-            return create_model(name, **sizes)
+        try:
+            with torch.device("meta"):
+                return create_model(name, **sizes)
+        except PatchSizeError as error:
+            raise ValueError(
+                f"--image-size must be a multiple of the patch size {error.patch}, got {self.image_size}"
+            ) from error
 
 
 # -- formulas ----------------------------------------------------------------------------------------------------------
@@ -330,7 +337,7 @@ def report(settings: PlanOptions) -> str:
     lines = [
         f"PREDICTION from formulas, not a measurement: {s.model}, {parameters:,} parameters, "
         f"{sample_tokens(model):,} tokens a sample",
-        f"{ranks} ranks, {s.parallel}, {s.precision}, batch {s.batch_size} ({samples} {unit} a "
+        f"{count(ranks, 'rank')}, {s.parallel}, {s.precision}, batch {s.batch_size} ({samples} {unit} a "
         f"rank){', activation checkpointing' if s.activation_checkpointing else ''}",
         "",
         "memory of rank 0, GB",
@@ -352,8 +359,15 @@ def report(settings: PlanOptions) -> str:
     ] or ["  none: there is one rank"]
     limit = s.memory * 1e9 * (1 - s.reserve)
     most = found.largest_batch(limit)
-    fits = f"{most * ranks:,} ({most:,} a rank)" if most else "none: not one sample fits"
-    lines += ["", f"largest batch in {s.memory:g} GB less {100 * s.reserve:g} % in reserve: {fits}"]
+    fits = "fits" if found.at(samples) <= limit else "does not fit"
+    lines += [
+        "",
+        f"batch {s.batch_size:,} {fits}: {found.at(samples) / 1e9:.1f} GB a rank, of {limit / 1e9:.1f} GB "
+        f"({s.memory:g} GB less {100 * s.reserve:g} % in reserve).",
+        f"The largest batch that fits is {most * ranks:,} ({most:,} a rank)."
+        if most
+        else "Not one sample a rank fits.",
+    ]
     return "\n".join(lines)
 
 

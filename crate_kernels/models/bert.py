@@ -12,7 +12,7 @@ from ..nn import CrateBlock
 from ..ops import checks
 from .base import CrateModel
 from .checkpoint import KeyMap
-from .gpt import IGNORED_TARGET, always_project
+from .gpt import IGNORED_TARGET, TARGETS, always_project
 
 _ENCODER_KEYS = {
     "crate.embeddings.word_embeddings": "token_embedding",
@@ -143,8 +143,12 @@ class CrateBert(CrateModel):
 
     def forward_features(self, idx: Tensor, lengths: Tensor | None = None, token_types: Tensor | None = None) -> Tensor:
         """The last layer's tokens ``(B, N, dim)``; arguments as for :meth:`forward`."""
-        if idx.dim() != 2 or not 1 <= idx.shape[1] <= self.max_length:
-            raise ValueError(f"idx: expected shape (B, N) with N in 1..{self.max_length}, got {tuple(idx.shape)}")
+        if idx.dim() != 2 or not 1 <= idx.shape[1] <= self.max_length or idx.dtype not in checks.INTEGER:
+            raise ValueError(
+                f"idx: expected integers of shape (B, N) with N in 1..{self.max_length}, got {idx.dtype} "
+                f"{tuple(idx.shape)}"
+            )
+        checks.indices("idx", idx, self.vocab_size, "the last token of the vocabulary")
         tokens = self.add_embeddings(self.token_embedding(idx), None, token_types)
         for block in self.blocks:
             tokens = block(tokens, lengths)
@@ -161,6 +165,8 @@ class CrateBert(CrateModel):
             checks.values_within("positions", positions, 0, self.max_length - 1, "the last learned position")
         if token_types is None:
             token_types = torch.zeros(tokens.shape[:2], dtype=torch.int64, device=tokens.device)
+        else:
+            checks.indices("token_types", token_types, self.type_embedding.num_embeddings, "the last type")
         tokens = tokens + self.position_embedding(positions) + self.type_embedding(token_types)
         return self.dropout(self.embedding_norm(tokens))
 
@@ -194,6 +200,8 @@ class CrateBert(CrateModel):
         logits = self.forward_head(self.forward_features(idx, lengths, token_types))
         if targets is None:
             return logits, None
+        checks.tensor("targets", targets, tuple(logits.shape[:-1]), dtypes=(torch.int64,))
+        checks.indices("targets", targets, logits.shape[-1], TARGETS, least=IGNORED_TARGET)
         flat = logits.reshape(-1, logits.shape[-1])
         return logits, nn.functional.cross_entropy(flat, targets.flatten(), ignore_index=IGNORED_TARGET)
 

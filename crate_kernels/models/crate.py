@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..nn import CrateBlock
 from ..ops import checks
 from .checkpoint import KeyMap
-from .vision import PatchEmbedding, Patches, VisionModel, pair
+from .vision import PatchEmbedding, Patches, PatchSizeError, VisionModel, pair
 
 
 class CRATE(VisionModel):
@@ -79,7 +79,7 @@ class CRATE(VisionModel):
         checks.number("ista", ista, minimum=0.0)
         image_size, patch_size = pair("image_size", image_size), pair("patch_size", patch_size)
         if image_size[0] % patch_size[0] or image_size[1] % patch_size[1]:
-            raise ValueError(f"image_size: {image_size} is no multiple of patch_size {patch_size}")
+            raise PatchSizeError("image_size", image_size, patch_size)
         pool = pool_name(pool)
         self.grid_size = (image_size[0] // patch_size[0], image_size[1] // patch_size[1])
         self.num_classes, self.pool, self.num_features = num_classes, pool, dim

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from ..ops import checks
+
 if TYPE_CHECKING:
     from .tokenizers import Tokenizer
 
@@ -115,8 +117,7 @@ def sample(
         top_p: only the most likely tokens that together reach this probability; at least one.
         uniform: ``(B,)`` numbers in [0, 1) that decide; drawn from torch's generator if None.
     """
-    if temperature < 0:
-        raise ValueError(f"temperature: expected at least 0, got {temperature}")
+    checks.number("temperature", temperature, minimum=0.0)
     if top_k is not None and top_k < 1:
         raise ValueError(f"top_k: expected at least 1, got {top_k}")
     if top_p is not None and not 0 < top_p <= 1:
@@ -169,6 +170,7 @@ def stream(
     Yields:
         ``(B,)`` int64: the next token of each sequence, :data:`NOTHING` for those that have ended.
     """
+    checks.integer("max_new_tokens", max_new_tokens)
     device = model.token_embedding.weight.device
     rows = [torch.as_tensor(prompt, dtype=torch.int64, device=device) for prompt in prompts]
     if not rows or any(row.dim() != 1 or not len(row) for row in rows):

@@ -21,6 +21,8 @@ from .checkpoint import KeyMap
 IGNORED_TARGET = -1
 """The loss of a language model ignores targets of this value."""
 
+TARGETS = "the last class; -1 is ignored"
+
 
 @dataclass
 class CrateGPTConfig:
@@ -132,6 +134,7 @@ class CrateGPT(CrateModel):
             positions = torch.arange(idx.shape[1], device=idx.device)
         else:
             checks.values_within("positions", positions, 0, self.block_size - 1, "the last learned position")
+        checks.indices("idx", idx, self.vocab_size, "the last token of the vocabulary")
         return self.token_embedding(idx) + self.position_embedding(positions)
 
     def upstream_state_dict(self) -> dict[str, Tensor]:
@@ -167,7 +170,13 @@ class CrateGPT(CrateModel):
         Returns:
             Logits ``(B, N, vocab_size)`` and their mean cross-entropy; without targets the logits of the last position
             ``(B, 1, vocab_size)`` and None.
+
+        Raises:
+            TypeError, ValueError: dtype, shape or values of an argument do not fit. Only values on the CPU are checked.
         """
+        if targets is not None:
+            checks.tensor("targets", targets, tuple(idx.shape), dtypes=(torch.int64,))
+            checks.indices("targets", targets, self.vocab_size, TARGETS, least=IGNORED_TARGET)
         tokens = self.forward_features(idx)
         if targets is None:
             return self.forward_head(tokens[:, -1:]), None

@@ -11,7 +11,7 @@ from ..nn import CrateBlock, CrateDecoderBlock
 from ..ops import checks
 from .checkpoint import KeyMap
 from .crate import CRATE
-from .vision import ConvPatchEmbedding, VisionModel, pair
+from .vision import ConvPatchEmbedding, PatchSizeError, VisionModel, pair
 
 
 class CrateMAE(VisionModel):
@@ -92,7 +92,7 @@ class CrateMAE(VisionModel):
         checks.number("lambd", lambd, minimum=0.0)
         img_size, patch_size = pair("img_size", img_size), pair("patch_size", patch_size)
         if img_size[0] % patch_size[0] or img_size[1] % patch_size[1]:
-            raise ValueError(f"img_size: {img_size} is no multiple of patch_size {patch_size}")
+            raise PatchSizeError("img_size", img_size, patch_size)
         if decoder_embed_dim != embed_dim:
             raise ValueError(
                 f"decoder_embed_dim: the decoder continues on the encoder's tokens, so it must be embed_dim = "

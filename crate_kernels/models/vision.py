@@ -12,12 +12,30 @@ from torch.utils.checkpoint import checkpoint
 from .base import CrateModel
 
 
+class PatchSizeError(ValueError):
+    """Patches do not divide the images that a model is to take.
+
+    Args:
+        name: of the argument.
+        image, patch: (height, width) in pixels.
+
+    Attributes:
+        image, patch: the sizes in words.
+    """
+
+    def __init__(self, name: str, image: tuple[int, int], patch: tuple[int, int]):
+        self.image, self.patch = f"{image[0]} x {image[1]}", f"{patch[0]} x {patch[1]}"
+        super().__init__(f"{name}: {self.image} pixels are no multiple of the patch size {self.patch}")
+
+
 @torch.fx.wrap
 def patch_grid(images: Tensor, patch_size: tuple[int, int], channels: int) -> tuple[int, int]:
     """Rows and columns of patches in ``images``, or an error that says what does not fit."""
     rows, columns = patch_size
     if images.dim() != 4 or images.shape[1] != channels:
         raise ValueError(f"images: expected shape (B, {channels}, H, W), got {tuple(images.shape)}")
+    if not images.is_floating_point():
+        raise TypeError(f"images: expected a floating dtype, got {images.dtype}")
     height, width = images.shape[2:]
     if height % rows or width % columns or not height or not width:
         raise ValueError(f"images: {height} x {width} pixels are no multiple of the patch size {rows} x {columns}")
@@ -150,7 +168,7 @@ class VisionModel(CrateModel):
             return
         height, width = size = pair("img_size", img_size)
         if height % rows or width % columns:
-            raise ValueError(f"img_size: {size} is no multiple of the patch size {rows} x {columns}")
+            raise PatchSizeError("img_size", size, (rows, columns))
         grid = (height // rows, width // columns)
         for name in self.position_tables:
             old = getattr(self, name)

@@ -144,11 +144,27 @@ def values_within(name: str, value: Tensor | None, least: int, most: int, meanin
         inside = ((value >= least) & (value <= most)).all()
         torch._assert_async(inside, f"{name}: values must be at least {least} and at most {meaning}")
         return
-    if type(value) is not Tensor or torch._C._functorch.peek_interpreter_stack() is not None or not value.numel():
+    if not readable(value):
         return
     low, high = (int(v) for v in value.aminmax())
     if low < least or high > most:
         raise ValueError(f"{name}: values must lie in {least}..{most} ({meaning}), got {low}..{high}")
+
+
+def readable(value: Tensor) -> bool:
+    """Whether a check may read ``value`` now: a tensor on the CPU with values, outside of graphs and transforms."""
+    if value.device.type != "cpu" or torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return False
+    return type(value) is Tensor and torch._C._functorch.peek_interpreter_stack() is None and value.numel() > 0
+
+
+def indices(name: str, value: Tensor, size: int, meaning: str, *, least: int = 0):
+    """The integers in ``value`` lie in ``least..size - 1``, as :func:`values_within` checks them outside of a graph.
+
+    A compiled or exported graph has no check of its own: its embedding or loss refuses them.
+    """
+    if not torch.compiler.is_compiling():
+        values_within(name, value, least, size - 1, meaning)
 
 
 def norm(z: Tensor, norm_weight: Tensor, norm_bias: Tensor, eps: float, prefix: str = ""):

@@ -7,6 +7,7 @@ from typing import Any
 from ..data.images import ImageData
 from ..models import CRATE, CrateAlpha, CrateModel, create_model
 from ..models.registry import CLASSES
+from ..models.vision import PatchSizeError
 from . import initial
 from .config import Config
 
@@ -19,6 +20,14 @@ def build_model(config: Config, data: ImageData) -> CrateModel:
     Raises:
         ValueError: sizes do not fit each other.
     """
+    try:
+        return _build(config, data)
+    except PatchSizeError as error:
+        patch = error.patch if config.patch_size is None else config.patch_size
+        raise ValueError(f"--patch-size {patch} does not divide the images' {error.image} pixels") from error
+
+
+def _build(config: Config, data: ImageData) -> CrateModel:
     if config.start is not None:
         initial.check_channels(str(config.init), config.start, data.channels)
         given = dict(num_classes=len(data.classes), pool=config.pool, dropout=config.dropout)

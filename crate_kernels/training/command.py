@@ -88,8 +88,9 @@ def execute(chosen: Plan, kind: type[Engine], interrupts: Interrupts, began: flo
                 report.line(
                     "\n".join(["next:", *(f"  {line}  # {text}" for line, text in trainer.next_steps().items())])
                 )
-            except Interrupted:
+            except Interrupted as interrupt:
                 report.line(how_to_resume(trainer))
+                interrupt.reported = True
                 raise
     return 0
 

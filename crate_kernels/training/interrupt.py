@@ -23,6 +23,8 @@ class Interrupted(KeyboardInterrupt):
         super().__init__(signal.Signals(number).name)
         self.code = 128 + number
         """The exit code that shells expect."""
+        self.reported = False
+        """Whether the user was told how to resume, so that nothing more is to be said."""
 
 
 class Interrupts:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from typing import Any
 
 import torch
@@ -42,7 +43,8 @@ def check_optimizer(settings: Any) -> None:
     except Exception as error:
         name, known = settings.optimizer, list_optimizers()
         if name.lower() not in known:
-            raise ValueError(f"--optimizer must be one of timm's, {', '.join(known)}; got {name}") from error
+            nearest = ", ".join(difflib.get_close_matches(name.lower(), known, n=5, cutoff=0))
+            raise ValueError(f"--optimizer must be one of timm's, such as {nearest}; got {name}") from error
         reason = " ".join(str(error).split()) or type(error).__name__
         beta2 = "" if settings.beta2 is None else f" with --beta2 {settings.beta2}"
         raise ValueError(f"--optimizer {name}{beta2} cannot take a step here: {reason}") from error

@@ -56,6 +56,11 @@ def test_needs_crate_layers():
         ([9.0, 7.0], [8.0, 5.0], "in every layer, by 1.0 to 2.0 nats: .* falls from 9 nats in the first layer to 7 "),
         ([7.0, 9.0], [6.0, 9.5], "in 1 of 2 layers. .* does not fall .7 to 9 nats."),
         ([7.0], [6.0], "in every layer, by 1.0 nats: it compresses the tokens.$"),
+        (
+            [67.2, 66.8],
+            [67.3, 66.79],
+            r"in no layer of 2: this model does not compress its tokens\. R\^c stays at 67 nats from the first",
+        ),
     ],
 )
 def test_the_sentence_below_the_picture_says_what_the_curves_show(before, after, sentence, tmp_path):

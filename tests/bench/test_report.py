@@ -129,6 +129,8 @@ def test_relative_regressions_forgive_a_slower_machine(tmp_path, capsys):
     paths = [tmp_path / "old.json", tmp_path / "new.json"]
     for path, content in zip(paths, (old, new), strict=True):
         results.write(path, content)
+    with pytest.raises(ValueError, match=r"--compare: no result file \S*absent\.json"):
+        command.run(parsed("--compare", paths[0], tmp_path / "absent.json"))
     assert command.run(parsed("--compare", *paths)) == 1
     assert "2.00x slower" in capsys.readouterr().out
     assert command.run(parsed("--compare", *paths, "--relative")) == 0

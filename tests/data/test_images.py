@@ -167,7 +167,9 @@ def test_missing_and_empty_folders(tmp_path):
         d.load(ImageSource(data=str(tmp_path)))
     (tmp_path / "cat").mkdir()
     (tmp_path / "cat" / "notes.txt").write_text("no image")
-    with pytest.raises(d.DataError, match=r"cat has no images \(accepted endings: .*\.png"):
+    with pytest.raises(
+        d.DataError, match=r"^\S* is no folder of class folders: \S*cat has no images \(accepted endings: .*\.png"
+    ):
         d.load(ImageSource(data=str(tmp_path)))
 
 

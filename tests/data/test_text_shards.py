@@ -362,4 +362,13 @@ def test_the_command(tmp_path, capsys):
     shards = TextShards(output)
     assert sorted(split_documents(shards.train) + split_documents(shards.validation)) == sorted(DOCUMENTS)
     assert f"train: {len(shards.train):,} tokens" in shown
+    assert "No text fell" not in capsys.readouterr().err
     assert command("--verify", "--output", output) == 0
+
+
+def test_the_command_warns_of_shards_without_validation(tmp_path, capsys):
+    (tmp_path / "x.txt").write_text("a")
+    assert command(tmp_path / "x.txt", "--validation", "0", "--output", tmp_path / "out") == 0
+    said = capsys.readouterr()
+    assert "train: 2 tokens, 1 document, 1 byte of text in 1 shard\n" in said.out
+    assert "No text fell into the validation split. Raise --validation, or split the text with --separator." in said.err

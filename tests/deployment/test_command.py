@@ -59,6 +59,19 @@ def test_what_cannot_be_written_is_refused(options, message, tmp_path, capsys, m
     assert main(["export", "model.safetensors", "--format=safetensors", "--output=old.safetensors", "--overwrite"]) == 0
 
 
+@pytest.mark.parametrize("source", [".", "best.safetensors"])
+def test_a_file_of_the_run_is_never_replaced(source, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("model", "best"):
+        build("crate").save(f"{name}.safetensors")
+    (tmp_path / "options.json").write_text("{}")
+    before = (tmp_path / "model.safetensors").read_bytes()
+    options = ["--format=safetensors", "--output=model.safetensors", "--overwrite"]
+    assert main(["export", source, *options]) == 2
+    assert "--output model.safetensors is a file of the run: choose another" in capsys.readouterr().err
+    assert (tmp_path / "model.safetensors").read_bytes() == before
+
+
 def test_models_of_text_have_no_images(tmp_path, capsys):
     build("gpt").save(tmp_path / "model.safetensors")
     for option in ("--any-size", "--image-size=16"):

@@ -207,7 +207,26 @@ def test_the_command_prints_a_prediction(capsys):
     found = plan.memory(settings.build(), "fsdp", 64, plan.Compute.of("bf16"))
     assert said.startswith("PREDICTION from formulas, not a measurement: crate_large, 77,641,192 parameters")
     assert f"sum                       {found.at(16) / 1e9:>10.3f}" in said
+    assert f"batch 1,024 fits: {found.at(16) / 1e9:.1f} GB a rank, of 72.0 GB" in said
     assert f"({found.largest_batch(72e9):,} a rank)" in said
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("", "batch 1,024 does not fit: 513.9 GB a rank, of 72.0 GB (80 GB less 10 % in reserve).\n"
+             "The largest batch that fits is 136 (17 a rank)."),
+        ("--memory 1", "GB a rank, of 0.9 GB (1 GB less 10 % in reserve).\nNot one sample a rank fits."),
+    ],
+)  # fmt: skip
+def test_the_command_says_that_a_run_does_not_fit(options, message, capsys):
+    assert cli.main(["plan", "--context", "5000", "--model", "crate_gpt2_base", *options.split()]) == 0
+    assert message in capsys.readouterr().out
+
+
+def test_the_command_names_the_option_whose_size_the_patches_do_not_divide(capsys):
+    assert cli.main(["plan", "--image-size", "225"]) == 2
+    assert "--image-size must be a multiple of the patch size 16 x 16, got 225" in capsys.readouterr().err
 
 
 def scale_table():

@@ -155,7 +155,17 @@ def test_exports(num_classes):
 def test_errors():
     with pytest.raises(ValueError, match=r"N in 1..16, got \(1, 17\)"):
         small()(torch.zeros(1, 17, dtype=torch.long))
-    model = small()
+    model, idx = small(), torch.zeros(2, 3, dtype=torch.long)
+    with pytest.raises(ValueError, match="idx: expected integers"):
+        model(idx.float())
+    with pytest.raises(ValueError, match=r"idx: values must lie in 0\.\."):
+        model(idx - 1)
+    with pytest.raises(ValueError, match=r"token_types: values must lie in 0\.\.1 \(the last type\), got 2\.\.2"):
+        model(idx, token_types=idx + 2)
+    with pytest.raises(ValueError, match=r"targets: expected shape \(2, 3\), got \(3, 2\)"):
+        model(idx, targets=idx.T)
+    with pytest.raises(ValueError, match=r"targets: values must lie in -1\.\."):
+        model(idx, targets=idx - 100)
     with pytest.raises(ValueError, match=r"positions: values must lie in 0\.\.15 \(the last learned .*, got 16\.\.16"):
         model.add_embeddings(torch.zeros(1, 1, model.config["dim"]), torch.tensor([[16]]))
     with pytest.raises(ValueError, match="heads: 5 does not divide"):

@@ -158,18 +158,19 @@ def test_other_image_sizes_interpolate_positions():
     [
         (torch.randn(3, 8, 12), r"expected shape \(B, 3, H, W\), got \(3, 8, 12\)"),
         (torch.randn(1, 1, 8, 12), r"expected shape \(B, 3, H, W\), got \(1, 1, 8, 12\)"),
+        (torch.zeros(1, 3, 8, 12, dtype=torch.long), r"images: expected a floating dtype, got torch\.int64"),
         (torch.randn(1, 3, 9, 12), r"9 x 12 pixels are no multiple of the patch size 4 x 2"),
     ],
 )
 def test_bad_images(images, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((TypeError, ValueError), match=message):
         small()(images)
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (dict(image_size=9), "image_size: .* is no multiple of patch_size"),
+        (dict(image_size=9), "image_size: 9 x 9 pixels are no multiple of the patch size 4 x 2"),
         (dict(pool="max"), "pool: expected 'cls', 'mean' or '', got 'max'"),
         (dict(patch_size=(4, 2, 2)), "patch_size: expected a positive integer or a pair"),
     ],

@@ -251,7 +251,16 @@ def test_sampling_distribution():
     assert sample(logits[None]).shape == (1,)
 
 
-@pytest.mark.parametrize("wrong", [dict(temperature=-1.0), dict(top_k=0), dict(top_p=0.0), dict(top_p=1.5)])
+def test_a_negative_number_of_new_tokens_is_refused():
+    model, (prompt,) = small(), prompts(6)
+    assert model.generate(prompt[None], 0).shape == (1, 6)
+    with pytest.raises(ValueError, match="max_new_tokens: expected at least 0, got -1"):
+        model.generate(prompt[None], -1)
+
+
+@pytest.mark.parametrize(
+    "wrong", [dict(temperature=-1.0), dict(temperature=math.nan), dict(top_k=0), dict(top_p=0.0), dict(top_p=1.5)]
+)
 def test_sampling_errors(wrong):
     with pytest.raises(ValueError, match=f"{next(iter(wrong))}: expected"):
         sample(torch.zeros(1, 3), **wrong)

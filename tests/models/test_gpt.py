@@ -186,6 +186,8 @@ def test_dropout_acts_in_training_only():
         (torch.zeros(1, 0, dtype=torch.long), "N at least 1"),
         (torch.zeros(3, dtype=torch.long), r"shape \(B, N\)"),
         (torch.zeros(1, 3), "expected integers"),
+        (torch.tensor([[0, 23]]), r"idx: values must lie in 0\.\.22 \(the last token of the vocabulary\), got 0\.\.23"),
+        (torch.tensor([[-1]]), r"idx: values must lie in 0\.\.22"),
     ],
 )
 def test_errors_say_what_does_not_fit(idx, message):
@@ -193,6 +195,20 @@ def test_errors_say_what_does_not_fit(idx, message):
         small()(idx)
     with pytest.raises(ValueError, match="n_head: 3 does not divide"):
         CrateGPT(n_head=3, n_embd=8)
+
+
+@pytest.mark.parametrize(
+    ("targets", "message"),
+    [
+        (torch.zeros(2, 5, dtype=torch.long), r"targets: expected shape \(2, 6\), got \(2, 5\)"),
+        (torch.zeros(12, dtype=torch.long), r"targets: expected shape \(2, 6\), got \(12,\)"),
+        (torch.zeros(2, 6, dtype=torch.int32), r"targets: dtype torch\.int32 is not supported"),
+        (torch.full((2, 6), -100), r"targets: values must lie in -1\.\.22 \(the last class; -1 is ignored\)"),
+    ],
+)
+def test_targets_that_do_not_fit_are_refused_by_name(targets, message):
+    with pytest.raises((TypeError, ValueError), match=message):
+        small()(torch.zeros(2, 6, dtype=torch.long), targets)
 
 
 @VARIANTS

@@ -244,6 +244,7 @@ def test_unknown_keywords_are_refused(cls):
         (dict(input_ids=None), "input_ids, inputs_embeds: give exactly one"),
         (dict(input_ids=None, inputs_embeds=torch.ones(2, 10, 8)), r"inputs_embeds: expected shape \(B, N, 16\)"),
         (dict(input_ids=tokens(10)), r"input_ids: expected shape \(B, N\)"),
+        (dict(input_ids=tokens(2, 10) - 100), r"input_ids: values must lie in 0\.\."),
     ],
 )
 def test_inputs_that_do_not_fit_are_refused_by_name(cls, options, message):
@@ -275,7 +276,8 @@ def test_padding_may_stand_anywhere(cls):
     if got.dim() == 2 and not is_gpt:
         keep = mask[:, 0].bool()
     torch.testing.assert_close(again[keep], got[keep], rtol=0, atol=1e-12)
-    assert torch.isfinite(result(model, idx, attention_mask=mask * torch.tensor([[1], [1], [0]]))).all()
+    with pytest.raises(ValueError, match="attention_mask: row 2 has no real token"):
+        model(idx, attention_mask=mask * torch.tensor([[1], [1], [0]]))
 
 
 @EVERY
@@ -516,6 +518,18 @@ def test_caches_that_do_not_fit_are_refused():
         model.generate(idx, max_new_tokens=2, cache_implementation="static")
     with pytest.raises(ValueError, match="25 tokens, but block_size"):
         model(tokens(2, 25))
+
+
+@pytest.mark.parametrize("use_cache", [False, True])
+def test_a_text_too_long_for_the_model_is_refused_before_the_first_token(use_cache, monkeypatch):
+    model, idx = build(huggingface.CrateGPTForCausalLM), tokens(2, 9)
+    options = dict(do_sample=False, pad_token_id=0, eos_token_id=None, use_cache=use_cache)
+    assert model.generate(idx, max_new_tokens=16, **options).shape == (2, 25)  # the last token is not read
+    monkeypatch.setattr(type(model), "forward", None)
+    with pytest.raises(ValueError, match="the text would have 26 tokens, but the model takes 24"):
+        model.generate(idx, max_new_tokens=17, **options)
+    with pytest.raises(ValueError, match="attention_mask: row 0 has no real token"):
+        model.generate(idx, max_new_tokens=1, attention_mask=torch.zeros_like(idx), **options)
 
 
 @pytest.mark.parametrize(

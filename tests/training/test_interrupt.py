@@ -49,7 +49,7 @@ def test_a_signal_saves_the_step_in_progress_and_says_how_to_resume(
         f"after step 5 of 12; the checkpoint is saved. Resume with: crate-kernels train-text --resume {output}"
         in said.out
     )
-    assert said.err == "interrupted\n"
+    assert said.err == ""
     assert checkpoints.load(output / "last.pt")["step"] == 5
     assert main(["train-text", "--resume", str(output)]) == 0
     assert main([*command, "--output", str(tmp_path / "whole")]) == 0
@@ -80,7 +80,7 @@ def test_a_process_that_is_terminated_exits_with_143(command, tmp_path):
     out, err = process.communicate(timeout=120)
     assert process.returncode == 143
     assert "Resume with: crate-kernels train-text --resume" in out
-    assert err == "interrupted\n"
+    assert err == ""
     assert checkpoints.load(output / "last.pt")["step"] > 0
 
 

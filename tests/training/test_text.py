@@ -186,7 +186,9 @@ def test_shards_name_their_tokenizer_and_are_named_when_they_do_not_fit(tmp_path
     assert settings.tokenizer == "bytes"
     with pytest.raises(ValueError, match="was made with the tokenizer bytes, not with gpt2"):
         train("--text", shards, "--tokenizer", "gpt2", "--output", tmp_path)
-    with pytest.raises(ValueError, match=r"tokens are for validation; there must be more than --context 8000"):
+    with pytest.raises(
+        ValueError, match=r"more than --context 8000\. In crate-kernels prepare-text: Raise --validation"
+    ):
         train("--text", shards, "--context", 8000, "--output", tmp_path)
     with pytest.raises(ValueError, match=r"has no manifest\.json"):
         train("--text", tmp_path, "--output", tmp_path / "run")

@@ -19,6 +19,7 @@ from transformers.modeling_outputs import (
     SequenceClassifierOutputWithPast,
 )
 
+from ...ops import checks
 from ..base import CrateModel
 from ..bert import CrateBert
 from ..gpt import CrateGPT
@@ -89,6 +90,7 @@ class _BaseModel(_CratePreTrainedModel):
             assert input_ids is not None
             if input_ids.dim() != 2 or not input_ids.shape[1]:
                 raise ValueError(f"input_ids: expected shape (B, N), N at least 1, got {tuple(input_ids.shape)}")
+            checks.indices("input_ids", input_ids, self.crate.vocab_size, "the last token of the vocabulary")
             return self.crate.token_embedding(input_ids)
         width = self.config.hidden_size
         if inputs_embeds.dim() != 3 or inputs_embeds.shape[-1] != width or not inputs_embeds.shape[1]:
@@ -197,6 +199,15 @@ def _checked_mask(attention_mask: Tensor | None, batch: int, past: int, new: int
     return attention_mask[:, past:].bool()
 
 
+def _check_real(attention_mask: Tensor | None) -> None:
+    """Every row of ``attention_mask (B, N)`` has a real token. Only masks on the CPU are checked."""
+    if attention_mask is None or attention_mask.dim() != 2 or not checks.readable(attention_mask):
+        return
+    real = attention_mask.bool().any(dim=1)
+    if not bool(real.all()):
+        raise ValueError(f"attention_mask: row {int(real.int().argmin())} has no real token, only padding")
+
+
 def _keep_weights(model: nn.Module) -> None:
     """Keep transformers from filling weights that are as they should be."""
     module: Any
@@ -269,6 +280,8 @@ class CrateGPTModel(_BaseModel):
         tokens = self._embed(input_ids, inputs_embeds)
         batch, new = tokens.shape[:2]
         mask = _checked_mask(attention_mask, batch, past, new)
+        if past_key_values is None:  # with a cache, a piece of a text may be nothing but padding
+            _check_real(attention_mask)
         positions = self._positions(position_ids, tokens)
         cache = places = None
         if use_cache or past:
@@ -347,6 +360,7 @@ class CrateBertModel(_BaseModel):
             raise ValueError(f"token_type_ids: expected shape ({batch}, {count}), got {tuple(token_type_ids.shape)}")
         positions = self._positions(position_ids, tokens)
         padding = _Padding(_checked_mask(attention_mask, batch, 0, count))
+        _check_real(attention_mask)
         # A text without tokens still has a row. Its first token sees itself, and nobody asks for it.
         lengths = None if padding.lengths is None else padding.lengths.clamp(min=1)
         tokens = padding.front(crate.add_embeddings(tokens, positions, token_type_ids))
@@ -401,7 +415,15 @@ class CrateGPTForCausalLM(_WithHead, GenerationMixin):
     def _supports_default_dynamic_cache(cls) -> bool:
         return False  # its caches hold keys and values apart
 
-    def _prepare_cache_for_generation(self, generation_config, model_kwargs: dict, *arguments, **options) -> None:
+    def _prepare_cache_for_generation(
+        self, generation_config, model_kwargs: dict, mode, batch_size: int, max_cache_length: int, *more
+    ) -> None:
+        if max_cache_length > self.crate.block_size:  # the last token of the text is not read
+            raise ValueError(
+                f"max_new_tokens, max_length: the text would have {max_cache_length + 1} tokens, but the model takes "
+                f"{self.crate.block_size} (max_position_embeddings)"
+            )
+        _check_real(model_kwargs.get("attention_mask"))
         if generation_config.cache_implementation not in (None, "dynamic"):
             raise ValueError(
                 f"cache_implementation: this model has its own cache, got {generation_config.cache_implementation!r}"

@@ -1,5 +1,6 @@
 """The language models as Hugging Face models: what transformers asks of its own models, checked on tiny ones."""
 
+import functools
 import importlib.util
 import json
 import subprocess
@@ -525,7 +526,12 @@ def test_a_text_too_long_for_the_model_is_refused_before_the_first_token(use_cac
     model, idx = build(huggingface.CrateGPTForCausalLM), tokens(2, 9)
     options = dict(do_sample=False, pad_token_id=0, eos_token_id=None, use_cache=use_cache)
     assert model.generate(idx, max_new_tokens=16, **options).shape == (2, 25)  # the last token is not read
-    monkeypatch.setattr(type(model), "forward", None)
+
+    @functools.wraps(type(model).forward)
+    def forward(self, *args, **kwargs):
+        raise AssertionError("the model ran")
+
+    monkeypatch.setattr(type(model), "forward", forward)
     with pytest.raises(ValueError, match="the text would have 26 tokens, but the model takes 24"):
         model.generate(idx, max_new_tokens=17, **options)
     with pytest.raises(ValueError, match="attention_mask: row 0 has no real token"):

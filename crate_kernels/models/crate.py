@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..nn import CrateBlock
 from ..ops import checks
 from .checkpoint import KeyMap
-from .vision import PatchEmbedding, Patches, PatchSizeError, VisionModel, pair
+from .vision import PatchEmbedding, Patches, VisionModel, pair, whole_patches
 
 
 class CRATE(VisionModel):
@@ -78,10 +78,8 @@ class CRATE(VisionModel):
         checks.dropout("emb_dropout", emb_dropout)
         checks.number("ista", ista, minimum=0.0)
         image_size, patch_size = pair("image_size", image_size), pair("patch_size", patch_size)
-        if image_size[0] % patch_size[0] or image_size[1] % patch_size[1]:
-            raise PatchSizeError("image_size", image_size, patch_size)
+        self.grid_size = whole_patches("image_size", image_size, patch_size)
         pool = pool_name(pool)
-        self.grid_size = (image_size[0] // patch_size[0], image_size[1] // patch_size[1])
         self.num_classes, self.pool, self.num_features = num_classes, pool, dim
         self.position_embedding = nn.Parameter(torch.randn(1, self.grid_size[0] * self.grid_size[1] + 1, dim))
         self.cls_token = nn.Parameter(torch.randn(1, 1, dim))

@@ -11,7 +11,7 @@ from ..nn import CrateBlock, CrateDecoderBlock
 from ..ops import checks
 from .checkpoint import KeyMap
 from .crate import CRATE
-from .vision import ConvPatchEmbedding, PatchSizeError, VisionModel, pair
+from .vision import ConvPatchEmbedding, VisionModel, pair, whole_patches
 
 
 class CrateMAE(VisionModel):
@@ -91,8 +91,7 @@ class CrateMAE(VisionModel):
         )  # fmt: skip
         checks.number("lambd", lambd, minimum=0.0)
         img_size, patch_size = pair("img_size", img_size), pair("patch_size", patch_size)
-        if img_size[0] % patch_size[0] or img_size[1] % patch_size[1]:
-            raise PatchSizeError("img_size", img_size, patch_size)
+        self.grid_size = whole_patches("img_size", img_size, patch_size)
         if decoder_embed_dim != embed_dim:
             raise ValueError(
                 f"decoder_embed_dim: the decoder continues on the encoder's tokens, so it must be embed_dim = "
@@ -100,7 +99,6 @@ class CrateMAE(VisionModel):
             )
         if embed_dim % 4:
             raise ValueError(f"embed_dim: sine and cosine of two coordinates need a multiple of 4, got {embed_dim}")
-        self.grid_size = (img_size[0] // patch_size[0], img_size[1] // patch_size[1])
         self.norm_pix_loss, self.num_features = norm_pix_loss, embed_dim
 
         self.patch_embedding = ConvPatchEmbedding(patch_size, in_chans, embed_dim)

@@ -28,6 +28,13 @@ class PatchSizeError(ValueError):
         super().__init__(f"{name}: {self.image} pixels are no multiple of the patch size {self.patch}")
 
 
+def whole_patches(name: str, image: tuple[int, int], patch: tuple[int, int]) -> tuple[int, int]:
+    """Rows and columns of patches in an image; :class:`PatchSizeError` where patches do not divide it."""
+    if image[0] % patch[0] or image[1] % patch[1]:
+        raise PatchSizeError(name, image, patch)
+    return image[0] // patch[0], image[1] // patch[1]
+
+
 @torch.fx.wrap
 def patch_grid(images: Tensor, patch_size: tuple[int, int], channels: int) -> tuple[int, int]:
     """Rows and columns of patches in ``images``, or an error that says what does not fit."""
@@ -166,10 +173,8 @@ class VisionModel(CrateModel):
             raise ValueError(f"patch_size: is {rows} x {columns} and cannot change, got {patch_size}")
         if img_size is None:
             return
-        height, width = size = pair("img_size", img_size)
-        if height % rows or width % columns:
-            raise PatchSizeError("img_size", size, (rows, columns))
-        grid = (height // rows, width // columns)
+        size = pair("img_size", img_size)
+        grid = whole_patches("img_size", size, (rows, columns))
         for name in self.position_tables:
             old = getattr(self, name)
             table = interpolate_positions(old.detach(), self.grid_size, grid).clone()

@@ -304,8 +304,18 @@ inline void sum_strip(const float* weights, const float* values, int64_t token_u
                                       Engine<kPairs>::units(count), sums + column, round_up(width, kColumns), add);
 }
 
-// The queries that are keys, with products of pairs of bfloat16: P_ij = exp(scale w_i w_j - c_i - max c), without use of its
-// symmetry, because products in tile registers cost less than turning tiles would. Says whether the head's c_i allow it.
+// The log-normalizers, as natural logarithms: log(normalizer_i) + c_i + max c. All three are read in whole vectors.
+inline void write_lse(const float* normalizer, const float* c, float most, int64_t tokens, float* lse) {
+    for (int64_t i = 0; i < tokens; i += kLanes) {
+        const Floats value = (log2(load(normalizer + i)) + load(c + i) + most) * (1 / kLog2E);
+        if (tokens - i < kLanes) store_first(lse + i, value, int(tokens - i));
+        else store(lse + i, value);
+    }
+}
+
+// The queries that are keys, with products of pairs of bfloat16: P_ij = exp(scale w_i w_j - c_i - max c). The symmetry of
+// the scores is not used: a product in tile registers costs less than turning a tile. Returns false, with nothing done,
+// where the c_i of the head lie too far apart.
 template <bool kPairs>
 inline bool attend_pairs(const Head& head, const AttentionForward& call, const Source& w, const Source& value,
                          int64_t visible, float scale, float* lse) {
@@ -365,11 +375,7 @@ inline bool attend_pairs(const Head& head, const AttentionForward& call, const S
             head.write_row(call.out, i + r, sums + r * padded);
         }
     }
-    for (int64_t i = 0; i < visible; i += kLanes) {
-        const Floats value = (log2(load(normalizer + i)) + load(c + i) + most) * (1 / kLog2E);
-        if (visible - i < kLanes) store_first(lse + i, value, int(visible - i));
-        else store(lse + i, value);
-    }
+    write_lse(normalizer, c, most, visible, lse);
     return true;
 }
 
@@ -379,7 +385,7 @@ inline void attend(const Head& head, Frame& frame, const AttentionForward& call)
     const Source& v_source = call.value.data == nullptr ? w_source : value_source;
     const float scale = float(head.shape.scale) * kLog2E;
     float* lse = call.lse + head.first_row();
-    bool keys_done = false;  // whether the queries that are keys are done
+    bool keys_done = false;  // whether the queries that are also keys have their outputs
     if constexpr (kHasTiles)
         if (head.shape.low_precision && head.shape.first_query == 0 && visible > kFewTokens)
             keys_done = attend_pairs<true>(head, call, w_source, v_source, visible, scale, lse);
@@ -457,13 +463,8 @@ inline void attend(const Head& head, Frame& frame, const AttentionForward& call)
                     add_values<true>(e + j, stride, w.values, visible, I, i_count, width, sums + (J + j) * row, kRows);
         }
     }
-    for (int64_t i = 0; i < visible; i += kLanes) {
-        const Floats n = load(normalizer + i);
-        const Floats value = (log2(n) + load(c + i) + most) * (1 / kLog2E);
-        if (visible - i < kLanes) store_first(lse + i, value, int(visible - i));
-        else store(lse + i, value);
-        store(normalizer + i, 1.0f / n);
-    }
+    write_lse(normalizer, c, most, visible, lse);
+    for (int64_t i = 0; i < visible; i += kLanes) store(normalizer + i, 1.0f / load(normalizer + i));
     const Source out = head.rows(call.out);
     for (int64_t i = 0; i < visible; ++i) {
         prefetch(out, i + kAhead < visible ? i + kAhead : i, 0, width);
@@ -479,9 +480,9 @@ inline void attend(const Head& head, Frame& frame, const AttentionForward& call)
 // -- backward ------------------------------------------------------------------------------------------------------
 
 // dS = P (g v - delta), dw_i = sum_j scale (dS_ij + dS_ji) w_j, dv_i = sum_j P_ji g_j; without a value dw takes both.
-// The same with products of pairs, where every token is key and query. A strip of tokens i takes all that falls to its rows, as
-// query and as key, so that no two strips add to one row:
-//   dw_i = sum_j scale (dS_ij + dS_ji) w_j, dv_i = sum_j P_ji g_j, with s_ij = s_ji.
+
+// With products of pairs, where every token is key and query. A strip of tokens computes all that falls to its rows, as
+// queries and as keys, so that no two strips add to one row.
 template <bool kPairs>
 inline void attend_backward_pairs(const Head& head, const AttentionBackward& call) {
     constexpr int kStrip = Engine<kPairs>::rows;
@@ -565,6 +566,7 @@ inline void attend_backward_pairs(const Head& head, const AttentionBackward& cal
     }
 }
 
+// With products of floats. Of two blocks (I, J) and (J, I) the scores are computed once.
 inline void attend_backward(const Head& head, Frame& frame, const AttentionBackward& call) {
     if constexpr (kHasTiles)
         if (head.shape.low_precision && head.shape.first_query == 0 && head.visible() == head.shape.tokens &&

@@ -170,6 +170,17 @@ inline void attend_tokens(const LayerForward& call, Frame& frame) {
     attention_forward(attend_call);
 }
 
+// z" = relu(x + eta product - eta lambda), the end of an ISTA step.
+inline Finish ista_finish(const LayerForward& call, const Source& x) {
+    Finish step;
+    step.out = call.out;
+    step.alpha = float(call.shape.step_size);
+    step.residual = x;
+    step.shift = float(call.shape.step_size * call.shape.lambd);
+    step.relu = true;
+    return step;
+}
+
 // Whether multiply_few_rows serves the call: float32 weights that nobody has packed, and few rows.
 inline bool has_few_rows(const LayerForward& call) {
     const LayerWeights& weights = call.weights;
@@ -229,13 +240,8 @@ inline void forward_few_rows(const LayerForward& call) {
     difference.alpha = -1.0f;
     difference.residual = norm.of(middle);
     multiply_few_rows(norm.of(middle), weights.dictionary, false, rows, width, width, difference);
-    Finish step;
-    step.out = call.out;
-    step.alpha = float(shape.step_size);
-    step.residual = norm.of(middle);
-    step.shift = float(shape.step_size * shape.lambd);
-    step.relu = true;
-    multiply_few_rows(Source(difference.out), weights.dictionary, true, rows, width, width, step);
+    multiply_few_rows(Source(difference.out), weights.dictionary, true, rows, width, width,
+                      ista_finish(call, norm.of(middle)));
 }
 
 template <bool kPairs>
@@ -331,12 +337,7 @@ inline void forward(const LayerForward& call) {
                     write(call.middle.data, call.middle.type, i * call.middle.stride, width, float_row(middle, i, 0));
         }
         if (!ista) return;
-        Finish step;
-        step.out = call.out;
-        step.alpha = float(shape.step_size);
-        step.residual = norm.of(middle);
-        step.shift = float(shape.step_size * shape.lambd);
-        step.relu = true;
+        Finish step = ista_finish(call, norm.of(middle));
         if (norm) row_statistics(middle, first, count, width, norm);
         const PackedRows x = pack_rows<kPairs>(norm.of(middle), first, count, 0, width, space);
         if (!kPairs && folded != nullptr) step.residual = Source(x.data - first * x.stride, x.stride);  // just that

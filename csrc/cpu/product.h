@@ -578,8 +578,19 @@ inline void multiply_block(PackedRows a, const float* b, int64_t units, int64_t 
     }
 }
 
-// out (rows, columns) = Finish(X Mᵀ), or Finish(X M) if `transposed`, for few rows: M is read where it lies, as the left operand,
-// and X is copied into panels. Copying M would cost more than the product.
+// out (kColumns x kColumns) = the transpose of in; both have rows of kColumns floats.
+inline void turn_tile(const float* in, float* out) {
+    for (int r = 0; r < kColumns; r += kLanes)
+        for (int c = 0; c < kColumns; c += kLanes) {
+            Floats v[kLanes];
+            for (int l = 0; l < kLanes; ++l) v[l] = load(in + (c + l) * kColumns + r);
+            transpose(v);
+            for (int l = 0; l < kLanes; ++l) store(out + (r + l) * kColumns + c, v[l]);
+        }
+}
+
+// out (rows, columns) = Finish(X Mᵀ), or Finish(X M) if `transposed`, for few rows. The product is computed transposed, with M
+// as the left operand, which is read where it lies. Only X is copied: a copy of M would cost more than the product.
 inline void multiply_few_rows(const Source& x, const Source& m, bool transposed, int64_t rows, int64_t depth,
                               int64_t columns, const Finish& finish) {
     static_assert(kBlockRows % kColumns == 0 && kColumns % kLanes == 0);
@@ -591,7 +602,8 @@ inline void multiply_few_rows(const Source& x, const Source& m, bool transposed,
             const int64_t count = columns - first < kBlockRows ? columns - first : kBlockRows;
             Frame frame;
             PackedRows a{const_cast<float*>(transposed ? float_row(m, 0, first) : float_row(m, first, 0)), m.stride};
-            if (count % kRows || m.stride * 4 % 4096 == 0) {  // tiles read whole rows; such a stride falls into one cache set
+            // A tile reads kRows rows, and rows at multiples of 4 KiB fall into one set of the cache: such rows are copied.
+            if (count % kRows || m.stride * 4 % 4096 == 0) {
                 if (transposed)
                     a = pack_rows_transposed<false>(m, first, count, 0, depth,
                                                     frame.take(depth * padded_stride(round_up(count, kRows))));
@@ -605,13 +617,7 @@ inline void multiply_few_rows(const Source& x, const Source& m, bool transposed,
                 if (transposed) multiply_panel<false, true>(a, panels + i * depth, depth, count, tiles, nothing);
                 else multiply_panel<false, false>(a, panels + i * depth, depth, count, tiles, nothing);
                 for (int64_t j = 0; j < count; j += kColumns) {
-                    for (int r = 0; r < kColumns; r += kLanes)
-                        for (int c = 0; c < kColumns; c += kLanes) {
-                            Floats v[kLanes];
-                            for (int l = 0; l < kLanes; ++l) v[l] = load(tiles + (j + c + l) * kColumns + r);
-                            transpose(v);
-                            for (int l = 0; l < kLanes; ++l) store(turned + (r + l) * kColumns + c, v[l]);
-                        }
+                    turn_tile(tiles + j * kColumns, turned);
                     finish(i, rows_here, first + j, count - j < kColumns ? count - j : kColumns, turned);
                 }
             }

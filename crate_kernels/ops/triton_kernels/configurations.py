@@ -168,10 +168,10 @@ def candidates(kernel: str, device: torch.device, dtype: torch.dtype, rows: int,
     for most_size, most_width, _, _, options in TABLE[kernel]:
         if dtype.itemsize <= most_size and width <= most_width:
             found.append(options)
-    for name, values in (("num_stages", (-1, 1)), ("num_warps", (0.5, 2))):
-        if name in first:
-            change = (lambda a, b: a + b) if name == "num_stages" else (lambda a, b: int(a * b))
-            found += [first | {name: value} for value in (change(first[name], by) for by in values) if value > 0]
+    if "num_stages" in first:
+        found += [first | {"num_stages": n} for n in (first["num_stages"] - 1, first["num_stages"] + 1) if n > 0]
+    if "num_warps" in first:
+        found += [first | {"num_warps": n} for n in (first["num_warps"] // 2, 2 * first["num_warps"]) if n > 0]
     return [options for index, options in enumerate(found) if options not in found[:index]]
 
 
@@ -179,7 +179,7 @@ def candidates(kernel: str, device: torch.device, dtype: torch.dtype, rows: int,
 def trial(options: Mapping[str, dict]) -> Iterator[None]:
     """Inside, the launch options of some kernels are these, whatever the table and the user's cache hold.
 
-    To enter it again with the same options costs nothing.
+    What :func:`once` has computed under the same options stays cached.
     """
     global _trial
     previous, _trial = _trial, tuple((kernel, json.dumps(chosen)) for kernel, chosen in options.items())

@@ -1,7 +1,6 @@
 """Tables and plots from the committed result files: all of them in docs, a summary in the README.
 
-Nothing here is typed by hand, so what the pages say is what the files hold. Text is rendered by pure functions of the
-results; plots need matplotlib.
+No number on these pages was typed by hand. Pure functions of the results render the text. Plots need matplotlib.
 """
 
 from __future__ import annotations
@@ -46,7 +45,7 @@ def render(folder: Path, root: Path) -> list[Path]:
     for path, markers, text in ((docs, DOCS_MARKERS, docs_text), (readme, README_MARKERS, readme_text)):
         replaced = between(path.read_text(), markers, text(found))
         if replaced is None:
-            raise ValueError(f"{path}: has no lines {markers[0]} and {markers[1]}")
+            raise ValueError(f"{path} has no lines {markers[0]} and {markers[1]}")
         path.write_text(replaced)
         written.append(path)
     for device, parts in found.items():
@@ -75,12 +74,12 @@ def render_page(folder: Path) -> list[Path]:
 
 
 def _complete(folder: Path) -> Results:
-    """All result files, none of them of a quick run."""
+    """All result files. Raises ValueError if one of them is of a quick run."""
     found = results.read_all(folder)
     for device, parts in found.items():
         for part, content in parts.items():
             if content.get("quick"):
-                raise ValueError(f"{folder / device / part}.json is of a quick run, whose times have no meaning")
+                raise ValueError(f"{folder / device / part}.json is of a quick run; its times have no meaning")
     return found
 
 
@@ -96,7 +95,7 @@ def between(page: str, markers: tuple[str, str], text: str) -> str | None:
 
 
 def readme_text(found: Results) -> str:
-    """The headline: whole models against the reference equations and their ``torch.compile``."""
+    """The summary: whole models against the reference equations, in eager mode and under ``torch.compile``."""
     lines = []
     for device, parts in found.items():
         records = timed(parts.get("models", {}).get("records", []))
@@ -119,12 +118,13 @@ def readme_text(found: Results) -> str:
         if device == "cpu":
             about += f", {count(environment['threads'], 'thread')}"
         lines.append(
-            "Speed against the reference equations in eager mode (in brackets: against the same equations under"
-            " `torch.compile`),"
-            f" measured in one run on {about}, {records[0]['dtype']}, batch {batch['batch'] if batch else '?'}."
-            " Prepared: after `prepare_for_inference(model)`, which folds each ISTA step into one matrix and, on a"
-            " CPU, packs the weights."
-            f" Last column: bytes saved for backward per token-channel and layer, here / by the reference equations.\n"
+            "1.5× means: 1.5 times as fast as the reference equations in eager mode. The number in brackets compares"
+            " with the same equations under `torch.compile`."
+            f" One run measured all of it, on {about}, {records[0]['dtype']}, batch {batch['batch'] if batch else '?'}."
+            " Prepared models have called `prepare_for_inference(model)`, which folds each ISTA step into one matrix"
+            " and, on a CPU, packs the weights."
+            " The last column has the bytes that a layer saves for backward per token-channel: this package / the"
+            " reference equations.\n"
         )
         heads = ["", "inference", "inference, prepared", "training step", "saved for backward"]
         if low:
@@ -134,13 +134,14 @@ def readme_text(found: Results) -> str:
     if all(device == "cpu" for device in found):
         lines.append(NO_GPU)
     lines.append(
-        "How to reproduce every number, and where the package is *not* faster: [benchmarks](docs/benchmarks.md)."
+        "[Benchmarks](docs/benchmarks.md) explains how to reproduce every number, and lists where the package is *not*"
+        " faster."
     )
     return "\n".join(lines)
 
 
 def _by_algebra_alone(models: Iterable[list[dict]]) -> list[str]:
-    """The speed-up of stock PyTorch with MKL's products, if it was measured."""
+    """The speed-up of the backend ``eager`` with MKL's products, if it was measured."""
     spans = []
     for task, name in (("forward", "inference"), ("training step", "training")):
         found = [record for mine in models if (record := _headline_record(mine, task, OURS_WITH_MKL))]
@@ -148,13 +149,15 @@ def _by_algebra_alone(models: Iterable[list[dict]]) -> list[str]:
             ratios = [record["speedup"]["p50"] for record in found]
             spans.append(f"{name} {min(ratios):.2f}× to {max(ratios):.2f}×")
     return spans and [
-        "On this processor MKL, with which torch multiplies matrices, leaves AVX-512 unused. The package's kernels"
-        f" use it. By the algebra alone, with MKL's products (`{OURS_WITH_MKL}`): {', '.join(spans)}.\n"
+        "torch multiplies matrices with MKL, and MKL does not use the AVX-512 instructions of this processor. The"
+        f" package's kernels use them. With MKL's products (`{OURS_WITH_MKL}`) only the algebra of the package is left:"
+        f" {', '.join(spans)}.\n"
     ]
 
 
 def _headline_record(records: list[dict], task: str, implementation: str) -> dict | None:
-    """At the batch where ``implementation`` is fastest per image; batch 1 is latency, compiled baselines come first."""
+    """The record at the batch with the most images per second. Batches above 1 and records with a compiled baseline
+    come first."""
     mine = [r for r in records if r["task"] == task and r["implementation"] == implementation and r.get("speedup")]
     mine = [r for r in mine if r["batch"] > 1] or mine
     mine = [r for r in mine if r.get("speedup_over_compiled")] or mine
@@ -180,8 +183,8 @@ def _saved(records: list[dict]) -> str:
 
 
 def docs_text(found: Results) -> str:
-    """Every device: where the numbers come from, models, operators, and where the package is not faster."""
-    lines = [] if any(device != "cpu" for device in found) else [f"**{NO_GPU}** The tables below are of CPUs only.\n"]
+    """For every device: the source of the numbers, models, operators, and where the package is not faster."""
+    lines = [] if any(device != "cpu" for device in found) else [f"**{NO_GPU}** All tables below are of CPUs.\n"]
     if not found:
         return NO_GPU
     for device, parts in found.items():
@@ -191,7 +194,7 @@ def docs_text(found: Results) -> str:
         if "models" in parts:
             lines += _models_text(parts["models"]["records"], device)
         if "overhead" in parts:
-            lines += ["#### Host time of a layer\n", "A tiny layer on one thread, in the thread's own time.\n"]
+            lines += ["#### Host time of a layer\n", "CPU time of one thread, for one call of a tiny layer.\n"]
             lines.append(overhead_table(parts["overhead"]["records"]) + "\n")
         if "operators" in parts:
             lines += _operators_text(parts["operators"]["records"], device)
@@ -288,14 +291,14 @@ def _behind_text(parts: dict[str, dict]) -> list[str]:
             times = own["seconds"]["p50"] / other["seconds"]["p50"]
             rows.append([what, detail, own["implementation"], other["implementation"], f"{times:.2f}×"])
     if not rows:
-        return ["In these files no baseline is faster than the package's best backend by more than 3 %.\n"]
+        return ["No baseline in these files is more than 3 % faster than the package's best backend.\n"]
     title = "#### Where the package is not faster\n"
-    text = "The package's fastest implementation and the fastest baseline, where the baseline wins by more than 3 %:\n"
+    text = "In these cases the fastest baseline is more than 3 % faster than the package's fastest backend:\n"
     return [title, text, table(["what", "case", "own", "baseline", "time of own / baseline"], rows) + "\n"]
 
 
 def behind(records: Iterable[dict]) -> list[tuple[dict, dict]]:
-    """(best own, best baseline) wherever the baseline is faster by more than 3 %; ViT counts as a baseline too."""
+    """(best own, best baseline) of each case in which the baseline is more than 3 % faster. ViT is a baseline, too."""
     found = []
     for group in grouped(timed(records), lambda r: (*results.key(r)[:-1], r.get("graph") if "model" in r else None)):
         own = min((r for r in group if r["implementation"] in OWN), key=lambda r: r["seconds"]["p50"], default=None)
@@ -432,7 +435,7 @@ def _plot_roofline(figure, records: list[dict], peak_rates: dict) -> None:
 
 
 def _plot_bound(figure, records: list[dict]) -> None:
-    """Percent of the bound of the best own backend, forward and both, per case."""
+    """Percent of the bound that the best own backend reaches in each case, for ``forward`` and for ``both``."""
     axes = figure.subplots()
     shapes = [r for r in records if r["family"] != "long" and r["implementation"] in OWN]
 

@@ -3,14 +3,15 @@
 Training, the benchmark and the tests apply this one rule. The exact result is the reference backend in float64. A
 result may be wrong by twice the error of the reference backend in the same dtype, plus one rounding.
 
-Where a function is smooth, the largest error of each tensor is judged. The gradient of a ReLU is not smooth: a unit
-within rounding of its threshold may fall on either side, and it changes the gradient by its whole share. Among units
-with a relative error of delta, about a fraction delta changes sides, which changes the gradient by sqrt(delta) in norm.
-Behind a ReLU gradients are therefore judged in relative norm, with that allowance.
+If a function is smooth, the rule judges the largest error of each tensor. The gradient of a ReLU is not smooth.
+Rounding can move a unit across its threshold, and the unit then changes the gradient by its whole share. If the units
+have a relative error of delta, about a fraction delta of them changes sides, which changes the gradient by sqrt(delta)
+in norm. Gradients behind a ReLU are therefore judged in relative norm, with that allowance.
 
-A whole model has a hundred gradients. The reference's own errors set the budgets, and of so many errors some are tiny
-by luck. A model's gradients are therefore judged together: errors and budgets are relative to each gradient's norm and
-summed in squares. A gradient that is wrong, however small, is wrong by about its norm and breaks the sum.
+A whole model has a hundred gradients. The errors of the reference set the budgets, and some of a hundred errors are
+tiny by chance. The gradients of a model are therefore judged together: errors and budgets are relative to the norm of
+each gradient, and their squares are summed. The error of a wrong gradient is about as large as its norm, so the sum
+exceeds the budget even if the gradient is small.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Verdict:
-    """The worst error as a multiple of its budget, and which tensor it is in."""
+    """The worst error as a multiple of its budget, and the tensor that has it."""
 
     share: float
     detail: str
@@ -37,7 +38,7 @@ class Verdict:
 
 
 def largest(got: Tensor, exact: Tensor) -> float:
-    """The largest difference of two entries."""
+    """The largest absolute difference between two entries."""
     return (got.to(torch.float64) - exact.to(torch.float64)).abs().max().item() if exact.numel() else 0.0
 
 
@@ -57,7 +58,7 @@ def judge(
     score: float = 0.0,
     together: bool = False,
 ) -> Verdict:
-    """Compare a result with the exact one; each is a sequence of the output and then all gradients.
+    """Compare a result with the exact one. Each of the two is a sequence: the output, then all gradients.
 
     Args:
         got: the result to judge.

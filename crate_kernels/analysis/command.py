@@ -35,13 +35,13 @@ class DataOptions:
     model: str | None = option(
         None, "registered name of the model, for a public checkpoint that does not name it", choices=FACTORIES
     )
-    data: str | None = option(None, "images: a data set's name or a folder; without it what the file records")
+    data: str | None = option(None, "images: a data set's name or a folder; default: what the file records")
     root: str | None = option(
         None, "folder with the files of fashion-mnist or cifar10",
         only=("without --text", lambda s: s.text is None),
     )  # fmt: skip
     text: str | None = option(
-        None, "a UTF-8 text file or a folder of prepare-text, for a language model; without it what the file records",
+        None, "a UTF-8 text file or a folder of prepare-text, for a language model; default: what the file records",
         only=("without --data", lambda s: s.data is None),
     )  # fmt: skip
     samples: int = option(64, "images, or pieces of text, to measure", least=1, most=1_000_000)
@@ -51,7 +51,7 @@ class DataOptions:
 class Settings(DataOptions):
     """The options of ``analyze``."""
 
-    output: str | None = option(None, "folder of the pictures and analysis.json; without it the checkpoint's")
+    output: str | None = option(None, "folder of the pictures and analysis.json; default: the checkpoint's folder")
     eps: float = option(0.1, "distortion of the coding rates", above=0)
     lam: float = option(0.1, "weight of the sparsity in the objective", least=0)
 
@@ -61,7 +61,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def analyze(path: Path, settings: Settings) -> int:
-    """Measure the model at ``path`` and write pictures and figures."""
+    """Measure the model at ``path``, and write pictures and numbers."""
     began = time.monotonic()
     model, metadata = open_model(path, settings.model)
     inputs, what = real_inputs(
@@ -86,7 +86,7 @@ def analyze(path: Path, settings: Settings) -> int:
 
 
 def measure(model: CrateModel, inputs: torch.Tensor, eps: float, lam: float) -> HalfSteps:
-    """All samples, a few at a time so that memory does not grow with their number."""
+    """Measure all samples, a few at a time, so that memory does not grow with their number."""
     # A masked autoencoder is measured on unmasked images, because mask tokens are nearly equal.
     keywords = {"mask_ratio": 0.0} if isinstance(model, CrateMAE) else {}
     total: HalfSteps | None = None

@@ -1,7 +1,8 @@
 """What measuring costs: ``python -m crate_kernels.analysis.cost``.
 
-The first table compares the smaller of the two determinants with the N×N one of the definition, on the shapes of CRATE
-models. The second compares the probe, at its default period, with the training steps between two measurements.
+The first table compares two equal determinants: the small one, and the N×N one of the definition. It uses the shapes of
+CRATE models. The second table compares the probe, at its default period, with the training steps between two
+measurements.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ SHAPES = {
 
 
 def reference_rate(w: Tensor, eps: float = 0.1) -> Tensor:
-    """``Σ_h ½ logdet(I_N + p/(N·eps²) w_h w_hᵀ)`` as it is written, in float64."""
+    """``Σ_h ½ logdet(I_N + p/(N·eps²) w_h w_hᵀ)``, computed exactly like this in float64."""
     tokens, width = w.shape[-2:]
     unit = normalize(w.double(), dim=-1)
     gram = torch.eye(tokens, dtype=torch.float64) + width / (tokens * eps**2) * unit @ unit.mT
@@ -37,7 +38,7 @@ def reference_rate(w: Tensor, eps: float = 0.1) -> Tensor:
 
 
 def determinants(repeats: int = 5) -> None:
-    """Print milliseconds of both routes, after comparing their values."""
+    """Compare the values of both determinants, and print the milliseconds of each."""
     print("| shape (B, H, N, p) | N×N as defined, ms | smaller, ms | times as fast |\n|---|---|---|---|")
     for name, shape in SHAPES.items():
         w = torch.randn(shape, generator=torch.Generator().manual_seed(0))
@@ -52,7 +53,7 @@ def determinants(repeats: int = 5) -> None:
 
 
 def probe(repeats: int = 9) -> None:
-    """Print the share of training time that the probe takes, in models as ``crate-kernels train`` builds them."""
+    """Print the share of training time that the probe takes, for models that ``crate-kernels train`` builds."""
     print("\n| model and batch | training step, ms | one measurement, ms | share of training time |\n|---|---|---|---|")
     models: list[tuple[str, int, dict[str, Any]]] = [
         (

@@ -1,4 +1,4 @@
-"""Every term of the objective before and after each half-step of every layer."""
+"""Every term of the objective, before and after each half of every layer."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from .layerwise import Layerwise, evaluating, observing
 from .objective import coding_rate, effective_rank, sparsity, subspace_coding_rate, subspace_coherence
 
 POINTS = ("before the layer", "after its first half", "after its second half")
-"""Where tokens are measured. The halves are attention and ISTA; in CRATE-MAE's decoder, dictionary and attention."""
+"""Points of measurement. The halves are attention and ISTA; in CRATE-MAE's decoder they are dictionary and
+attention."""
 
 QUANTITIES = {
     "subspace_coding_rate": "R^c of the tokens in the layer's subspaces, nats",
@@ -29,11 +30,11 @@ QUANTITIES = {
 class HalfSteps:
     """Measurements of every layer at three points.
 
-    ``layers (L)``: names, ``"layer 1"`` and so on; where there is a decoder ``"encoder 1"`` and ``"decoder 1"``.
+    ``layers (L)``: names, such as ``"layer 1"``; with a decoder ``"encoder 1"`` and ``"decoder 1"``.
     ``values``: quantity (see ``QUANTITIES``) -> ``(L, 3, B)``, layers by ``POINTS`` by samples, float32 on the CPU.
-    ``coherence (L, H, H)``: of the subspaces of every two heads, see :func:`subspace_coherence`.
-    ``chance``: p/d, the coherence that random subspaces have.
-    ``eps``, ``lam``: of the rates and of the objective.
+    ``coherence (L, H, H)``: the coherence of every two heads, see :func:`subspace_coherence`.
+    ``chance``: p/d, the coherence of random subspaces.
+    ``eps``, ``lam``: the distortion of the rates, and the weight of the sparsity in the objective.
     """
 
     layers: list[str]
@@ -44,16 +45,18 @@ class HalfSteps:
     lam: float
 
     def published(self) -> Layerwise:
-        """All layers but a decoder's in the published convention: R^c before the layer, non-zeros after it.
+        """The measurements in the published convention: R^c before each layer, non-zeros after it.
 
-        R^c after the attention is there, too.
+        The layers of a decoder are left out.
+
+        R^c after the attention is included, too.
         """
         encoder = [i for i, name in enumerate(self.layers) if not name.startswith("decoder")]
         rates, nonzeros = self.values["subspace_coding_rate"][encoder], self.values["nonzero"][encoder]
         return Layerwise(rates[:, 0], nonzeros[:, 2], rates[:, 1])
 
     def summary(self) -> dict:
-        """Mean and standard deviation over the samples of every quantity at every point, ready for JSON."""
+        """Mean and standard deviation over the samples, for every quantity at every point, ready for JSON."""
         heads = self.coherence.shape[-1]
         others = self.coherence[:, ~torch.eye(heads, dtype=torch.bool)]  # empty with one head
         return {
@@ -96,12 +99,12 @@ class HalfSteps:
 def half_steps(model: nn.Module, *inputs, eps: float = 0.1, lam: float = 0.1, **keywords) -> HalfSteps:
     """Run the model once, in evaluation mode, and measure every layer before and after each of its halves.
 
-    At each of the three points the tokens ``z`` are measured in the layer's own subspaces, ``w = LN(z) Uᵀ`` with the
-    LayerNorm and projection of its attention, so that the three values compare.
+    The tokens ``z`` are measured in the layer's own subspaces at each of the three points: ``w = LN(z) Uᵀ``, with the
+    LayerNorm and the projection of the layer's attention. The three values can therefore be compared.
 
     Args:
-        model: anything built on CRATE layers; its mode is restored afterwards.
-        inputs, keywords: one batch, as the model takes it. All tokens count, padding included.
+        model: any model with CRATE layers. Every module gets its mode (training or evaluation) back afterwards.
+        inputs, keywords: one batch, in the form that the model takes. All tokens count, padding included.
         eps: distortion of the coding rates.
         lam: weight of ``‖Z‖₀`` in the objective.
 

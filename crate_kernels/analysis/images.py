@@ -1,4 +1,4 @@
-"""Image files as a model's input, at any size."""
+"""Image files as input of a model, at any size."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ class ImageError(ValueError):
 
 
 def read_image(path: str | os.PathLike, channels: int):
-    """A Pillow image in RGB, or in gray for one channel; transparent parts become white.
+    """A Pillow image in RGB, or in gray for one channel. Transparent parts become white.
 
     Raises:
-        ImageError: the file is missing, no image, damaged, or has more than eight bits a channel.
+        ImageError: the file is missing, is not an image, is damaged, or has more than eight bits a channel.
     """
     from PIL import Image
 
@@ -34,7 +34,7 @@ def read_image(path: str | os.PathLike, channels: int):
         with Image.open(path) as file:
             file.load()
             image = file.copy()
-    except Exception as error:  # Pillow's decoders raise whatever their format makes them stumble over
+    except Exception as error:  # Pillow's decoders raise errors of many types
         raise ImageError(f"{path} is not a readable image: {error}") from error
     if image.mode.startswith(("I", "F")):
         raise ImageError(f"{path} has {image.mode} pixels of more than eight bits; convert it to eight bits a channel")
@@ -45,12 +45,12 @@ def read_image(path: str | os.PathLike, channels: int):
 
 
 def model_input(image, model: VisionModel, metadata: dict, size: int | None = None) -> Tensor:
-    """``(1, C, H, W)`` float32, normalized, in the image's own shape as far as whole patches allow.
+    """``(1, C, H, W)`` float32, normalized. It has the proportions of the image, rounded to whole patches.
 
     Args:
         image: a Pillow image.
         metadata: of the model's file; it records mean and standard deviation.
-        size: pixels along the shorter side, the model's own if None.
+        size: pixels along the shorter side; None takes the model's own size.
     """
     from PIL import Image
 

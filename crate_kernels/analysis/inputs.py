@@ -1,4 +1,4 @@
-"""Real test data for the model of a checkpoint, as its file names them."""
+"""Real test data for the model of a checkpoint, from the data set that its file records."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from ..models.vision import VisionModel
 
 
 def normalization(model: VisionModel, metadata: dict) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation per channel ``(C, 1, 1)`` of pixels in 0..1, as the file records them.
+    """Mean and standard deviation of each channel ``(C, 1, 1)``, for pixels in 0..1, as recorded in the file.
 
-    Without a record: ImageNet's, or their average for one channel.
+    If the file does not record them, they are ImageNet's (for one channel, the average of ImageNet's three).
     """
     channels = model.patch_embedding.channels
     values = []
@@ -40,18 +40,18 @@ def real_inputs(
     root: str | None = None,
     text: str | None = None,
 ) -> tuple[Tensor, str]:
-    """Test samples as input of the model, and a line that describes them.
+    """Test samples as input of the model, and a sentence that describes them.
 
     Args:
         samples: how many images, or pieces of text.
-        data, root: the images, as ``crate-kernels train`` takes them; ``data`` is what the file records if None.
-        text: a UTF-8 text file for a language model, whose last tenth is read; Python's manual if None.
+        data, root: the images, as ``crate-kernels train`` takes them. None takes the data that the file records.
+        text: a UTF-8 text file for a language model; the last tenth is read. None takes Python's manual.
 
     Returns:
         ``(samples, C, H, W)`` float32, normalized; or tokens ``(samples, N)`` int64.
 
     Raises:
-        ValueError: the data is not there, or does not fit the model.
+        ValueError: the data is missing, or does not fit the model.
     """
     if samples < 1:
         raise ValueError(f"samples: expected at least 1, got {samples}")
@@ -87,7 +87,10 @@ def _images(model, metadata, samples, data, root) -> tuple[Tensor, str]:
 
 
 def _spread(split, samples: int) -> None:
-    """Keep so many images of a split, evenly spread: folders and some data sets are sorted by class. Shards are not."""
+    """Reduce a split to ``samples`` images, evenly spread, because folders and some data sets are sorted by class.
+
+    Shards are not sorted and stay as they are.
+    """
     if isinstance(split, ShardSplit):
         return
     count = min(samples, len(split))

@@ -16,9 +16,9 @@ from .objective import sparsity, subspace_coding_rate
 
 @dataclass
 class Layerwise:
-    """What the probe measured, a row per layer and a column per sample, float32 on the CPU.
+    """The measurements of the probe, a row per layer and a column per sample, float32 on the CPU.
 
-    ``coding_rate (L, B)``: R^c of the tokens in their subspaces, ``w = LN(z) Uᵀ``, entering each layer's attention.
+    ``coding_rate (L, B)``: R^c of the tokens that enter each layer's attention, in their subspaces, ``w = LN(z) Uᵀ``.
     ``sparsity (L, B)``: the non-zero fraction of each layer's output.
     ``compressed_rate (L, B)``: R^c of the tokens that leave each layer's attention, in the subspaces of the same layer.
     :func:`layerwise` does not measure it and leaves it empty.
@@ -29,7 +29,7 @@ class Layerwise:
     compressed_rate: Tensor = field(default_factory=lambda: torch.empty(0, 0))
 
     def summary(self) -> dict[str, list[float]]:
-        """Mean and standard deviation over the samples, a list entry per layer, ready for JSON."""
+        """Mean and standard deviation over the samples, with one list entry per layer, ready for JSON."""
         return {
             f"{name}_{statistic}": values.tolist()
             for name, samples in (
@@ -50,9 +50,9 @@ class Layerwise:
         )
 
     def compression(self) -> str:
-        """What the curves of R^c show, in a sentence or two. Empty if ``compressed_rate`` was not measured.
+        """One or two sentences about the curves of R^c. Empty if ``compressed_rate`` was not measured.
 
-        The sentences compare the numbers as they print them.
+        The sentences compare the rounded numbers that they print.
         """
         if not self.compressed_rate.numel():
             return ""
@@ -83,12 +83,12 @@ class Layerwise:
 def layerwise(model: nn.Module, *inputs, **keywords) -> Layerwise:
     """Run ``model(*inputs, **keywords)`` once, in evaluation mode, and measure every :class:`CrateBlock` in it.
 
-    This is the published convention: R^c entering the attention, non-zeros leaving the ISTA step.
+    This is the published convention: R^c of the tokens that enter the attention, non-zeros of the ISTA step's output.
     :func:`crate_kernels.analysis.half_steps` measures more, before and after each half of a layer.
 
     Args:
-        model: anything built on :class:`crate_kernels.nn.CrateBlock`; its mode is restored afterwards.
-        inputs, keywords: one batch, as the model takes it. All tokens count, padding included.
+        model: any model with :class:`crate_kernels.nn.CrateBlock` layers. Every module gets its mode back afterwards.
+        inputs, keywords: one batch, in the form that the model takes. All tokens count, padding included.
 
     Raises:
         ValueError: the model has no such layer.
@@ -98,7 +98,7 @@ def layerwise(model: nn.Module, *inputs, **keywords) -> Layerwise:
 
 @torch.no_grad()
 def layerwise_compression(model: nn.Module, *inputs, **keywords) -> Layerwise:
-    """As :func:`layerwise`, with ``compressed_rate``: every layer's attention runs twice."""
+    """Like :func:`layerwise`, and also measures ``compressed_rate``. The attention of every layer runs twice."""
     return _measure(model, inputs, keywords, compression=True)
 
 
@@ -143,7 +143,7 @@ def observing(
 ) -> Iterator[list[nn.Module]]:
     """Call ``observe(layer, arguments, keywords, output)`` for every layer of ``kinds`` that runs in the block.
 
-    Yields those layers in the order of the model's modules.
+    Yields the layers of ``kinds``, in the order of the model's modules.
 
     Raises:
         ValueError: the model has no such layer.

@@ -54,7 +54,8 @@ def effective_rank(z: Tensor) -> Tensor:
     """The effective number of directions of the tokens: ``exp(−Σ pᵢ ln pᵢ)`` with ``pᵢ = σᵢ / Σσ`` over singular
     values.
 
-    From 1 (all tokens are multiples of one) to min(N, d) (all singular values equal); 1 for tokens that are all zero.
+    The rank lies between 1 (all tokens are multiples of one) and min(N, d) (all singular values are equal). It is 1 if
+    all tokens are zero.
     Defined in "The effective rank: a measure of effective dimensionality" (Roy and Vetterli, EUSIPCO 2007).
 
     Args:
@@ -72,10 +73,11 @@ def effective_rank(z: Tensor) -> Tensor:
 
 
 def subspace_coherence(weight: Tensor, heads: int) -> Tensor:
-    """The overlap of the subspaces of every two heads: ``‖Q_jᵀ Q_k‖²_F / p``, ``Q_k`` an orthonormal basis of head k.
+    """The overlap of the subspaces of every two heads: ``‖Q_jᵀ Q_k‖²_F / p``, with an orthonormal basis ``Q_k`` of
+    each head.
 
-    The mean squared cosine of the principal angles: 0 for orthogonal subspaces (what sparse rate reduction assumes),
-    1 for equal ones, about p/d for random ones.
+    This is the mean squared cosine of the principal angles. Orthogonal subspaces, which sparse rate reduction assumes,
+    have 0. Equal subspaces have 1. Random subspaces have about p/d.
 
     Args:
         weight: ``(H·p, d)``, the projection's weight, with p <= d; any floating dtype. Computed in float64.
@@ -94,8 +96,8 @@ def subspace_coherence(weight: Tensor, heads: int) -> Tensor:
 
 
 def _half_logdet(z: Tensor, alpha: float) -> Tensor:
-    # I + alpha·Z Zᵀ and I + alpha·Zᵀ Z have the same determinant: take the smaller one. Its eigenvalues reach from 1
-    # to alpha·‖Z‖², too far for float32 as soon as eps is small, so it is formed and factorized in float64.
+    # I + alpha·Z Zᵀ and I + alpha·Zᵀ Z have the same determinant, so the smaller matrix is enough. Its eigenvalues
+    # reach from 1 to alpha·‖Z‖². Float32 does not cover this range if eps is small, so the matrix is float64.
     wide = z.to(_measuring_dtype(z))
     gram = _smaller_gram(wide)
     identity = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)

@@ -12,14 +12,14 @@ from .half_steps import POINTS, HalfSteps
 from .layerwise import Layerwise
 
 COLORS = ("#4477aa", "#cc6677", "#228833")
-"""Of the three points of a layer. Color-blind readers can distinguish them."""
+"""Colors of the three points of a layer. Color-blind readers can distinguish them."""
 
 
 def plot_layerwise(measurement: Layerwise, path: str | os.PathLike, title: str | None = None) -> Path:
-    """Draw both layer-wise curves, mean and spread over the samples, as a PNG (or what ``path`` ends in).
+    """Draw both layer-wise curves with mean and spread over the samples. The ending of ``path`` sets the format.
 
-    Where ``compressed_rate`` was measured, R^c after the attention is drawn beside R^c before it, and
-    :meth:`Layerwise.compression` stands below.
+    If ``compressed_rate`` was measured, the plot also shows R^c after the attention, and the sentences of
+    :meth:`Layerwise.compression` below.
     """
     figure = new_figure(9, 3.6 if not measurement.compressed_rate.numel() else 4.0)
     panels = (
@@ -84,7 +84,8 @@ def plot_half_steps(measurement: HalfSteps, path: str | os.PathLike, title: str 
 
 
 def plot_training(records: list[dict], path: str | os.PathLike, title: str | None = None) -> Path:
-    """Draw a probe's records: the layer-wise means, one curve a measurement, from early (light) to late (dark)."""
+    """Draw the layer-wise means of a probe's records: one curve for each measurement, from early (light) to late
+    (dark)."""
     if not records:
         raise ValueError("the probe has not measured anything yet")
     import matplotlib
@@ -109,7 +110,7 @@ def plot_training(records: list[dict], path: str | os.PathLike, title: str | Non
 
 
 def new_figure(width: float, height: float):
-    """An empty figure of so many inches, independent of any window system."""
+    """An empty figure of ``width`` by ``height`` inches, independent of any window system."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
@@ -118,7 +119,7 @@ def new_figure(width: float, height: float):
 
 
 def save(figure, path: str | os.PathLike, title: str | None = None) -> Path:
-    """Write the figure in the format that ``path`` ends in, making its folder."""
+    """Write the figure in the format of the ending of ``path``. Create the folder if it is missing."""
     if title:
         figure.suptitle(title)
     path = Path(path)

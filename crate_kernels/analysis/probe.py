@@ -1,4 +1,4 @@
-"""The layer-wise measurement repeated during training."""
+"""The layer-wise measurement, repeated during training."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .layerwise import Layerwise, layerwise
 
 
 class LayerwiseProbe:
-    """Measure R^c and sparsity of every layer at intervals during training, on the first samples of the batch.
+    """Measure R^c and sparsity of every layer at intervals during training, on the first samples of a batch.
 
     ::
 
@@ -24,14 +24,14 @@ class LayerwiseProbe:
             probe.step(step, model, batch)
         probe.plot(output / "layerwise_training.png")
 
-    At the default period and sample count it costs well under 3 % of training time (``docs/analysis.md``).
+    With the default period and number of samples it takes well under 3 % of the training time (``docs/analysis.md``).
 
     Args:
-        path: file of JSON lines, one a measurement: the step and :meth:`Layerwise.summary`. Lines already there are
-            kept, up to the step that a resumed run starts from. None keeps the measurements in memory.
-        every: measure when ``step`` is a multiple of it.
-        samples: how many of the batch.
-        writer: a TensorBoard ``SummaryWriter``, or anything with its ``add_scalar(tag, value, step)``.
+        path: file of JSON lines, one for each measurement: the step and :meth:`Layerwise.summary`. Existing lines stay,
+            up to the step from which a run resumes. None keeps the measurements in memory.
+        every: measure when ``step`` is a multiple of this number.
+        samples: number of samples of the batch to measure.
+        writer: a TensorBoard ``SummaryWriter``, or any object with its method ``add_scalar(tag, value, step)``.
     """
 
     def __init__(self, path: str | os.PathLike | None = None, *, every: int = 100, samples: int = 16, writer=None):
@@ -54,7 +54,7 @@ class LayerwiseProbe:
             return None
         measurement = layerwise(model, batch[: self.samples], **keywords)
         summary = measurement.summary()
-        if self._resumed:  # the resumed run goes through the steps after its checkpoint once more
+        if self._resumed:  # a resumed run repeats the steps after its checkpoint
             self.records = [record for record in self.records if record["step"] < step]
             if self.path:
                 self.path.write_text("".join(json.dumps(record) + "\n" for record in self.records))
@@ -71,7 +71,7 @@ class LayerwiseProbe:
         return measurement
 
     def values(self, name: str) -> Tensor:
-        """``"coding_rate_mean"`` or another key of the summary over time: ``(measurements, layers)``."""
+        """The values over time of ``"coding_rate_mean"`` or another key of the summary: ``(measurements, layers)``."""
         return torch.tensor([record[name] for record in self.records])
 
     def plot(self, path: str | os.PathLike, title: str | None = None) -> Path:

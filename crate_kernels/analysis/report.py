@@ -1,4 +1,4 @@
-"""``crate-kernels report RUN_FOLDER``: everything about one training run in one HTML file that opens offline."""
+"""``crate-kernels report RUN_FOLDER``: one HTML file with everything about a training run. It opens offline."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class Settings(DataOptions):
     """The options of ``report``."""
 
     output: str | None = option(
-        None, "the HTML file to write, which replaces an existing one; without it report.html in the run's folder"
+        None, "the HTML file to write, which replaces an existing one; default: report.html in the run's folder"
     )
 
 
@@ -70,7 +70,7 @@ def write(folder: Path, settings: Settings) -> int:
     except (ValueError, OSError, ImportError) as error:
         if settings.data or settings.text:
             raise
-        inputs, what = None, str(error)  # the run may have been made elsewhere; the rest of the report needs no data
+        inputs, what = None, str(error)  # the run may come from another machine; the rest of the report needs no data
     path = Path(settings.output) if settings.output else folder / "report.html"
     document = build(folder, model, metadata, inputs, what)
     write_atomically(path, document.encode())
@@ -82,9 +82,9 @@ def build(folder: Path, model: CrateModel, metadata: dict, inputs: Tensor | None
     """The HTML document.
 
     Args:
-        folder: of the run; each of its files but the model may be missing.
+        folder: the folder of the run. All of its files but the model may be missing.
         model, metadata: see :func:`open_model`.
-        inputs, what: see :func:`real_inputs`; without inputs ``what`` says why there are none.
+        inputs, what: see :func:`real_inputs`. If there are no inputs, ``what`` gives the reason.
     """
     summary = read_json(folder / SUMMARY)
     metrics = read_records(folder / "metrics.jsonl")
@@ -113,7 +113,7 @@ def build(folder: Path, model: CrateModel, metadata: dict, inputs: Tensor | None
         ]
     if inputs is not None and isinstance(model, VisionModel):
         averages = model.config.get("pool") == "mean"
-        images = inputs[:: -(-len(inputs) // 4)]  # spread: neighbors often share a class
+        images = inputs[:: -(-len(inputs) // 4)]  # evenly spread, because neighbors often have the same class
         sections += [
             "<h2>Attention of the class token</h2>",
             '<p class="note">The last layer, a column per head; bright patches receive most.'
@@ -174,7 +174,7 @@ def speed_table(speed: dict) -> str:
 
 
 def rows(values: dict) -> str:
-    """A table of names and values in two columns, without those that are not set."""
+    """A table of names and values in two columns. Values that are not set are left out."""
     cells = (
         f"<tr><th>{html.escape(str(name))}</th><td>{html.escape(str(value))}</td></tr>"
         for name, value in values.items()
@@ -184,7 +184,7 @@ def rows(values: dict) -> str:
 
 
 def figure(name: str, draw: Callable[[Path], object], suffix: str = "svg") -> str:
-    """The picture that ``draw(path)`` writes, as an element that holds all of it."""
+    """The picture that ``draw(path)`` writes, as an HTML element with embedded data."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, f"{name}.{suffix}")
         draw(path)
@@ -194,7 +194,8 @@ def figure(name: str, draw: Callable[[Path], object], suffix: str = "svg") -> st
 
 
 def plot_curves(metrics: list[dict], path: Path) -> Path:
-    """Every metric of the log over the steps: losses together, accuracies together, each other one by itself."""
+    """Every metric of the log over the steps. Losses share one plot, accuracies another, and each other metric has its
+    own."""
     names = list(dict.fromkeys(name for record in metrics for name in record if name not in ("step", "epoch")))
     panels: dict[str, list[str]] = {}
     for name in names:
@@ -218,7 +219,7 @@ def plot_curves(metrics: list[dict], path: Path) -> Path:
 
 
 def plot_maps(model: VisionModel, metadata: dict, images: Tensor, path: Path) -> Path:
-    """A row per image: itself, then every head's class attention in the last layer."""
+    """A row for each image: the image, then the class attention of every head in the last layer."""
     attention = class_attention(model, images)
     mean, std = normalization(model, metadata)
     pixels = (images * std + mean).clamp(0, 1).permute(0, 2, 3, 1)

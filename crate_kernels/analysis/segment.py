@@ -34,12 +34,12 @@ class Settings:
     )
     output: str = option("segments", "folder of the results, which replace existing files")
     size: int | None = option(
-        None, "pixels along the shorter side that the model sees; without it its own size", least=1, most=8192
+        None, "pixels of the shorter side at the model's input; default: the model's own size", least=1, most=8192
     )
-    layer: int = option(-1, "layer whose attention is read; -1 is the last")
+    layer: int = option(-1, "layer that gives the attention; -1 is the last")
     mass: float = option(0.6, "share of a head's attention in its mask", above=0, below=1)
-    masks: int = option(3, "most objects to cut out of an image", least=1, most=255)
-    threshold: float = option(0.0, "cosine from which patches belong together", least=-1, most=1)
+    masks: int = option(3, "largest number of objects per image", least=1, most=255)
+    threshold: float = option(0.0, "patches belong together if their cosine is at least this", least=-1, most=1)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -66,7 +66,7 @@ def segment_files(images: list[str], checkpoint: str, settings: Settings) -> int
     if not -len(model.blocks) <= settings.layer < len(model.blocks):
         raise ValueError(f"--layer must lie in {-len(model.blocks)}..{len(model.blocks) - 1}, got {settings.layer}")
     if model.config.get("pool") == "mean":
-        print("note: this model's head reads the mean of all tokens, so training shaped its class token little")
+        print("note: this model's head reads the mean of all tokens, so training hardly affects its class token")
     output = Path(settings.output)
     names = result_names(images)
     pictures = [read_image(path, model.patch_embedding.channels) for path in images]
@@ -85,11 +85,12 @@ def segment_files(images: list[str], checkpoint: str, settings: Settings) -> int
 
 @dataclass
 class Segmentation:
-    """What was found in one image, on its grid of patches.
+    """The result for one image, on its grid of patches.
 
-    ``attention (H, rows, columns)``: of the class token; ``attention_masks`` their thresholded maps, bool.
-    ``masks (objects, rows, columns)``: of the normalized cuts, bool.
-    ``components (rows, columns, 3)``: of the last layer's tokens, 0..1, in axes that all images share.
+    ``attention (H, rows, columns)``: attention of the class token. ``attention_masks``: the thresholded maps, bool.
+    ``masks (objects, rows, columns)``: objects of the normalized cuts, bool.
+    ``components (rows, columns, 3)``: principal components of the last layer's tokens, 0..1, the same axes for all
+        images.
     """
 
     attention: Tensor
@@ -115,13 +116,14 @@ def segment(
     count: int = 3,
     threshold: float = 0.0,
 ) -> list[Segmentation]:
-    """Segment Pillow images, each at its own size; see the functions of :mod:`crate_kernels.analysis.segmentation`."""
+    """Segment Pillow images, each at its own size. See the functions of :mod:`crate_kernels.analysis.segmentation`."""
     found, features = [], []
     for picture in pictures:
         image = model_input(picture, model, metadata, size)
         attention = class_attention(model, image, layer)[0]
         grid = (attention.shape[1], attention.shape[2])
-        # Patches that an ISTA step made non-negative share a large mean; without it half of all cosines are negative.
+        # The output of an ISTA step is non-negative, so patches share a large mean. Without it half of all cosines are
+        # negative.
         masks = object_masks(keys(model, image, layer)[0], grid, count, threshold, center=True)
         features.append(model.norm(model.run_blocks(model.embed(image)))[0, 1:])
         found.append((attention, attention_mask(attention, mass), masks))
@@ -133,7 +135,7 @@ def segment(
 
 
 def result_names(paths: list[str]) -> list[str]:
-    """A name for each image's results: its file's, with a number where two would be equal."""
+    """A name for the results of each image: the name of its file, with a number if two names are equal."""
     names: list[str] = []
     for path in paths:
         stem = name = Path(path).stem
@@ -145,7 +147,8 @@ def result_names(paths: list[str]) -> list[str]:
 
 
 def write_label_image(path: Path, masks: Tensor, size: tuple[int, int]) -> None:
-    """The masks as one gray PNG in the image's size: 0 is background, 1 the first object, 2 the second ..."""
+    """Write the masks as one gray PNG of the image's size: 0 is background, 1 the first object, 2 the second, and so
+    on."""
     from PIL import Image
 
     labels = torch.zeros(masks.shape[1:], dtype=torch.uint8)
@@ -156,11 +159,11 @@ def write_label_image(path: Path, masks: Tensor, size: tuple[int, int]) -> None:
 
 
 def overlay(picture, masks: Tensor) -> np.ndarray:
-    """The picture with each mask ``(objects, rows, columns)`` in a color of its own: ``(H, W, 3)`` in 0..1."""
+    """The picture with each mask ``(objects, rows, columns)`` in its own color: ``(H, W, 3)`` in 0..1."""
     from matplotlib.colors import to_rgb
 
     pixels = np.asarray(picture.convert("RGB")) / 255.0
-    result = 0.55 * pixels + 0.45 * pixels.mean(axis=2, keepdims=True)  # faded, so that masks stand out
+    result = 0.55 * pixels + 0.45 * pixels.mean(axis=2, keepdims=True)  # pale, so that masks are visible
     for number, mask in enumerate(enlarge(masks, pixels.shape[:2]).numpy() if len(masks) else ()):
         color = np.array(to_rgb(MASK_COLORS[number % len(MASK_COLORS)]))
         result = np.where(mask[..., None] > 0.5, 0.45 * pixels + 0.55 * color, result)
@@ -168,7 +171,8 @@ def overlay(picture, masks: Tensor) -> np.ndarray:
 
 
 def plot_segmentation(picture, result: Segmentation, path: Path, title: str | None = None) -> Path:
-    """One sheet: the picture, its objects, the components as colors, and every head's attention with its mask."""
+    """Draw the overview: the picture, its objects, the components as colors, and each head's attention with its
+    mask."""
     heads = result.attention.shape[0]
     columns = min(max(3, heads), 6)
     rows = 1 + -(-heads // columns)

@@ -1,9 +1,9 @@
 """Scores of the segmentation by attention: ``python -m crate_kernels.analysis.segmentation_score``.
 
-Cut-outs whose alpha channel is an exact mask are pasted on real photos. Two models of equal size, a CRATE and timm's
-ViT, learn to tell *which* cut-out they see; masks are never shown. Then the class token's attention and normalized cuts
-of the keys are compared with the masks, on cut-outs and photos that neither model has seen. The layer, the head and
-the threshold of each method are chosen for each model on validation images.
+Cut-outs are pasted on real photos. The alpha channel of a cut-out is its exact mask. Two models with about the same
+number of parameters, a CRATE and timm's ViT, learn *which* cut-out an image shows. Training uses no masks. Then the
+class token's attention and normalized cuts of the keys are compared with the masks, on cut-outs and photos that neither
+model has seen. Validation images choose the layer, the head and the threshold of each method, for each model.
 
 Needs ``pip install 'crate_kernels[train]' scikit-image`` and the Debian package tuxpaint-stamps-default.
 """
@@ -46,9 +46,9 @@ METHODS = ("attention, best head", "attention, mean of heads", "normalized cut")
 
 @dataclass
 class Composites:
-    """Random images: a cut-out at a random place, size and side on a random piece of a photo.
+    """Random images: a cut-out at a random place, in a random size, perhaps mirrored, on a random piece of a photo.
 
-    ``stamps``: RGBA arrays, cropped to what is visible. ``photos``: RGB arrays. ``size``: pixels along an image.
+    ``stamps``: RGBA arrays, cropped to the visible part. ``photos``: RGB arrays. ``size``: pixels along an image.
     """
 
     stamps: list[np.ndarray]
@@ -56,7 +56,8 @@ class Composites:
     size: int
 
     def batch(self, count: int, generator: np.random.Generator) -> tuple[Tensor, Tensor, Tensor]:
-        """Normalized images ``(count, 3, size, size)``, which cut-out ``(count,)``, masks ``(count, size, size)``."""
+        """Images ``(count, 3, size, size)``, normalized; numbers of the cut-outs ``(count,)``; masks ``(count, size,
+        size)``."""
         labels = generator.integers(len(self.stamps), size=count)
         images, masks = zip(*(self._paste(self.stamps[label], generator) for label in labels), strict=True)
         images = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float() / 127.5 - 1
@@ -75,7 +76,7 @@ class Composites:
             stamp = stamp[:, ::-1]
         scale = generator.uniform(0.45, 0.8) * size / max(stamp.shape[:2])
         height, width = (max(1, round(length * scale)) for length in stamp.shape[:2])
-        # Colors are averaged with their weight, alpha: transparent pixels may hold any color.
+        # Colors are averaged with the weight alpha, because transparent pixels may have any color.
         weighted = np.dstack([stamp[..., :3] * (stamp[..., 3:] / 255.0), stamp[..., 3]]).astype(np.float32)
         small = np.dstack(
             [
@@ -93,7 +94,7 @@ class Composites:
 
 
 def read_stamps(root: Path) -> list[np.ndarray]:
-    """All cut-outs under ``root`` that are no smaller than 80 pixels and cover 30 to 95 % of their box."""
+    """All cut-outs under ``root`` that have at least 80 pixels on each side and cover 30 to 95 % of their box."""
     from PIL import Image
 
     stamps = []
@@ -143,7 +144,7 @@ def build_crate(size: int, patch: int, classes: int, dim: int, depth: int, heads
 
 
 def build_vit(size: int, patch: int, classes: int, dim: int, depth: int, heads: int) -> nn.Module:
-    """timm's ViT of half the width, which has as many parameters in a layer: 12 (d/2)² = 3 d²."""
+    """timm's ViT of half the width. Its layers have as many parameters as CRATE's: 12 (d/2)² = 3 d²."""
     from timm.models import VisionTransformer
 
     return VisionTransformer(
@@ -168,7 +169,10 @@ def attention_and_keys(model: Any, images: Tensor, layer: int) -> tuple[Tensor, 
 
 
 def train(model: nn.Module, data: Composites, steps: int, batch_size: int, rate: float, seed: int) -> float:
-    """AdamW under one cosine for either model, the same images in the same order; -> accuracy of the last 100 steps."""
+    """Train with AdamW and a cosine schedule -> accuracy of the last 100 steps.
+
+    Both models see the same images in the same order.
+    """
     generator = np.random.default_rng(seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps, pct_start=0.1)
@@ -193,7 +197,7 @@ def train(model: nn.Module, data: Composites, steps: int, batch_size: int, rate:
 
 
 def candidates(model: Any, images: Tensor, method: str) -> Iterator[tuple[dict, Callable[[], Tensor]]]:
-    """Every setting of a method, and a function that makes its masks ``(B, H, W)`` in pixels."""
+    """Every setting of a method, with a function that computes the masks ``(B, H, W)`` in pixels."""
     size = (images.shape[-2], images.shape[-1])
     for layer in range(len(model.blocks)):
         attention, features = attention_and_keys(model, images, layer)
@@ -206,7 +210,7 @@ def candidates(model: Any, images: Tensor, method: str) -> Iterator[tuple[dict, 
                         partial(cut, features, grid, size, cosine, centered),
                     )
             continue
-        # Maps are enlarged before the threshold, so that outlines are finer than patches.
+        # Maps are enlarged before the threshold, so that outlines are finer than the patches.
         maps = enlarge(attention, size)
         for head, heat in {"mean": maps.mean(dim=1)}.items() if "mean" in method else enumerate(maps.unbind(1)):
             for mass in MASSES:
@@ -214,7 +218,7 @@ def candidates(model: Any, images: Tensor, method: str) -> Iterator[tuple[dict, 
 
 
 def cut(features: Tensor, grid: tuple[int, int], size: tuple[int, int], cosine: float, centered: bool) -> Tensor:
-    """The first object of every image ``(B, *size)``, empty where there is none; ``features (B, N, d)``."""
+    """The first object of every image ``(B, *size)``, empty if there is none; ``features (B, N, d)``."""
     masks = torch.zeros(len(features), *grid, dtype=torch.bool)
     for mask, patches in zip(masks, features, strict=True):
         for found in object_masks(patches, grid, 1, cosine, centered):
@@ -228,10 +232,10 @@ def masks_for(model: nn.Module, images: Tensor, method: str, setting: dict) -> T
 
 
 def score(model: nn.Module, validation: tuple, test: tuple) -> dict[str, dict]:
-    """Method -> mean IoU on the test images with the setting that is best on the validation images."""
+    """Method -> mean IoU on the test images, with the setting that scores best on the validation images."""
     result = {}
     for method in METHODS:
-        count = 64 if method == "normalized cut" else len(validation[0])  # one eigenproblem an image
+        count = 64 if method == "normalized cut" else len(validation[0])  # each image needs an eigenproblem
         images, truth = validation[0][:count], validation[2][:count]
         found = [
             (intersection_over_union(make(), truth).mean().item(), setting)
@@ -247,7 +251,7 @@ def score(model: nn.Module, validation: tuple, test: tuple) -> dict[str, dict]:
 
 
 def bounds(test: tuple, patch: int) -> dict[str, float]:
-    """Baselines without a model: the whole image, a disc in the middle, and the true masks rounded to patches."""
+    """Scores without a model: the whole image, a disc in the middle, and the exact masks rounded to patches."""
     truth = test[2]
     size = truth.shape[-1]
     rows = torch.arange(size) - (size - 1) / 2
@@ -263,7 +267,7 @@ def bounds(test: tuple, patch: int) -> dict[str, float]:
 
 
 def picture(path: Path, models: dict[str, nn.Module], scores: dict, test: tuple, count: int = 8) -> Path:
-    """Test images, their true masks, and what each model's best head attends to."""
+    """Draw test images, their exact masks, and the attention of each model's best head."""
     from .plots import new_figure, save
 
     method = METHODS[0]
@@ -309,7 +313,7 @@ def main(arguments: list[str] | None = None) -> int:
     held_out, validation_stamps = stamps[::5], stamps[1::10]
     training_stamps = [stamp for i, stamp in enumerate(stamps) if i % 5 and i % 10 != 1]
     count = min(args.cut_outs, len(training_stamps))
-    training_stamps = [training_stamps[i * len(training_stamps) // count] for i in range(count)]  # of every theme
+    training_stamps = [training_stamps[i * len(training_stamps) // count] for i in range(count)]  # from all themes
     photos = read_photos(TRAINING_PHOTOS)
     data = Composites(training_stamps, photos, args.size)
     validation = Composites(validation_stamps, photos, args.size).batch(args.images // 2, np.random.default_rng(1))
@@ -352,7 +356,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def table(record: dict) -> str:
-    """The result as Markdown: mean IoU in percent, its mean and standard deviation over the runs."""
+    """The result as Markdown: mean and standard deviation over the runs of the mean IoU, in percent."""
     lines = ["| | parameters | accuracy | " + " | ".join(METHODS) + " |", "|---|---|---|" + "---|" * len(METHODS)]
     for name, entry in record["models"].items():
         runs = entry["runs"]

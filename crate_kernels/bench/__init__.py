@@ -1,2 +1,2 @@
-"""Measurements of the operators and models: checked for correctness, interleaved, written as JSON, rendered as
-tables."""
+"""Measurements of operators and models. Results are checked first, timed in alternation, written as JSON, and rendered
+as tables."""

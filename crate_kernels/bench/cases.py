@@ -23,7 +23,7 @@ SDPA = {
 }
 COMPILED = "reference compiled"
 SLICE_ELEMENTS = 1 << 28
-"""Largest number of attention scores for the float64 oracle. Larger cases are judged on some heads and samples."""
+"""Largest number of attention scores for the float64 reference. Larger cases are judged on some heads and samples."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Case:
     width: int
     causal: bool = False
     compiled: bool = False
-    """Also time ``torch.compile`` of the reference equations: compilation takes long, so not at every shape."""
+    """Also time ``torch.compile`` of the reference equations. Compilation takes long, so few cases set this."""
 
     @property
     def dim(self) -> int:
@@ -67,7 +67,7 @@ class Case:
         )
 
     def tensors(self, device: torch.device, dtype: torch.dtype, seed: int = 0) -> list[Tensor]:
-        """New inputs; for the plain operators normalized tokens, as after LayerNorm and projection."""
+        """New inputs. The plain operators get normalized tokens, as after LayerNorm and projection."""
         generator = None if device.type == "meta" else torch.Generator(device).manual_seed(seed)
 
         def normal(*shape: int, spread: float = 1.0) -> Tensor:
@@ -116,13 +116,13 @@ class Case:
         return getattr(cost, self.operator)(direction, **rows)
 
     def implementations(self, device: torch.device) -> dict[str, Callable[..., Tensor]]:
-        """Name -> call, the reference equations first; some may fail when they run."""
+        """Name -> call, the reference equations first. Some of the calls may fail when they run."""
         if self.decodes:
             return {"reference": self.call("reference"), "eager": self.call("eager"), "sdpa key-value": _decode_twice}
         found = {"reference": self.call("reference")}
         found |= {name: self.call(name) for name in backends.BACKENDS if name != "reference"}
         if self.compiled:
-            # A compiled backward can be repeated only if it does not free its saved tensors.
+            # A compiled backward can run repeatedly only if it does not free its saved tensors.
             torch._functorch.config.donated_buffer = False
             found[COMPILED] = torch.compile(self.call("reference"), dynamic=False)
         if self.operator == "subspace_attention":
@@ -130,7 +130,7 @@ class Case:
         return found
 
     def judged(self, tensors: list[Tensor]) -> list[Tensor]:
-        """The part of the inputs or gradients of attention that is judged. Heads and samples are independent."""
+        """The part of the attention's inputs or gradients that is judged. Heads and samples are independent."""
         if self.operator != "subspace_attention":
             return tensors
         scores = self.tokens**2
@@ -139,7 +139,7 @@ class Case:
         return [t[:samples, :, :heads] for t in tensors]
 
     def largest_score(self, tensors: list[Tensor]) -> float:
-        """The largest ``scale·‖w‖²`` of the attention in this call; 0 without one."""
+        """The largest ``scale·‖w‖²`` of the attention in this call, or 0 for an operator without attention."""
         if not self.attends:
             return 0.0
         w = tensors[0].float()
@@ -150,7 +150,7 @@ class Case:
 
 
 def _sdpa(w: Tensor, *, backend: SDPBackend, causal: bool) -> Tensor:
-    """Stock attention with one tensor as query, key and value; autograd adds dq, dk and dv."""
+    """Stock attention with one tensor as query, key and value. autograd adds dq, dk and dv."""
     heads = w.transpose(1, 2)
     with sdpa_kernel(backend):
         return torch.nn.functional.scaled_dot_product_attention(heads, heads, heads, is_causal=causal).transpose(1, 2)
@@ -176,20 +176,20 @@ def _decode_twice(w: Tensor, cache: Tensor) -> Tensor:
 
 
 _values: list[Tensor] = []
-"""The last cache of :func:`_decode_twice`, and its copy."""
+"""The last cache of :func:`_decode_twice`, and a copy of it."""
 
 IMPLEMENTATIONS = (*backends.BACKENDS, COMPILED, *SDPA, "sdpa key-value")
-"""All names that an implementation of an operator may have."""
+"""All names of implementations of an operator."""
 
 OPERATORS = (*ops.OPERATORS, "cached_subspace_attention")
 VISION = {"T": (6, 64), "S": (12, 48), "B": (12, 64), "L": (16, 64)}
 
 
 def cases(device: torch.device, quick: bool = False) -> list[Case]:
-    """The shapes measured on a kind of device; ``quick`` gives one tiny shape per operator."""
+    """The shapes to measure on a kind of device. ``quick`` gives one tiny shape for each operator."""
     on_gpu = device.type == "cuda"
     if quick:
-        width = 64 if on_gpu else 16  # what hardware kernels are made for
+        width = 64 if on_gpu else 16  # 64 is a width for which the GPU kernels are made
         tiny = [Case(name, "tiny", 2, 20, 2, width, compiled=name == "ista_step") for name in OPERATORS]
         return [*tiny, Case("subspace_attention", "tiny", 1, 33, 2, width, causal=True)]
     images = 256 if on_gpu else 4

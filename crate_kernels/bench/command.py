@@ -18,11 +18,11 @@ from . import cost, peaks, results
 
 DTYPES = ("float32", "bfloat16", "float16")
 FOREIGN = ("sdpa", "reference compiled", "timm", "ONNX Runtime", "OpenVINO")
-"""Implementations of others: a wrong result of theirs is listed as refused, and the run still succeeds."""
+"""Baselines. A wrong result of a baseline is listed as refused, and the run still succeeds."""
 OF_OPERATORS = ("with --suite operators or all", lambda s: s.suite != "models")
 OF_MODELS = ("with --suite models or all", lambda s: s.suite != "operators")
 RENDERING = {"results", "report", "dispatch", "relative", "predict", "target"}
-"""Options that measure nothing."""
+"""Options that do not measure."""
 SIZED = ("with --suite models or all, and without --quick", lambda s: s.suite != "operators" and not s.quick)
 
 
@@ -36,22 +36,22 @@ class Settings:
     )  # fmt: skip
     device: str = option("auto", "cpu or cuda; auto takes CUDA if there is a device")
     dtype: str | None = option(
-        None, "float32, bfloat16 or float16; without it bfloat16 on CUDA and float32 on the CPU", choices=DTYPES
+        None, "float32, bfloat16 or float16; default: bfloat16 on CUDA and float32 on the CPU", choices=DTYPES
     )
     operators: str | None = option(None, "only these operators, separated by commas", only=OF_OPERATORS)
     sizes: str | None = option(None, "only these sizes of models, separated by commas: tiny,small,base,large",
                                only=SIZED)  # fmt: skip
     batches: str | None = option(None, "batch sizes of the models, separated by commas", only=OF_MODELS)
     implementations: str | None = option(
-        None, "only these, separated by commas: reference,eager,triton,cuda,crate_kernels and so on"
+        None, "only these implementations, separated by commas: reference,eager,triton,cuda,crate_kernels and others"
     )
     threads: int | None = option(None, "CPU threads", least=1, most=4096)
-    seconds: float | None = option(None, "time to aim at for each interleaved measurement", above=0)
-    rounds: int | None = option(None, "least number of rounds of each measurement", least=1, most=100_000)
-    limit: float | None = option(None, "stop after so many seconds and keep what is measured", above=0)
-    quick: bool = option(False, "tiny shapes and few rounds: tries everything, measures nothing")
+    seconds: float | None = option(None, "target duration of each interleaved measurement", above=0)
+    rounds: int | None = option(None, "smallest number of rounds of each measurement", least=1, most=100_000)
+    limit: float | None = option(None, "stop after this many seconds and keep the finished measurements", above=0)
+    quick: bool = option(False, "run everything with tiny shapes and few rounds; the times have no meaning")
     check_only: bool = option(False, "check the results of all implementations, time nothing, write nothing")
-    commit: str | None = option(None, "commit to record, where the package is no git checkout")
+    commit: str | None = option(None, "commit to record, if the package is not in a git checkout")
     results: str = option("benchmarks/results", "folder of the result files")
     report: bool = option(
         False,
@@ -92,10 +92,10 @@ class Settings:
 
 
 def listed(text: str | None, name: str, known: Iterable[str] = ()) -> list[str] | None:
-    """The comma-separated words of an option's value; None if the option is not given.
+    """The comma-separated words in the value of an option; None if the option is not given.
 
     Raises:
-        ValueError: there are none, or not all of them are ``known``.
+        ValueError: the list is empty, or a word is not ``known``.
     """
     if text is None:
         return None
@@ -161,7 +161,7 @@ def render(settings: Settings) -> int:
 
 
 def compare(old: Path, new: Path, relative: bool) -> int:
-    """Print what became slower by more than the noise; the exit code is then 1."""
+    """Print the cases that became slower by more than the noise. The exit code is then 1."""
     for path in (old, new):
         if not path.is_file():
             raise ValueError(f"--compare: no result file {path}")
@@ -174,7 +174,7 @@ def compare(old: Path, new: Path, relative: bool) -> int:
 
 
 def measure(settings: Settings) -> int:
-    """Run the suites; the exit code is 1 if one of the package's own backends gives wrong results."""
+    """Run the suites. The exit code is 1 if one of the package's own backends gives wrong results."""
     if settings.threads:
         torch.set_num_threads(settings.threads)
     name = ("cuda" if torch.cuda.is_available() else "cpu") if settings.device == "auto" else settings.device
@@ -195,7 +195,7 @@ def measure(settings: Settings) -> int:
         copy, (product,) = peak_rates["copy"] / 1e9, peak_rates["product"].values()
         print(f"measured peaks: copy {copy:.4g} GB/s, product {product / 1e12:.4g} TFLOP/s {dtype}")
         if device.type == "cpu" and environment["load_average"] > 1:
-            print(f"this machine is busy (load {environment['load_average']:.1f}): trust ratios, not seconds")
+            print(f"this machine is busy (load {environment['load_average']:.1f}): rely on ratios, not on seconds")
     wrong = []
     for part in results.PARTS if settings.suite == "all" else [settings.suite]:
         records: list[dict] = []
@@ -214,7 +214,7 @@ def measure(settings: Settings) -> int:
             if not settings.check_only:
                 results.write(folder / f"{part}.json", content)
             if time.monotonic() > deadline:
-                print(f"{part}: stopped at the limit of {settings.limit:g} s; what was measured is kept")
+                print(f"{part}: stopped at the limit of {settings.limit:g} s; the finished measurements are saved")
                 break
         if records and not settings.check_only:
             print(f"wrote {folder / f'{part}.json'}")
@@ -243,7 +243,7 @@ def _operators(settings: Settings, device: torch.device, dtype: torch.dtype, pea
         except torch.OutOfMemoryError:
             torch.cuda.empty_cache()
             about = dict(operator=case.operator, family=case.family, shape=case.shape(), implementation="all")
-            yield about | {"skipped": "the device has no room for the float64 oracle"}
+            yield about | {"skipped": "the device has no memory for the float64 reference"}
 
 
 def _models(settings: Settings, device: torch.device, dtype: torch.dtype) -> Iterable[dict]:
@@ -266,7 +266,7 @@ def _models(settings: Settings, device: torch.device, dtype: torch.dtype) -> Ite
 def _overhead(settings: Settings) -> Iterable[dict]:
     from . import overhead
 
-    if settings.check_only:  # the suite holds every implementation against plain torch before it times one
+    if settings.check_only:  # the suite compares every implementation with plain torch before it times one
         return
     seconds = settings.seconds or (0.02 if settings.quick else 2.0)
     yield from overhead.measure(seconds, compiled=not settings.quick)
@@ -294,7 +294,7 @@ def line(record: dict) -> str:
         peak = record["peak_memory"]
         return f"{what} N{record['tokens']}: " + ("not counted" if peak is None else f"{peak / 2**30:.2f} GiB")
     if "seconds" not in record:
-        share = record.get("share_of_budget")  # models of another architecture have no budget
+        share = record.get("share_of_budget")  # a model of another architecture has no budget
         return f"{what}: {record['check']}" + ("" if share is None else f" ({100 * share:.0f} % of the budget)")
     text = f"{what}: {record['seconds']['p50'] * 1e3:.4g} ms"
     if record.get("speedup"):

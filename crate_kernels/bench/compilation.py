@@ -1,7 +1,7 @@
-"""Compile Triton kernels ahead of time, for a target that need not be at hand, and read their machine code.
+"""Compile Triton kernels ahead of time, for a target that need not be present, and read their machine code.
 
-The operators run on meta tensors. Where they would launch a kernel, the kernel is compiled for the target instead, with
-the options that a device of that kind would get.
+The operators run on meta tensors. In place of each launch, the kernel is compiled for the target, with the options that
+a device of this kind would get.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from .machine_code import Program
 
 @dataclass(frozen=True)
 class Target:
-    """What a multiprocessor of an architecture holds, as NVIDIA's and AMD's guides state it."""
+    """Limits of a multiprocessor of one architecture, from NVIDIA's and AMD's guides."""
 
     program_shared: int
     """KiB of shared memory that one program may use."""
@@ -47,39 +47,41 @@ TARGETS = {
 
 @dataclass(frozen=True)
 class Launch:
-    """One launch: the kernel, what it was given, and what the compiler made of it."""
+    """One launch: the kernel, its arguments, and the result of the compiler."""
 
     target: str
     kernel: str
     programs: int
     arguments: dict[str, Any]
-    """The kernel's arguments by name, compile-time parameters among them."""
+    """The kernel's arguments by name, including compile-time parameters."""
     options: dict[str, Any]
     """Tile sizes, warps and stages."""
     shared: int
-    """Bytes of shared memory of a program."""
+    """Bytes of shared memory that a program uses."""
     warps: int
     program: Program
     registers: int
     spilled: int
-    """Bytes of local memory of a thread."""
+    """Bytes of local memory that a thread uses."""
 
     @property
     def blocks(self) -> int:
-        """Programs that a multiprocessor holds at a time, by registers, shared memory and warps."""
+        """Number of programs that a multiprocessor holds at a time, limited by registers, shared memory and warps."""
         limits = TARGETS[self.target]
         if self.target.startswith("gfx"):
-            # A SIMD has 512 registers a lane, handed out by eights; a compute unit has four SIMDs.
+            # A SIMD has 512 registers per lane, allocated in units of eight. A compute unit has four SIMDs.
             warps = 4 * min(limits.warps // 4, 512 // (8 * -(-self.registers // 8)))
             shared = limits.shared * 1024 // max(self.shared, 1)
         else:
-            # A quarter of a multiprocessor has 16,384 registers; a warp takes them by 256. A block reserves 1 KiB.
+            # A quarter of a multiprocessor has 16,384 registers. A warp gets them in units of 256.
+            # A block reserves 1 KiB of shared memory.
             warps = min(limits.warps, 4 * (16384 // (256 * -(-32 * self.registers // 256))))
             shared = limits.shared * 1024 // (self.shared + 1024)
         return min(limits.blocks, warps // self.warps, shared)
 
     def loops(self) -> list[dict]:
-        """For each loop the number of a warp's instructions in each unit, and the copies in flight at each wait."""
+        """For each loop: how many instructions of a warp each unit gets, and how many copies are in flight at each
+        wait."""
         found = []
         for loop in self.program.loops:
             code = self.program.of(loop)
@@ -88,14 +90,14 @@ class Launch:
         return found
 
     def looped_spills(self) -> int:
-        """Instructions inside loops that read or write local memory; for AMD 1 where there is any local memory."""
+        """Instructions inside loops that read or write local memory. For AMD: 1 if the kernel has any local memory."""
         if self.target.startswith("gfx"):
             return int(self.spilled > 0)
         looped = [i for loop in self.program.loops for i in self.program.of(loop)]
         return sum(i.mnemonic in ("LDL", "STL") for i in looped)
 
     def serialized(self) -> bool:
-        """Whether the products of any loop wait for each other one by one."""
+        """Whether each product of some loop waits for the previous one."""
         return any(machine_code.serialized(self.program.of(loop)) for loop in self.program.loops)
 
 
@@ -103,7 +105,7 @@ UNITS = (*machine_code.UNITS, "integer")
 
 
 class _Driver:
-    """What Triton asks of a device's driver when it only compiles."""
+    """The answers of a device's driver that Triton needs to compile."""
 
     def __init__(self, target):
         self.target = target
@@ -120,7 +122,7 @@ class _Driver:
 
 @contextlib.contextmanager
 def compiling(target: str, launched: Callable[[Launch], object]) -> Iterator[None]:
-    """Inside, operators compile for ``target`` what they would launch, and ``launched`` gets every launch.
+    """Inside, operators compile their kernels for ``target`` instead of launching them. ``launched`` gets each launch.
 
     Raises:
         RuntimeError: Triton or its disassembler is missing, or Triton interprets kernels (``TRITON_INTERPRET=1``).
@@ -137,7 +139,7 @@ def compiling(target: str, launched: Callable[[Launch], object]) -> Iterator[Non
     arch = target if amd else int(target.removeprefix("sm_"))
 
     def compile_only(kernel, grid, *arguments, **options):
-        options["enable_fp_fusion"] = True  # as launch.launch does
+        options["enable_fp_fusion"] = True  # like launch.launch
         compiled = kernel.warmup(*arguments, grid=(grid,), **options)
         tiles = {name: value for name, value in options.items() if name.startswith(("BLOCK", "num_"))}
         named = dict(zip(kernel.arg_names, arguments, strict=False)) | options
@@ -154,7 +156,7 @@ def compiling(target: str, launched: Callable[[Launch], object]) -> Iterator[Non
     }
     before = {name: getattr(launch, name) for name in replaced}
     triton.runtime.driver.set_active(_Driver(GPUTarget("hip" if amd else "cuda", arch, 64 if amd else 32)))
-    configurations.forget()  # what another target was given
+    configurations.forget()  # the choices for another target
     try:
         for name, function in replaced.items():
             setattr(launch, name, function)
@@ -168,7 +170,7 @@ def compiling(target: str, launched: Callable[[Launch], object]) -> Iterator[Non
 
 
 def _read(compiled, amd: bool) -> tuple[Program, int, int]:
-    """The machine code of a compiled kernel, its registers, and its bytes of local memory."""
+    """The machine code of a compiled kernel, its number of registers, and its bytes of local memory."""
     if not amd:
         return _read_nvidia(compiled.asm["cubin"])
     text = compiled.asm["amdgcn"]

@@ -291,9 +291,9 @@ class Options:
         None, "pixels of the shorter side to which larger images are reduced, as JPEG", least=1, most=65536, only=WRITES
     )
     seed: int = option(0, "of the order, and of the split of a folder without one", least=0, only=WRITES)
-    workers: int | None = option(None, "processes; without it one for each core", least=0, most=1024, only=WRITES)
+    workers: int | None = option(None, "processes; default: one for each core", least=0, most=1024, only=WRITES)
     max_broken: int | None = option(
-        None, "fail when more than N images cannot be read; without it they are only named", least=0, only=WRITES
+        None, "fail when more than N images cannot be read; default: name them and continue", least=0, only=WRITES
     )
     index: str | None = option(
         None, "folder or URL of shards that are there already: write only their manifest",

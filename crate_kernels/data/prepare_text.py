@@ -195,11 +195,11 @@ class Options:
     tokenizer: str = option("bytes", "bytes, or GPT-2's byte pairs", choices=TOKENIZERS, only=WRITES)
     field: str = option("text", "key or column that holds the text", only=WRITES)
     separator: str | None = option(
-        None, r"what stands between the documents of a text file, such as '\n\n'; without it a file is one", only=WRITES
+        None, r"separator of the documents in a text file, such as '\n\n'; default: each file is one", only=WRITES
     )
     validation: float = option(0.005, "share of the documents that is set aside", least=0, below=1, only=WRITES)
     part_size: float = option(64.0, "MiB of input in one shard", above=0, most=2**20, only=WRITES)
-    workers: int | None = option(None, "processes; without it one for each core", least=0, most=1024, only=WRITES)
+    workers: int | None = option(None, "processes; default: one for each core", least=0, most=1024, only=WRITES)
     dataset: str | None = option(None, "a data set that the package datasets loads, instead of paths", only=WRITES)
     dataset_config: str | None = option(None, "its configuration", only=DATASET)
     dataset_split: str = option("train", "its split", only=DATASET)

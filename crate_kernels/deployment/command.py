@@ -38,14 +38,14 @@ class Settings:
     )
     half: bool = option(False, "weights in float16")
     image_size: int | None = option(
-        None, "pixels of the images, square; without it the model's own size", least=1, most=8192
+        None, "pixels of the images, square; default: the model's own size", least=1, most=8192
     )
     any_size: bool = option(
         False, "take images of any size that the patches divide, from two patches up in each direction",
         only=("with --format onnx, openvino or aoti", lambda s: s.format != "safetensors"),
     )  # fmt: skip
     batch_size: int = option(8, "inputs per call when the speed is measured", "measurement", least=1, most=4096)
-    output: str | None = option(None, "the file to write; without it a name beside the checkpoint", "output")
+    output: str | None = option(None, "the file to write; default: a name beside the checkpoint", "output")
     overwrite: bool = option(False, "replace the file if it exists", "output")
 
 

@@ -54,7 +54,7 @@ DATA = f"{', '.join(PHOTOS if name == 'photos' else name for name in READERS)}, 
 BATCH_SIZE = "images in one batch, over all ranks; --accumulate batches make one optimizer step"
 """The help of ``--batch-size``."""
 
-MAX_BROKEN = "stop when more than N images cannot be read; without it they are only counted and named"
+MAX_BROKEN = "stop if more than N images cannot be read; default: name the first ones, count all, and continue"
 """The help of ``--max-broken``."""
 
 

@@ -43,7 +43,7 @@ class DINOConfig(PretrainConfig):
 
     local_crops: int = option(2, "small crops of every image, besides two global ones", "data", least=0, most=100)
     local_size: int | None = option(
-        None, "pixels along a local crop; half an image without it", "data", least=1, only=LOCAL
+        None, "pixels along a local crop; default: half of the image size", "data", least=1, only=LOCAL
     )
     global_scale: float = option(0.6, "smallest share of an image's area in a global crop", "data", above=0, most=1)
     local_scale: float = option(

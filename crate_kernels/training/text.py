@@ -50,9 +50,7 @@ CAUSAL = ("with --model gpt2 or lm", lambda s: s.model != "bert")
 class TextConfig(EngineOptions):
     """The options of ``train-text``. Two runs with equal ``fixed()`` values on one machine end with equal weights."""
 
-    text: str | None = option(
-        None, "a UTF-8 text file or a folder of prepare-text; without it the Python manual", "data"
-    )
+    text: str | None = option(None, "a UTF-8 text file or a folder of prepare-text; default: the Python manual", "data")
     tokenizer: str = option("bytes", "bytes, or GPT-2's byte pairs", "data", choices=TOKENIZERS)
     whole_words: bool = option(
         False, "hide whole words, not tokens", "data", only=("with --model bert", lambda s: s.model == "bert")

@@ -1,4 +1,4 @@
-"""The command ``crate-kernels``: a table of subcommands, each imported only when it is called."""
+"""The command ``crate-kernels``: a table of subcommands. A subcommand is imported when it is called."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ COMMANDS = {
     "selftest": ("crate_kernels.selftest", "test every kernel on the device at hand"),
     "info": ("crate_kernels.collect_env", "print versions, devices and why each backend can or cannot run"),
 }
-"""Subcommand -> the module that offers ``add_arguments(parser)`` and ``run(args)``, and one line of help."""
+"""Subcommand -> the module with ``add_arguments(parser)`` and ``run(args)``, and one line of help."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -75,8 +75,8 @@ def main(arguments: list[str] | None = None) -> int:
 def leave(code: int | None) -> NoReturn:
     """End this process with ``code``.
 
-    A rank of torchrun ends without the interpreter's shutdown, during which a thread of gloo that still holds a tensor
-    aborts the process (github.com/pytorch/pytorch/pull/179291).
+    A rank of torchrun skips the shutdown of the interpreter. During the shutdown a thread of gloo may still hold a
+    tensor and would abort the process (github.com/pytorch/pytorch/pull/179291).
     """
     if "TORCHELASTIC_RUN_ID" in os.environ:
         sys.stdout.flush()
@@ -86,7 +86,7 @@ def leave(code: int | None) -> NoReturn:
 
 
 def command() -> NoReturn:
-    """:func:`main` as the whole of a process."""
+    """Run :func:`main`, and end the process with its exit code."""
     code: int | None
     try:
         code = main()
@@ -96,10 +96,10 @@ def command() -> NoReturn:
 
 
 def expected(error: Exception) -> bool:
-    """Whether the user can correct an error (a wrong argument, file or installation), so that it is no internal error.
+    """Whether the user can correct an error (a wrong argument, file or installation). Other errors are internal.
 
-    Refusals of files, values and backends have these types and a complete sentence. The excluded subclasses are raised
-    by unexpected failures.
+    Refusals of files, values and backends have these types and a complete sentence. The excluded subclasses come from
+    unexpected failures.
     """
     if isinstance(error, ImportError):
         return not (error.name or "").startswith("crate_kernels")
@@ -108,7 +108,7 @@ def expected(error: Exception) -> bool:
 
 
 def sentence(error: Exception) -> str:
-    """The message for one line of the terminal."""
+    """The message of an error, as one line for the terminal."""
     if isinstance(error, ModuleNotFoundError) and error.name:
         return f"this command needs the package {error.name.split('.')[0]}: pip install 'crate_kernels[train]'"
     if isinstance(error, OSError) and error.strerror:

@@ -1,4 +1,4 @@
-"""Report of versions, and of which backends can run here or why not: ``python -m crate_kernels.collect_env``."""
+"""A report of versions, and of the backends that can run here or why not: ``python -m crate_kernels.collect_env``."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def example_inputs(operator: str, device: torch.device, dtype: torch.dtype) -> t
 
 
 def backend_report(device: torch.device | None = None) -> dict[str, dict[str, str]]:
-    """Operator -> backend -> ``"yes"`` or why not, for a bfloat16 call on ``device`` (CUDA if there is one)."""
+    """Operator -> backend -> ``"yes"`` or the reason why not, for a bfloat16 call on ``device`` (CUDA if available)."""
     device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return {
         operator: {

@@ -1,11 +1,13 @@
-"""Compile every Triton kernel for eight targets without a GPU, and say what the machine code holds.
+"""Compile every Triton kernel for eight targets without a GPU, and report what is in the machine code.
 
     python -m crate_kernels.bench.compile_report [--targets sm_90 gfx942] [--all] [--jobs 2] [--json report.json]
     python -m crate_kernels.bench.compile_report --write-budget tests/triton/budget.json
 
 Each launch has a row: tile, warps, stages, bytes of shared memory, registers, programs that a multiprocessor holds,
-bytes of local memory (``spilled``), and instructions inside loops that read or write it (``in loops``). Each loop
-follows: its instructions in each unit, and the groups of copies that may be in flight at each wait for one.
+    bytes
+of local memory (``spilled``), and how many instructions inside loops read or write local memory (``in loops``). The
+loops of the launch follow. Each has its number of instructions in each unit, and for each wait the groups of copies
+that may be in flight.
 
 The exit status is 1 if a kernel fails to compile, needs more shared memory than the target has, waits for every single
 ``wgmma``, waits for the copies that it has just issued, or spills without a reason in ``ACCEPTED_SPILLS``. With
@@ -31,11 +33,11 @@ from .compilation import TARGETS, UNITS, Launch, compiling
 ACCEPTED_SPILLS = [
     (
         lambda row: row["spilled"] <= 16,
-        "at most four registers, which ptxas gives up to fit one more block per multiprocessor",
+        "at most four registers, which ptxas spills so that one more block fits on a multiprocessor",
     ),
     (
         lambda row: row["spilled"] <= 96 and row["looped_spills"] == 0,
-        "at most 24 registers and no such instruction in a loop: a program stores and loads them once",
+        "at most 24 registers, none of them in a loop: a program stores and loads them once",
     ),
     (
         lambda row: (
@@ -47,17 +49,17 @@ ACCEPTED_SPILLS = [
     ),
     (
         lambda row: row["case"] in EXTRA and row["kernel"] == "backward" and "p=256" in row["case"],
-        "no CRATE model has heads this wide: they run, they are not tuned",
+        "no CRATE model has heads this wide: the kernels run, but they are not tuned",
     ),
     (
         lambda row: row["target"] == "sm_100" and row["kernel"] == "product" and row["spilled"] <= 24,
         "Triton 3.6, in the epilogue, once per tile: sums come out of tensor memory whole, beside the residual",
     ),
 ]
-"""(which rows, why their spills are accepted)."""
+"""(rows, the reason why their spills are accepted)."""
 
 UNUSUAL_TARGETS = ("sm_90", "gfx942")
-"""One target per vendor for shapes whose code differs little from one target to the next."""
+"""One target per vendor, for shapes whose code differs little between targets."""
 UNUSUAL = {"layer one token", "attention float16 p=16 one token", "attention p=128 one tile causal lengths"}
 
 EXTRA: set[str] = {
@@ -65,7 +67,7 @@ EXTRA: set[str] = {
     "attention p=48", "attention p=256", "attention float32 p=256",
     "ista few rows", "ista float32",
 }  # fmt: skip
-"""Cases compiled only with ``--all``: they differ from the others in tile sizes alone."""
+"""Cases that are compiled only with ``--all``: they differ from the others only in tile sizes."""
 
 
 # -- what is compiled ----------------------------------------------------------------------------------------------
@@ -85,7 +87,7 @@ def attention(dtype, batch=2, tokens=197, heads=12, width=64, *, causal=False, l
 
 
 def layer(dtype, stream, batch=256, tokens=197, heads=12, width=64):
-    """One forward and one backward of a layer with a stream of dtype ``stream`` and matrices of ``dtype``."""
+    """Forward and backward of a layer. The residual stream has the dtype ``stream``, the matrices have ``dtype``."""
     import torch
 
     from ..ops.crate_layer import triton as backend
@@ -122,7 +124,7 @@ def ista(dtype, rows=256 * 197, dim=768):
 
 
 def decoding(dtype, queries=1, batch=1, tokens=1024, heads=12, width=64, size=0):
-    """One step of generation against a cache; ``size``: the tokens of a block of a paged one."""
+    """One step of generation with a cache. ``size``: tokens in a block of a paged cache."""
     import torch
 
     from ..ops.triton_kernels import decoding as backend
@@ -173,14 +175,14 @@ def cases() -> dict:
 
 
 def compile_case(target: str, case: str) -> list[dict]:
-    """Compile what ``case`` launches on ``target``; one row for each different launch."""
+    """Compile the kernels that ``case`` launches on ``target``. Each different launch gives one row."""
     launches: list[Launch] = []
     with compiling(target, launches.append):
         cases()[case]()
     rows: list[dict] = []
     for launch in launches:
         if case not in UNUSUAL and predict.predictable(launch):
-            predict.predict(launch, predict.DEVICES[target])  # refuses loops that it does not know
+            predict.predict(launch, predict.DEVICES[target])  # raises an error for unknown loops
         row = {"target": target, "case": case, "kernel": launch.kernel, "programs": launch.programs, **launch.options}
         row |= {"shared": launch.shared, "registers": launch.registers, "blocks": launch.blocks}
         row |= {"spilled": launch.spilled, "looped_spills": launch.looped_spills()}
@@ -191,7 +193,7 @@ def compile_case(target: str, case: str) -> list[dict]:
 
 
 def faults(row: dict) -> list[str]:
-    """What is wrong with one compiled kernel, whatever Triton's version."""
+    """The faults of one compiled kernel. They do not depend on Triton's version."""
     found = []
     if row["shared"] > TARGETS[row["target"]].program_shared * 1024:
         found.append("shared memory")
@@ -208,7 +210,7 @@ def faults(row: dict) -> list[str]:
 
 
 def budget(rows: list[dict]) -> dict[str, Any]:
-    """What each kernel may cost: the counts of ``rows``, for the installed version of Triton."""
+    """The budget of each kernel: the counts of ``rows``, for the installed version of Triton."""
     import triton
 
     kernels = {
@@ -223,7 +225,7 @@ def budget(rows: list[dict]) -> dict[str, Any]:
 
 
 def named(rows: list[dict]) -> dict[str, dict]:
-    """The rows by target, case and kernel; a number tells several launches of a kernel in one case apart."""
+    """The rows by target, case and kernel. A number distinguishes several launches of a kernel in one case."""
     found: dict[str, dict] = {}
     for row in rows:
         name = f"{row['target']}, {row['case']}, {row['kernel']}"
@@ -233,7 +235,8 @@ def named(rows: list[dict]) -> dict[str, dict]:
 
 
 def over_budget(rows: list[dict], allowed: dict[str, Any]) -> list[str]:
-    """One sentence for each count that exceeds the budget by more than a small margin; none for another Triton."""
+    """One sentence for each count that exceeds the budget by more than a small margin. Empty for another Triton
+    version."""
     import triton
 
     if allowed["triton"] != triton.__version__:
@@ -244,7 +247,7 @@ def over_budget(rows: list[dict], allowed: dict[str, Any]) -> list[str]:
         if most is None:
             found.append(f"{name}: the budget does not have it")
             continue
-        if row["registers"] > most["registers"] + 8:  # a warp gets registers by eights
+        if row["registers"] > most["registers"] + 8:  # a warp gets registers in units of eight
             found.append(f"{name}: {row['registers']} registers, budget {most['registers']}")
         if row["looped_spills"] > most["spills"]:
             found.append(f"{name}: {row['looped_spills']} spills in loops, budget {most['spills']}")
@@ -278,11 +281,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--all", action="store_true", help="also the cases that differ in tile sizes alone")
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
     parser.add_argument("--json", type=Path, help="write the rows to this file")
-    parser.add_argument("--budget", type=Path, help="hold the kernels to the counts of this file")
+    parser.add_argument("--budget", type=Path, help="compare the kernels with the counts in this file")
     parser.add_argument("--write-budget", type=Path, help="write the counts to this file")
     options = parser.parse_args(arguments)
     if options.write_budget and (options.all or options.cases or options.targets != list(TARGETS)):
-        parser.error("--write-budget takes none of --all, --cases and --targets: a budget holds every kernel")
+        parser.error("--write-budget accepts none of --all, --cases and --targets: a budget contains every kernel")
     if os.environ.get("TRITON_INTERPRET") == "1":
         parser.error("kernels are interpreted, not compiled, under TRITON_INTERPRET=1")
     names = options.cases or [name for name in cases() if options.all or name not in EXTRA]
@@ -323,7 +326,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def described(loop: dict) -> str:
-    """One loop of a row for the terminal."""
+    """A loop of a row, as text for the terminal."""
     mix = ", ".join(f"{loop[unit]} {unit}" for unit in UNITS if loop[unit])
     flight = f", {'/'.join(map(str, loop['in flight']))} in flight" if loop["in flight"] else ""
     return f"{sum(loop[unit] for unit in UNITS)}: {mix}{flight}"

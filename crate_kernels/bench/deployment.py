@@ -14,16 +14,16 @@ from ..ops import use_backend
 
 
 def missing(package: str) -> str | None:
-    """Why an implementation that needs ``package`` cannot run; None if it can."""
+    """The reason why an implementation that needs ``package`` cannot run; None if it can."""
     return None if importlib.util.find_spec(package) else f"the package {package} is not installed"
 
 
 class Deployed(nn.Module):
-    """A model in another runtime, built for a shape at the first call with it."""
+    """A model in another runtime. The first call with a new shape builds it for that shape."""
 
     def __init__(self, model: nn.Module, build: Callable[[Path], Callable]):
         super().__init__()
-        self._source = (model,)  # in a tuple: its parameters are not those of this module
+        self._source = (model,)  # a tuple, so that the model's parameters are not registered here
         self._build = build
         self._running: dict[torch.Size, Callable] = {}
 
@@ -42,7 +42,7 @@ class Deployed(nn.Module):
 
 
 def onnx_runtime(model: nn.Module) -> Deployed:
-    """The model in ONNX Runtime, on as many threads as torch has."""
+    """The model in ONNX Runtime, with as many threads as torch."""
 
     def build(path: Path) -> Callable:
         import onnxruntime
@@ -56,7 +56,7 @@ def onnx_runtime(model: nn.Module) -> Deployed:
 
 
 def openvino(model: nn.Module, precision: str) -> Deployed:
-    """The model in OpenVINO, on as many threads as torch has; ``precision``: ``"f32"`` or ``"bf16"``."""
+    """The model in OpenVINO, with as many threads as torch. ``precision``: ``"f32"`` or ``"bf16"``."""
 
     def build(path: Path) -> Callable:
         import openvino

@@ -1,10 +1,10 @@
-"""Turns results into the table for the automatic choice of the backend: ``crate_kernels/ops/measured.py``.
+"""Turn results into the table for the automatic choice of the backend: ``crate_kernels/ops/measured.py``.
 
-The table is keyed by what a call knows without looking at its data: compute capability, operator, dtype, causal or
-not. Each entry lists the backends, fastest first, up to a size and up to a number of rows. The size is the tokens N for
-the attention operators and the width d for the ISTA operators; the rows are B·N. Few rows are bound by the host, many
-by the device. Between two measured values the border is their geometric mean. Where nothing was measured there is no
-entry, and the order that ``ops.backends`` states holds.
+The keys of the table are known before a call looks at its data: compute capability, operator, dtype, causal or not.
+Each entry lists the backends, fastest first, for sizes and numbers of rows up to a limit. The size is the number of
+tokens N for the attention operators and the width d for the ISTA operators. The number of rows is B·N: with few rows
+the host limits the speed, with many rows the device. The limit between two measured values is their geometric mean.
+Cases that were not measured have no entry, and the order of ``ops.backends`` applies to them.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from .report import grouped, timed
 
 TARGET = Path("crate_kernels") / "ops" / "measured.py"
 DIRECTIONS = ("forward", "both")
-"""The directions for the ranking of backends, by geometric mean: inference and training."""
+"""The directions that rank the backends, by geometric mean: inference and training."""
 Key = tuple[str, str, str, bool]
 Table = dict[Key, list[tuple[float, float, tuple[str, ...]]]]
 
 
 def size(record: dict) -> int:
-    """The size of an operator's entries: N where it attends, d otherwise."""
+    """The size in an operator's entries: N for attention, d otherwise."""
     attends = record["operator"] in ("subspace_attention", "mssa_block", "crate_layer")
     return record["shape"]["tokens" if attends else "dim"]
 
@@ -36,12 +36,12 @@ def token_rows(record: dict) -> int:
 
 
 def borders(values: list[int]) -> list[float]:
-    """Up to where each of the sorted ``values`` is the nearest one."""
+    """For each of the sorted ``values``: the largest number for which it is the nearest one."""
     return [math.isqrt(a * b) for a, b in itertools.pairwise(values)] + [math.inf]
 
 
 def entries(content: dict) -> Table:
-    """The table of one operator result file; empty for the CPU, whose order does not depend on the shape."""
+    """The table of one operator result file. Empty for the CPU, because its order does not depend on the shape."""
     capability = content["environment"]["capability"]
     names = [name for name in backends.BACKENDS if name != "reference"]
     records = [
@@ -67,7 +67,7 @@ def entries(content: dict) -> Table:
 
 
 def _by_rows(records: list[dict]) -> list[tuple[float, tuple[str, ...]]]:
-    """The order of the backends up to each number of rows; neighbors of one order are one entry."""
+    """The order of the backends for each number of rows. Neighbors with the same order share an entry."""
     counts = sorted({token_rows(r) for r in records})
     found: list[tuple[float, tuple[str, ...]]] = []
     for count, most in zip(counts, borders(counts), strict=True):
@@ -81,7 +81,7 @@ def _by_rows(records: list[dict]) -> list[tuple[float, tuple[str, ...]]]:
 def ranking(records: list[dict]) -> tuple[str, ...]:
     """Backends, fastest first, by the geometric mean of their times over the cases that all of them ran.
 
-    One that could not run some case (it refused it) is ranked among the others on the rest: it will refuse again.
+    A backend that refused some cases is ranked by the remaining cases: a later call falls back to the next backend.
     """
     logs: dict[str, list[float]] = {}
     for case in grouped(records, lambda r: (r["family"], str(r["shape"]), r["direction"])):

@@ -1,4 +1,4 @@
-"""What the machine code of a compiled kernel says: its loops, the unit of each instruction, the instructions that run.
+"""The machine code of a compiled kernel: its loops, the unit of each instruction, and the instructions that run.
 
 ``nvdisasm`` and ``cuobjdump`` ship with Triton, and AMD kernels come as assembly. Nothing here runs on a GPU.
 """
@@ -23,7 +23,7 @@ UNITS = {
     "synchronization": "BAR SYNCS DEPBAR LDGDEPBAR WARPSYNC FENCE MEMBAR WARPGROUP UTCBAR ERRBAR CCTL NANOSLEEP",
     "control": "BRA CALL RET BSYNC BSSY BREAK EXIT NOP YIELD BMOV JMP",
 }
-"""Unit -> mnemonics of NVIDIA's that occupy it. Any other instruction is "integer": addresses, moves, logic."""
+"""Unit -> NVIDIA mnemonics that occupy it. All other instructions are "integer": addresses, moves, logic."""
 _UNIT = {mnemonic: unit for unit, mnemonics in UNITS.items() for mnemonic in mnemonics.split()}
 
 AMD_UNITS = (
@@ -35,13 +35,13 @@ AMD_UNITS = (
     ("synchronization", r"s_(barrier|waitcnt)"),
     ("control", r"s_(branch|cbranch|endpgm|nop|setprio|sleep|setpc|swappc)"),
 )
-"""(unit, beginning of AMD's mnemonics that occupy it); the first that fits."""
+"""(unit, prefix of the AMD mnemonics that occupy it). The first match counts."""
 
 
 @dataclass(frozen=True)
 class Instruction:
     name: str
-    """With its modifiers: ``HGMMA.64x64x16.F32.BF16``."""
+    """The mnemonic with its modifiers, such as ``HGMMA.64x64x16.F32.BF16``."""
     arguments: str = ""
 
     @property
@@ -56,7 +56,7 @@ class Instruction:
 
     @property
     def flops(self) -> float:
-        """Floating-point operations of one warp; a warp-group product is shared by four warps."""
+        """Floating-point operations of one warp. Four warps share a warp-group product."""
         if self.mnemonic == "HGMMA" and (size := re.search(r"\.(\d+)x(\d+)x(\d+)", self.name)):
             m, n, k = map(int, size.groups())
             return 2 * m * n * k / 4
@@ -75,12 +75,12 @@ class Instruction:
 
     @property
     def copied_bytes(self) -> int:
-        """Bytes that the asynchronous copies of one warp request, those of masked lanes included."""
+        """Bytes that the asynchronous copies of one warp request, including masked lanes."""
         return 32 * self.width if self.mnemonic == "LDGSTS" else 0
 
     @property
     def width(self) -> int:
-        """Bytes of each lane of a load or store."""
+        """Bytes per lane of a load or store."""
         if size := re.search(r"\.(64|128)\b", self.name):
             return int(size[1]) // 8
         if size := re.search(r"\.[US](8|16)\b", self.name):
@@ -90,18 +90,18 @@ class Instruction:
 
 @dataclass(frozen=True)
 class Loop:
-    """A loop: the places of its instructions without those of the loops inside it, and these."""
+    """A loop: the positions of its instructions (without those of inner loops), and its inner loops."""
 
     own: tuple[int, ...]
     inner: tuple[Loop, ...] = ()
 
     def all(self) -> Iterable[Loop]:
-        """This loop and those inside it."""
+        """This loop and all loops inside it."""
         return (self, *(loop for inner in self.inner for loop in inner.all()))
 
 
 class Program:
-    """The instructions of a kernel, and for each the places of those that may run next."""
+    """The instructions of a kernel. For each instruction, the positions of the instructions that may run next."""
 
     def __init__(self, instructions: Sequence[Instruction], following: Sequence[Sequence[int]]):
         self.instructions = tuple(instructions)
@@ -113,8 +113,8 @@ class Program:
     def _loops(self, places: Iterable[int]) -> tuple[Loop, ...]:
         """The outermost loops among some instructions.
 
-        A loop is a strongly connected part of the control flow. A branch back is no sign of a loop by itself, because
-        code that is laid out of line branches back as well. A part without its entry shows the loops inside it.
+        A loop is a strongly connected component of the control flow. A backward branch alone does not prove a loop,
+        because code that is laid out of line also branches back. Without its entry, a component shows its inner loops.
         """
         inside = set(places)
         found = []
@@ -131,7 +131,7 @@ class Program:
         return tuple(found)
 
     def _components(self, places: set[int]) -> list[list[int]]:
-        """The strongly connected parts, each after those that follow it (Tarjan's algorithm)."""
+        """The strongly connected components, each after its successors (Tarjan's algorithm)."""
         number: dict[int, int] = {}
         low: dict[int, int] = {}
         waiting: list[int] = []
@@ -169,7 +169,7 @@ class Program:
         return found
 
     def reached(self) -> set[int]:
-        """The places that control can come to. Padding behind the end of a kernel is not among them."""
+        """The positions that can be reached. Padding after the end of a kernel cannot be reached."""
         found, ahead = set(), [0] if self.instructions else []
         while ahead:
             place = ahead.pop()
@@ -179,7 +179,7 @@ class Program:
         return found
 
     def of(self, loop: Loop) -> list[Instruction]:
-        """The instructions of a loop without those of the loops inside it."""
+        """The instructions of a loop without those of its inner loops."""
         return [self.instructions[place] for place in loop.own]
 
     def product_loops(self) -> list[Loop]:
@@ -187,10 +187,11 @@ class Program:
         return [loop for loop in self.loops if any(i.unit == "matrix" for i in self.of(loop))]
 
     def path(self, trips: Mapping[Loop, float]) -> list[tuple[Instruction, float]]:
-        """The instructions of the longest way through the kernel, each with the number of times that it runs.
+        """The instructions on the longest path through the kernel, each with the number of times that it runs.
 
-        ``trips``: how often each loop runs; 0 for a loop that the way must not take; loops left out run once. Inside a
-        loop every instruction counts, also where a branch may skip it.
+        ``trips``: how often each loop runs. The path avoids loops with 0 trips. Loops that are not in ``trips`` run
+            once.
+        Inside a loop every instruction counts, even if a branch may skip it.
         """
         times = dict.fromkeys(self.reached(), 1.0)
         for outer in self._outermost:
@@ -222,20 +223,20 @@ class Program:
 
 
 def counts(instructions: Iterable[Instruction]) -> dict[str, int]:
-    """Unit -> how many instructions of a warp occupy it."""
+    """Unit -> number of a warp's instructions that occupy it."""
     return dict(sorted(Counter(i.unit for i in instructions).items()))
 
 
 def copies_in_flight(instructions: Iterable[Instruction]) -> list[int]:
-    """How many groups of asynchronous copies may be pending at each wait for one; 0 means no prefetch."""
+    """For each wait: how many groups of asynchronous copies may still be pending. 0 means that there is no prefetch."""
     waits = [i for i in instructions if i.mnemonic == "DEPBAR" and "SB0" in i.arguments]
     return [int(i.arguments.partition(",")[2].split()[0].rstrip(","), 16) for i in waits]
 
 
 def serialized(instructions: Sequence[Instruction]) -> bool:
-    """Whether each warp-group product waits for the one before it, which ptxas reports as C7515.
+    """Whether each warp-group product waits for the previous one. ptxas reports this as C7515.
 
-    A kernel that comes from a cache does not meet ptxas again, so its warning cannot be relied on.
+    The warning of ptxas is not reliable: a kernel that comes from a cache is not compiled again.
     """
     products = sum(i.mnemonic == "HGMMA" for i in instructions)
     waits = sum(i.name.startswith("WARPGROUP.DEPBAR") for i in instructions)
@@ -246,7 +247,7 @@ def serialized(instructions: Sequence[Instruction]) -> bool:
 
 
 def read_nvidia(text: str) -> Program:
-    """The output of ``nvdisasm -c`` of one kernel."""
+    """Read the output of ``nvdisasm -c`` for one kernel."""
     labels: dict[str, int] = {}
     found: list[tuple[str | None, str, str]] = []
     for line in text.splitlines():
@@ -259,7 +260,7 @@ def read_nvidia(text: str) -> Program:
         kind = name.partition(".")[0]
         if kind in ("BRX", "JMX", "BRXU", "JMXU"):
             raise ValueError(f"an indirect branch: {name} {arguments}")
-        # The target of a branch whose condition is an operand follows that operand.
+        # If the condition of a branch is an operand, the target follows it.
         always = predicate is None and (kind in ("EXIT", "RET") or (kind == "BRA" and arguments.startswith("`")))
         places = [] if always or index + 1 == len(found) else [index + 1]
         target = re.search(r"`\((\S+?)\)", arguments) if kind in ("BRA", "CALL") else None
@@ -270,7 +271,7 @@ def read_nvidia(text: str) -> Program:
 
 
 def read_amd(text: str) -> Program:
-    """AMD assembly of one kernel, as the compiler writes it."""
+    """Read the AMD assembly of one kernel, as the compiler writes it."""
     labels: dict[str, int] = {}
     found: list[Instruction] = []
     for line in text.splitlines():
@@ -291,7 +292,7 @@ def read_amd(text: str) -> Program:
 
 @functools.cache
 def tool(name: str) -> Path:
-    """A tool of NVIDIA's that Triton's package holds: ``nvdisasm`` or ``cuobjdump``.
+    """The path of an NVIDIA tool in Triton's package: ``nvdisasm`` or ``cuobjdump``.
 
     Raises:
         RuntimeError: Triton, or the tool in it, is missing.
@@ -299,10 +300,10 @@ def tool(name: str) -> Path:
     try:
         import triton
     except ImportError:
-        raise RuntimeError(f"this needs Triton, whose package holds the disassembler {name}") from None
+        raise RuntimeError(f"this needs Triton, whose package contains the disassembler {name}") from None
     path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
     if not path.is_file():
-        raise RuntimeError(f"this needs {name}, which the installed Triton does not hold at {path}")
+        raise RuntimeError(f"this needs {name}, but the installed Triton does not have it at {path}")
     return path
 
 
@@ -311,7 +312,7 @@ def _output(name: str, *arguments: str) -> str:
 
 
 def disassembled(cubin: bytes) -> tuple[Program, dict[str, int]]:
-    """A compiled NVIDIA kernel, and its registers and bytes of local memory a thread: REG, STACK, LOCAL."""
+    """A compiled NVIDIA kernel, and its registers and bytes of local memory per thread: REG, STACK, LOCAL."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()

@@ -33,24 +33,27 @@ IMPLEMENTATIONS = (
     REFERENCE, COMPILED, OURS, PREPARED, OURS_WITH_MKL, FROZEN, ONNX_RUNTIME, OPENVINO, OPENVINO_BF16, REFERENCE_BF16,
     OURS_BF16, PREPARED_BF16, VIT, VIT_COMPILED, "eager", "triton", "cuda",
 )  # fmt: skip
-"""All names that an implementation may have. None holds a comma, which separates them on the command line."""
+"""All names of implementations. None contains a comma, because commas separate the names on the command line."""
 TASKS = ("forward", "training step")
 JUDGED_IMAGES = 2
 JUDGED_STEP = 64
-"""Images of a forward and of a training step in the check for correctness."""
+"""Numbers of images in the correctness check of a forward and of a training step."""
 LARGEST_STEP = 256
-"""Training is timed at one batch size: the largest requested one up to this."""
+"""Training is timed at one batch size: the largest requested size up to this limit."""
 COMPILED_BATCHES = {"cpu": None, "cuda": (1, 2, 256)}
-"""Batch sizes for compiled implementations, None for all. Each size takes a minute to compile."""
+"""Batch sizes for compiled implementations; None means all. Compilation takes a minute for each size."""
 TINY = dict(dim=32, depth=2, heads=2)
-"""A tiny model for quick runs; it is not one of the published sizes."""
+"""A tiny model for quick runs. It is not one of the published sizes."""
 
 
 @dataclass
 class Implementation:
-    """One model under one backend; ``backend`` None is the automatic choice. Without ``onednn`` products of matrices on
-    the CPU are MKL's, as in the reference. ``low`` is the dtype in which it computes where that is not the run's: by
-    autocast, or by its own runtime if ``autocast`` is False."""
+    """One model with one backend.
+
+    ``backend``: None is the automatic choice. ``onednn``: without it, matrix products on the CPU use MKL, like the
+    reference. ``low``: the dtype of the computation, if it differs from that of the run. Autocast sets it, or the
+    model's own runtime if ``autocast`` is False.
+    """
 
     model: Any  # an nn.Module, or a runtime's callable
     backend: str | None
@@ -62,7 +65,7 @@ class Implementation:
 
     @contextlib.contextmanager
     def running(self, backward: bool = False) -> Iterator[None]:
-        """Set backend, library and autocast inside the ``with`` block; no autocast for a backward."""
+        """Set backend, library and autocast inside the ``with`` block. A backward runs without autocast."""
         mkldnn: Any = torch.backends.mkldnn
         before = mkldnn.enabled
         mkldnn.enabled = before and self.onednn
@@ -75,7 +78,7 @@ class Implementation:
 
 
 def build(size: str, quick: bool = False) -> CRATE:
-    """CRATE of this size with seeded weights, for 224 x 224 images and 1000 classes (tiny ones if ``quick``)."""
+    """CRATE of this size with seeded weights, for 224 x 224 images and 1000 classes. ``quick`` makes it tiny."""
     torch.manual_seed(0)
     if quick:
         tiny: dict[str, Any] = TINY
@@ -85,7 +88,7 @@ def build(size: str, quick: bool = False) -> CRATE:
 
 
 def vit(model: CRATE) -> nn.Module | None:
-    """timm's ViT of the same width, depth, heads, patches and classes; None where timm is not installed."""
+    """timm's ViT of the same width, depth, heads, patches and classes. None if timm is not installed."""
     if importlib.util.find_spec("timm") is None:
         return None
     from timm.models import VisionTransformer
@@ -100,9 +103,9 @@ def vit(model: CRATE) -> nn.Module | None:
 def implementations(
     master: CRATE, task: str, device: torch.device, dtype: torch.dtype, only: Collection[str] | None = None
 ) -> dict[str, Implementation]:
-    """The implementations: name -> model with its own weights, so that a step of one does not change another.
+    """The implementations: name -> model with its own weights, so that a step of one model does not change another.
 
-    Inference runs on weights of ``dtype``; training keeps them in float32 and uses autocast where ``dtype`` is lower.
+    Inference uses weights of ``dtype``. Training keeps float32 weights, and uses autocast if ``dtype`` is lower.
     """
     training = task == "training step"
 
@@ -147,7 +150,7 @@ def implementations(
     built = {name: make() for name, make in found.items() if only is None or name in only}
     if training:
         for implementation in built.values():
-            # A learning rate of zero does all the work of a step and leaves every implementation on the same weights.
+            # With a learning rate of zero a step does all its work, and all implementations keep the same weights.
             parameters = list(implementation.model.parameters())
             implementation.optimizer = torch.optim.AdamW(parameters, lr=0.0, fused=True)
     return built
@@ -156,7 +159,7 @@ def implementations(
 def runner(
     implementation: Implementation, task: str, images: Tensor, targets: Tensor, dtype: torch.dtype
 ) -> Callable[[], Tensor]:
-    """The call that is timed: logits without gradients, or a whole step (loss, backward, AdamW)."""
+    """The call to time: logits without gradients, or a whole step (loss, backward, AdamW)."""
 
     def forward():
         with torch.inference_mode(), implementation.running():
@@ -177,7 +180,7 @@ def runner(
 def training_loss(
     implementation: Implementation, images: Tensor, targets: Tensor, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """-> the loss and the logits it was made of."""
+    """The loss, and the logits from which it was computed."""
     low = dtype if dtype in (torch.bfloat16, torch.float16) else None
     autocast = torch.autocast(images.device.type, low) if low else contextlib.nullcontext()
     with implementation.running(), autocast:
@@ -190,7 +193,8 @@ def outputs(
 ) -> list[Tensor]:
     """The results to compare: the logits of the first images, or all logits and the gradient of every parameter.
 
-    Logits and not the loss: of one number the error of the reference, which sets the budget, may be zero by luck.
+    The loss is not compared: it is one number, so the error of the reference, which sets the budget, may be zero by
+        chance.
     """
     if task == "forward":
         with torch.inference_mode(), implementation.running():
@@ -203,9 +207,10 @@ def outputs(
 def judged(
     found: dict[str, Implementation], task: str, images: Tensor, targets: Tensor, dtype: torch.dtype
 ) -> tuple[dict[str, Implementation], dict[str, dict]]:
-    """Compare every CRATE implementation with the reference model in float64 -> those to be timed, and the records.
+    """Compare every CRATE implementation with the reference model in float64 -> those to time, and the records.
 
-    A forward is judged at the batch that is timed; so is a training step, up to a batch that float64 has room for.
+    A forward is compared at the batch size of the timing. A training step is compared up to a batch size that fits into
+    memory in float64.
     """
     if task == "training step":
         images, targets = images[:JUDGED_STEP], targets[:JUDGED_STEP]
@@ -216,7 +221,7 @@ def judged(
     del exact_model
     errors: dict[torch.dtype | None, list[Tensor]] = {
         None: outputs(master, task, *part, dtype)
-    }  # the reference's own, by the dtype it computes in
+    }  # the reference's own results, by the dtype of the computation
     if any(implementation.low for implementation in found.values()):
         errors[torch.bfloat16] = outputs(
             Implementation(master.model, "reference", low=torch.bfloat16), task, *part, dtype
@@ -256,7 +261,8 @@ def run_size(
     quick: bool = False,
     check_only: bool = False,
 ) -> Iterator[dict]:
-    """One record per task, batch and implementation of one model size, and the bytes each saves for backward."""
+    """Records of one model size: one for each task, batch and implementation, and the bytes that each saves for
+    backward."""
     master = build(size, quick)
     name = f"CRATE-{'tiny test' if quick else size[0].upper()}"
     base = dict(model=name, family="vision", shape=dict(master.config), dtype=str(dtype).removeprefix("torch."))
@@ -298,7 +304,7 @@ def _timed(passed, records, base, task, batch, images, targets, device, dtype, s
     for name, implementation in passed.items():
         run = runner(implementation, task, images, targets, dtype)
         try:
-            for _ in range(2):  # compiles, and makes the optimizer's state
+            for _ in range(2):  # compiles, and creates the optimizer's state
                 run()
             memory[name] = timing.peak_memory(run, device)
         except torch.OutOfMemoryError:
@@ -308,7 +314,7 @@ def _timed(passed, records, base, task, batch, images, targets, device, dtype, s
         runs[name] = run
     modes: dict[bool, Any] = {False: runs}
     if device.type == "cuda" and task == "forward" and batch == 1:
-        # At batch 1 launching takes longer than computing, so both modes are measured.
+        # At batch 1 the launch takes longer than the computation, so both modes are measured.
         captured = {name: timing.as_graph(run) for name, run in runs.items()}
         modes[True] = {name: run for name, (run, done) in captured.items() if done}
     for graph, calls in modes.items():
@@ -338,7 +344,7 @@ def _timed(passed, records, base, task, batch, images, targets, device, dtype, s
 
 
 def saved_bytes(blocks: Sequence[nn.Module], tokens: Tensor, dtype: torch.dtype, backend: str | None) -> int:
-    """Bytes that the forward of these blocks saves for backward: unique storages without parameters."""
+    """Bytes that the forward of these blocks saves for backward: unique storages, without parameters."""
     own = {p.untyped_storage().data_ptr() for block in blocks for p in block.parameters()}
     saved: dict[int, Tensor] = {}
 
@@ -356,9 +362,9 @@ def saved_bytes(blocks: Sequence[nn.Module], tokens: Tensor, dtype: torch.dtype,
 
 
 def saved_records(master: CRATE, base: dict, device: torch.device, dtype: torch.dtype, pixels: int) -> Iterator[dict]:
-    """Bytes per token-channel that one more block saves for backward: by the reference and by the automatic choice.
+    """Bytes per token-channel that one additional block saves for backward, for the reference and the automatic choice.
 
-    One more: what one block puts out the next takes in, and both keep the same tensor.
+    The difference of two depths is counted, because the output of one block is the input of the next, and both save it.
     """
     model = copy.deepcopy(master).to(device).train()
     with torch.no_grad():
@@ -373,9 +379,9 @@ def saved_records(master: CRATE, base: dict, device: torch.device, dtype: torch.
 def length_records(
     master: CRATE, base: dict, device: torch.device, dtype: torch.dtype, lengths: Sequence[int]
 ) -> Iterator[dict]:
-    """Peak memory of forward and backward of all blocks on one sequence, by its length, until one does not fit.
+    """Peak memory of forward and backward of all blocks on one sequence, for growing lengths until one does not fit.
 
-    The weights and their gradients are counted; on the CPU torch counts nothing and the record says None.
+    Weights and their gradients are counted. On the CPU torch does not count memory, and the record says None.
     """
     blocks = copy.deepcopy(master.blocks).to(device).train()
     low = dtype if dtype in (torch.bfloat16, torch.float16) else None

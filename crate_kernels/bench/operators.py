@@ -14,8 +14,8 @@ from . import cost
 from .cases import Case
 
 GRAPH_BELOW = 2e-3
-"""Seconds; on CUDA what is faster than this is timed as a replayed graph with a cold L2, so that launches and a lucky
-cache do not count."""
+"""Seconds. On CUDA, if an implementation is faster than this, all are timed as replayed graphs with a cold L2 cache, so
+that launches and a warm cache do not count."""
 
 
 def run_case(
@@ -30,14 +30,16 @@ def run_case(
     rounds: tuple[int, int] = (7, 60),
     check_only: bool = False,
 ) -> Iterator[dict]:
-    """One record per implementation and direction; one that cannot run or is wrong has a reason and no time.
+    """One record for each implementation and direction. An implementation that cannot run or is wrong has a reason, no
+    time.
 
     Args:
         peak_rates: of this device, in ``dtype``; None with ``check_only``.
-        implementations: name -> call; :meth:`Case.implementations` if None. ``speedup`` is over ``reference``.
-        only: leave out other implementations.
+        implementations: name -> call. None takes :meth:`Case.implementations`. ``speedup`` is relative to
+            ``reference``.
+        only: leave out all other implementations.
         seconds, rounds: see :func:`timing.measure`, for each direction.
-        check_only: stop after the gate.
+        check_only: stop after the correctness check.
     """
     calls = case.implementations(device) if implementations is None else implementations
     calls = {name: call for name, call in calls.items() if only is None or name in only}
@@ -59,7 +61,7 @@ def run_case(
 def gated(
     case: Case, calls: Mapping[str, Callable[..., Tensor]], leaves: list[Tensor]
 ) -> tuple[dict[str, Callable[..., Tensor]], dict[str, dict]]:
-    """Judge every implementation on these inputs -> the calls to be timed, and a record of each."""
+    """Check every implementation on these inputs -> the calls to time, and a record for each."""
     part = [t.detach() for t in case.judged(leaves)] if case.operator == "subspace_attention" else leaves
     reference_call = case.call("reference")
     grad = _output_gradient(case, leaves)
@@ -71,7 +73,7 @@ def gated(
     for name, call in calls.items():
         try:
             got = _run(call, leaves, grad, case)
-        except (RuntimeError, torch.OutOfMemoryError) as error:  # refused with a reason, or no room
+        except (RuntimeError, torch.OutOfMemoryError) as error:  # refused with a reason, or out of memory
             records[name] = {"skipped": str(error).strip().splitlines()[0][:300]}
             continue
         verdict = agreement.judge(
@@ -93,7 +95,7 @@ def _output_gradient(case: Case, leaves: list[Tensor]) -> Tensor:
 
 
 def _run(call: Callable[..., Tensor], tensors: list[Tensor], grad: Tensor, case: Case) -> list[Tensor]:
-    """The output and, where the operator has a backward, every gradient."""
+    """The output and, if the operator has a backward, every gradient."""
     if case.decodes:
         with torch.no_grad():
             return [call(*tensors)]
@@ -103,7 +105,7 @@ def _run(call: Callable[..., Tensor], tensors: list[Tensor], grad: Tensor, case:
 
 
 def prepared(call: Callable[..., Tensor], leaves: list[Tensor], direction: str) -> Callable[[], object]:
-    """The function to be timed, after one call of it."""
+    """The function to time, after one call of it."""
     grad = torch.randn_like(leaves[0])
 
     def forward():
@@ -130,7 +132,7 @@ def _timed(case, base, direction, runs, records, device, dtype, peak_rates, seco
     graphs: dict[str, Any] = dict.fromkeys(runs, False)
     if device.type == "cuda":
         quick = timing.measure(runs, device, seconds=0, rounds=(3, 3))
-        # One rule for all implementations of a case, so that launches count for all or for none.
+        # All implementations of a case follow one rule, so that launches count for all or for none.
         cold = min(timing.quantiles(v)["p50"] for v in quick.values()) < GRAPH_BELOW if quick else False
         if cold:
             captured = {name: timing.as_graph(run) for name, run in runs.items()}

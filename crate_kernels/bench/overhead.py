@@ -1,8 +1,8 @@
-"""The overhead suite: host time of one CRATE layer with so few tokens that the computation takes no time.
+"""The overhead suite: host time of one CRATE layer with so few tokens that the computation takes almost no time.
 
-Every implementation computes the same layer on one thread, in turn. The suite takes the thread's own time, which other
-processes disturb little. What counts is the ratio to the reference equations in plain torch: up to 1, the package costs
-no more host time than the code that it replaces.
+Every implementation computes the same layer on one thread, in turn. The suite measures the CPU time of the thread,
+which other processes disturb little. The important number is the ratio to the reference equations in plain torch. A
+ratio up to 1 means that the package needs no more host time than the code that it replaces.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ PLAIN = "plain torch"
 
 
 class Reference(nn.Module):
-    """The equations of a layer as the public code writes them, on the parameters of a :class:`CrateBlock`."""
+    """The equations of a layer in the form of the public code, with the parameters of a :class:`CrateBlock`."""
 
     def __init__(self, block: CrateBlock):
         super().__init__()
@@ -62,7 +62,7 @@ def implementations() -> dict[str, tuple[Callable, str | None, bool]]:
 
 
 def measure(seconds: float = 2.0, compiled: bool = True) -> Iterator[dict]:
-    """Records of ``task``, ``implementation``, ``microseconds`` of a layer and their ``ratio`` to plain torch."""
+    """Records of ``task``, ``implementation``, ``microseconds`` per layer and their ``ratio`` to plain torch."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

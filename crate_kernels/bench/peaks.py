@@ -1,4 +1,4 @@
-"""Measured peaks of the device: the roof of the roofline."""
+"""Measured peaks of the device, for the roofline."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def measure(device: torch.device, dtypes: Sequence[torch.dtype], quick: bool = F
     """
     on_gpu = device.type == "cuda"
     elements = 1 << (16 if quick else 30 if on_gpu else 27)
-    # On the CPU the inner dimension is one that ``multiply`` does not split, like the channels of a model.
+    # On the CPU ``multiply`` must not split the inner dimension, so it is as small as the channels of a model.
     side = 128 if quick else 8192 if on_gpu else LONGEST
     seconds, rounds = (0.05, (3, 5)) if quick else (2.0, (7, 30))
 

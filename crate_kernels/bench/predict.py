@@ -1,19 +1,19 @@
-"""Predict the time of the Triton kernels on a GPU that is not at hand, from their machine code.
+"""Predict the time of the Triton kernels on a GPU that is not present, from their machine code.
 
-For each launch of an operator the kernel is compiled, and its instructions are counted along the longest way through
-it, each loop as often as the shape repeats it. Every unit of a multiprocessor then has a time: what the busiest
-multiprocessor has to do, over the published rate of the unit. Memory has to read and write every tensor once. The L2
-cache has to deliver every byte that asynchronous copies request. The prediction is::
+The program compiles the kernel of each launch and counts its instructions along the longest path. Each loop counts as
+often as the shape repeats it. The time of a unit of a multiprocessor is the work of the busiest multiprocessor divided
+by the published rate of the unit. Memory must read and write every tensor once. The L2 cache must deliver every byte
+that asynchronous copies request. The prediction is::
 
     max(memory, L2, longest + (matrix + longer - longest) / blocks)
 
-``longest`` is the largest time of a unit of the multiprocessor, ``longer`` that without the matrix unit, and ``blocks``
-the number of programs that a multiprocessor holds. A single program alternates between its products and everything
-else, so their times add up. Each further program fills the gaps of the others.
+``longest`` is the largest time of a unit of the multiprocessor. ``longer`` is the largest time without the matrix unit.
+``blocks`` is the number of programs that a multiprocessor holds. One program alternates between its products and
+everything else, so these times add up. Further programs fill the gaps.
 
-A prediction is no measurement. It knows nothing of latency that nobody hides, of the clock under load, of caches, or of
-the time of a launch, so it is too low for launches of few programs. Products that go to the vendor's library count with
-their physical bound.
+A prediction is not a measurement. It ignores latency that is not hidden, the clock under load, caches, and the time of
+a launch, so it is too low for launches of few programs. Products of the vendor's library count with their physical
+bound.
 """
 
 from __future__ import annotations
@@ -37,17 +37,17 @@ from .report import table
 
 @dataclass(frozen=True)
 class Device:
-    """Published figures of one device of an architecture, none of them measured by this project."""
+    """Published figures of one device of an architecture. This project measured none of them."""
 
     name: str
     clock: float
-    """Cycles per second, so that multiprocessors, clock and matrix rate give ``product``."""
+    """Cycles per second. Multiprocessors, clock and matrix rate together give ``product``."""
     product: float
     """Operations per second of 16-bit matrix products with float32 sums, without sparsity."""
     copy: float
     """Bytes per second of the memory."""
     l2: float = 0.0
-    """Bytes per cycle that the L2 cache delivers; 0 where nobody has published it."""
+    """Bytes per cycle that the L2 cache delivers; 0 if the rate is not published."""
     fp32_lanes: int = 128
     """Float32 operations per cycle of a multiprocessor."""
 
@@ -56,7 +56,7 @@ class Device:
 
 
 MARKERS = "<!-- predictions:begin -->", "<!-- predictions:end -->"
-"""Around the tables in docs/triton.md."""
+"""Markers around the tables in docs/triton.md."""
 EXPONENTIALS = 16
 """Results per cycle of a multiprocessor (CUDA's programming guide: compute capabilities 8.0 to 12.0)."""
 SCHEDULERS = 4
@@ -71,20 +71,20 @@ DEVICES = {
     "sm_90": Device("H100 SXM", 1.83e9, 989.4e12, 3.35e12, l2=5120),
     "sm_120": Device("GeForce RTX 5090", 2.407e9, 209.5e12, 1.792e12),
 }
-"""Architecture -> device. NVIDIA states the rate of the L2 cache for the A100 alone; the H100 is taken to have the same
-per cycle. sm_100 is absent: its matrix instructions do not name their size. AMD is absent."""
+"""Architecture -> device. NVIDIA states the rate of the L2 cache for the A100 only; the H100 is assumed to have the
+same rate per cycle. sm_100 is absent, because its matrix instructions do not name their size. AMD is absent."""
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """The predicted time of one launch, or the physical bound of one call of torch's."""
+    """The predicted time of one launch, or the physical bound of one call of torch."""
 
     name: str
     seconds: float
     units: dict[str, float]
-    """Seconds of each unit if it never waited."""
+    """Seconds that each unit would need without waiting."""
     launch: Launch | None = None
-    """None for a call of torch's."""
+    """None for a call of torch."""
 
     @property
     def limited_by(self) -> str:
@@ -92,16 +92,16 @@ class Prediction:
 
 
 def predictable(launch: Launch) -> bool:
-    """Whether this file knows the loops of a launch and the rates of its target."""
+    """Whether this module knows the loops of a launch and the rates of its target."""
     dtypes = {t.dtype for t in launch.arguments.values() if isinstance(t, Tensor) and t.is_floating_point()}
     return launch.target in DEVICES and bool(dtypes & {torch.bfloat16, torch.float16})
 
 
 def predict(launch: Launch, device: Device) -> Prediction:
-    """The prediction of one launch; the formula is that of this module.
+    """The prediction for one launch, by the formula in the docstring of this module.
 
     Raises:
-        RuntimeError: the machine code multiplies more or less than the shape asks for, so its loops were misread.
+        RuntimeError: the machine code multiplies more or less than the shape requires, so the loops were misread.
     """
     trips = _trips(launch)
     ran = launch.program.path(trips)
@@ -123,7 +123,7 @@ def predict(launch: Launch, device: Device) -> Prediction:
         "shared memory": cycles(lambda i: i.shared_bytes / SHARED_BYTES),
     }
     on_chip = {unit: count / device.clock for unit, count in busy.items()}
-    # The copies in front of a pipelined loop are those that its last rounds do not issue.
+    # The copies before a pipelined loop are those that its last rounds do not issue.
     copied = sum(i.copied_bytes * times for loop, times in trips.items() for i in launch.program.of(loop))
     copied *= launch.programs * launch.warps
     off_chip = {"L2": copied / (device.l2 * device.clock) if device.l2 else 0.0, "memory": _bytes(launch) / device.copy}
@@ -135,7 +135,7 @@ def predict(launch: Launch, device: Device) -> Prediction:
 
 
 def _bytes(launch: Launch) -> int:
-    """Bytes of the tensors that a kernel reads or writes, each of them once."""
+    """Bytes of all tensors that a kernel reads or writes, each counted once."""
     return sum(value.numel() * value.itemsize for value in launch.arguments.values() if isinstance(value, Tensor))
 
 
@@ -169,10 +169,10 @@ def _behind(a: dict[str, Any]) -> float:
 
 
 def _trips(launch: Launch) -> dict[Loop, float]:
-    """How often each loop of a launch runs, on average over its programs. Sequences are taken to be of full length.
+    """How often each loop of a launch runs, averaged over its programs. All sequences are assumed to have full length.
 
     Raises:
-        RuntimeError: the machine code has other loops than the kernel.
+        RuntimeError: the loops in the machine code do not match the loops of the kernel.
     """
     a, loops = launch.arguments, list(launch.program.loops)
     if launch.kernel in ("forward", "backward", "product", "decode"):
@@ -181,9 +181,9 @@ def _trips(launch: Launch) -> dict[Loop, float]:
         rounds = [_forward_rounds(a)]
     elif launch.kernel == "backward" and a["CAUSAL"]:
         rounds = [_before(a), _behind(a)]
-        loops.sort(key=lambda loop: sum(i.flops for i in launch.program.of(loop)))  # three products and four
+        loops.sort(key=lambda loop: sum(i.flops for i in launch.program.of(loop)))  # three products, then four
     elif launch.kernel == "backward" and a["weight"] is not None:
-        rounds = [(a["tokens"] - 1) // a["BLOCK_N"], 0]  # one exponential, and the fallback with two
+        rounds = [(a["tokens"] - 1) // a["BLOCK_N"], 0]  # with one exponential, and the fallback with two
         loops.sort(key=lambda loop: sum(i.unit == "exponential" for i in launch.program.of(loop)))
     elif launch.kernel == "backward":
         rounds = [math.ceil(a["tokens"] / a["BLOCK_N"])]
@@ -199,7 +199,7 @@ def _trips(launch: Launch) -> dict[Loop, float]:
         rounds = [math.ceil(a["inner"] / a["BLOCK_K"])]
     else:
         rounds = []
-    if not loops and not any(rounds):  # a shape so small that the compiler leaves its loops out
+    if not loops and not any(rounds):  # the shape is so small that the compiler removed its loops
         return {}
     if len(loops) != len(rounds):
         raise RuntimeError(f"{launch.kernel}: {len(loops)} loops in the machine code, {len(rounds)} in the kernel")
@@ -207,7 +207,8 @@ def _trips(launch: Launch) -> dict[Loop, float]:
 
 
 def _flops(launch: Launch) -> float | None:
-    """Operations that the tiles of a program multiply, padding included, on average; None where nobody counts them."""
+    """Operations that a program's tiles multiply on average, including padding. None for kernels that are not
+    counted."""
     a = launch.arguments
     if launch.kernel == "forward":
         cut = a["CUT"] * (max(1, a["BLOCK_M"] // a["BLOCK_N"]) if a["CAUSAL"] else 1)
@@ -227,7 +228,7 @@ def _flops(launch: Launch) -> float | None:
 
 
 class _Torch(TorchDispatchMode):
-    """Reports the calls of torch's own kernels with their least work."""
+    """Reports calls of torch's own kernels with their least work."""
 
     def __init__(self, called: Callable[[str, cost.Cost], object]):
         super().__init__()
@@ -246,7 +247,7 @@ class _Torch(TorchDispatchMode):
 
 
 def operator(case: Case, direction: str, target: str, dtype: torch.dtype = torch.bfloat16) -> list[Prediction]:
-    """The launches of one call of an operator with the backend ``triton``, in their order.
+    """The launches of one call of an operator with the backend ``triton``, in order.
 
     ``direction``: ``forward``, or ``both`` for forward and backward.
     """
@@ -267,7 +268,8 @@ def operator(case: Case, direction: str, target: str, dtype: torch.dtype = torch
 
 
 def _run(case: Case, tensors: list[Tensor], backward: bool) -> None:
-    """Call the functions of the backend ``triton`` as the operator would; it has no kernels for the meta device."""
+    """Call the functions of the backend ``triton`` directly, because the operators have no kernels for the meta
+    device."""
     backend: Any = importlib.import_module(f"...ops.{case.operator}.triton", __name__)
     scale, eps = case.width**-0.5, 1e-5
     if case.operator == "subspace_attention":
@@ -290,7 +292,7 @@ def _run(case: Case, tensors: list[Tensor], backward: bool) -> None:
         if backward:
             backend.backward(out, *tensors, None, None, out, *saved, *more[:4], eps, eps)
     else:
-        raise ValueError(f"{case.operator}: no prediction of this operator")
+        raise ValueError(f"{case.operator}: there is no prediction for this operator")
 
 
 OPERATORS = ("subspace_attention", "ista_block", "mssa_block", "crate_layer")
@@ -300,11 +302,11 @@ CASES = (
     Case("subspace_attention", "CRATE-GPT2", 32, 1024, 12, 64, causal=True),
     Case("subspace_attention", "long", 4, 8192, 12, 64),
 )
-"""The shapes of the table, in bfloat16."""
+"""The shapes in the table, in bfloat16."""
 
 
 def text(target: str, cases: Iterable[Case] = CASES) -> str:
-    """The predictions for one architecture as Markdown: a table of operators and one of their kernels."""
+    """The predictions for one architecture as Markdown: a table of operators and a table of their kernels."""
     if target not in DEVICES:
         raise ValueError(f"--target must be one of {', '.join(DEVICES)}, got {target}")
     device, limits = DEVICES[target], TARGETS[target]

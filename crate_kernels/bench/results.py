@@ -17,11 +17,11 @@ from ..version import __version__
 
 FORMAT = 1
 PARTS = ("operators", "models", "overhead")
-"""One file each: ``<results>/<device>/operators.json``, ``models.json`` and ``overhead.json``."""
+"""There is one file for each: ``<results>/<device>/operators.json``, ``models.json`` and ``overhead.json``."""
 
 
 def environment(device: torch.device, commit: str | None = None) -> dict:
-    """Device, driver, versions and commit, as every result file states them."""
+    """Device, driver, versions and commit, as every result file records them."""
     versions: dict[str, str | None] = {
         "crate_kernels": __version__,
         "python": platform.python_version(),
@@ -92,18 +92,18 @@ def write(path: Path, content: dict) -> None:
 
 
 def read(path: Path) -> dict:
-    """A result file, or an error that says what is wrong with it."""
+    """Read a result file. An error says what is wrong with the file."""
     try:
         content = json.loads(Path(path).read_text())
     except json.JSONDecodeError as error:
-        raise ValueError(f"{path}: no result file ({error})") from error
+        raise ValueError(f"{path} is not a result file ({error})") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT or "records" not in content:
-        raise ValueError(f"{path}: no result file of format {FORMAT}")
+        raise ValueError(f"{path} is not a result file of format {FORMAT}")
     return content
 
 
 def read_all(folder: Path) -> dict[str, dict[str, dict]]:
-    """Device folder -> part -> content, for every result file under ``folder``; sorted."""
+    """Device folder -> part -> content, for every result file under ``folder``, sorted."""
     found: dict[str, dict[str, dict]] = {}
     for part in PARTS:
         for path in sorted(Path(folder).glob(f"*/{part}.json")):
@@ -115,7 +115,7 @@ def read_all(folder: Path) -> dict[str, dict[str, dict]]:
 
 
 def key(record: dict) -> tuple:
-    """The identity of a measurement; the same in every file."""
+    """The identity of a measurement. It is the same in every file."""
     shape = json.dumps(record.get("shape", {}), sort_keys=True)
     subject = record.get("operator") or record.get("model"), record.get("family"), record.get("batch")
     return (
@@ -130,12 +130,11 @@ def key(record: dict) -> tuple:
 def slower(old: Iterable[dict], new: Iterable[dict], *, least: float = 0.03, relative: bool = False) -> list[dict]:
     """Records that became slower by more than the noise, the worst first.
 
-    A record counts when its middle moved by more than ``least`` and its fastest fifth is slower than the slowest
-    fifth was: the ranges p20..p80 of the two runs do not touch.
+    A record is listed if its median rose by more than ``least`` and the ranges p20..p80 of the two runs do not overlap.
 
     Args:
-        relative: compare speed-ups over the reference of the same run instead of seconds; for machines
-            whose speed itself differs between the runs.
+        relative: compare speed-ups over the reference of the same run instead of seconds. Use it on machines whose
+            speed differs between the runs.
     """
     before, found = {key(r): r for r in old}, []
     for record in new:

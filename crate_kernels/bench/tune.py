@@ -1,11 +1,11 @@
-"""Measure the backends and the launch options of the Triton kernels on the user's device, on the shapes of one model.
+"""Measure backends and launch options of the Triton kernels on the user's device, with the shapes of one model.
 
-The automatic choice follows. The correctness gate of the benchmark comes first: a backend or a launch with wrong
-results is not timed. The order is that of the geometric mean of the times in inference and in training. The launch
-options of the Triton kernels come first, one kernel after the other, then the backends. Other options replace the
-shipped ones only if they are faster beyond the noise. The records go to the user's cache folder (see
-:mod:`crate_kernels.user_cache`), with the device, the versions, the shapes and the times. Nothing is ever measured at
-import or by a call.
+The automatic choice then uses the results. A backend or a launch with wrong results is not timed: the correctness check
+of the benchmark runs first. The launch options of the Triton kernels are measured before the backends, one kernel at a
+time. New options replace the shipped ones only if they are faster by more than the noise. Backends are ordered by the
+geometric mean of their times in inference and in training. The records are stored in the user's cache folder (see
+:mod:`crate_kernels.user_cache`), with the device, the versions, the shapes and the times. Nothing is measured at import
+or by a call.
 """
 
 from __future__ import annotations
@@ -39,25 +39,25 @@ class Settings:
 
     model: str = option("crate_base", "the model", choices=(*plan.SHORT, *plan.MODELS), only=RUNS)
     batch: int | None = option(
-        None, "images or texts of one call; 256 on CUDA and 8 on the CPU by default", least=1, most=1 << 20, only=RUNS
+        None, "images or texts in one call; default: 256 on CUDA, 8 on the CPU", least=1, most=1 << 20, only=RUNS
     )
     image_size: int | None = option(None, "pixels along an image, of vision models", least=1, most=8192, only=RUNS)
     context: int | None = option(None, "tokens of a text, of language models", least=1, most=1 << 20, only=RUNS)
     device: str = option("auto", "cpu or cuda; auto takes CUDA if there is a device")
     dtype: str | None = option(
-        None, "float32, bfloat16 or float16; bfloat16 on CUDA and float32 on the CPU by default", choices=DTYPES,
+        None, "float32, bfloat16 or float16; default: bfloat16 on CUDA, float32 on the CPU", choices=DTYPES,
         only=RUNS,
     )  # fmt: skip
-    seconds: float = option(1.0, "time to aim at for each interleaved measurement", above=0, most=3600, only=RUNS)
-    show: bool = option(False, "print what is stored, measure nothing")
-    clear: bool = option(False, "forget what is stored for this device, measure nothing")
+    seconds: float = option(1.0, "target duration of each interleaved measurement", above=0, most=3600, only=RUNS)
+    show: bool = option(False, "print the stored results and measure nothing")
+    clear: bool = option(False, "delete the stored results of this device and measure nothing")
 
     def check(self, given: Any) -> None:
         """Raise ValueError for an option that is misspelled or does not apply."""
         options.check(self, given)
         options.check_device(self.device)
         if self.show and self.clear:
-            raise ValueError("--show and --clear exclude each other")
+            raise ValueError("--show and --clear cannot be combined: leave one of them out")
         language = "gpt2" in self.model
         if language and self.image_size is not None:
             raise ValueError("--image-size applies only to vision models")
@@ -104,7 +104,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def tune(settings: Settings, device: torch.device) -> None:
-    """Measure, and store a record for every operator."""
+    """Measure all operators, and store a record for each."""
     from ..training.progress import Report
 
     batch = settings.batch or (256 if device.type == "cuda" else 8)
@@ -117,7 +117,7 @@ def tune(settings: Settings, device: torch.device) -> None:
                 tune_launches(case, device, dtype, settings.seconds, functools.partial(report.show, number))
                 record = measure(case, device, dtype, settings.seconds)
             except torch.OutOfMemoryError:
-                report.line(f"{case.name}: the device has no room for the float64 reference; take a smaller --batch")
+                report.line(f"{case.name}: the device has no memory for the float64 reference; use a smaller --batch")
                 continue
             for backend, reason in record["left_out"].items():
                 report.line(f"{case.operator}: {backend} is not measured: {reason}")
@@ -128,10 +128,10 @@ def tune(settings: Settings, device: torch.device) -> None:
 def tune_launches(
     case: Case, device: torch.device, dtype: torch.dtype, seconds: float, progress: Callable[[str], object] = str
 ) -> list[dict[str, Any]]:
-    """Find the fastest launch options of the Triton kernels that an operator launches, and store a record for each.
+    """Find the fastest launch options of the Triton kernels of an operator, and store a record for each kernel.
 
-    Nothing is done where Triton is missing, or cannot run the operator on the device, or gives wrong results with the
-    shipped options.
+    Nothing happens if Triton is missing, cannot run the operator on the device, or gives wrong results with the shipped
+    options.
     """
     if importlib.util.find_spec("triton") is None:
         return []
@@ -146,7 +146,9 @@ def tune_launches(
         with configurations.trial(chosen):
             try:
                 return bool(operators.gated(case, {"triton": call}, leaves)[0])
-            except Exception:  # whatever a compiler or a launch raises: too many registers, a tile that cannot be
+            except (
+                Exception
+            ):  # compilers and launches raise many types of errors: too many registers, an impossible tile
                 return False
 
     def tried(chosen: dict[str, dict], direction: str) -> Callable[[], object]:
@@ -197,7 +199,7 @@ def tune_launches(
 
 
 def measure(case: Case, device: torch.device, dtype: torch.dtype, seconds: float) -> dict[str, Any]:
-    """The record of one operator: what it holds for, the order of the backends, and the seconds of each."""
+    """The record of one operator: the inputs for which it holds, the order of the backends, and the seconds of each."""
     leaves = [t.requires_grad_() for t in case.tensors(device, dtype)]
     calls = {name: case.call(name) for name in backends.BACKENDS if name != "reference"}
     passed, checked = operators.gated(case, calls, leaves)

@@ -1,8 +1,8 @@
 """Batches of labeled images, repeatable from any step.
 
-timm's transforms run in the loader's processes and leave ``uint8``; the training loop normalizes whole batches on its
-device. The order of the images and their augmentation are functions of (seed, epoch, position) alone, so a run can
-resume from any step.
+timm's transforms run in the loader's processes and return ``uint8``. The training loop normalizes whole batches on its
+device. The order of the images and their augmentation are functions of (seed, epoch, position) alone. A run can
+therefore resume from any step.
 """
 
 from __future__ import annotations
@@ -35,19 +35,19 @@ from .order import seed_for
 
 @dataclass(frozen=True)
 class Batching:
-    """How the images of a run are put together and augmented.
+    """How the images of a run are batched and augmented.
 
     Args:
-        batch_size: images of all ranks together in one batch.
-        accumulate: batches in one optimizer step; an epoch is a whole number of steps.
+        batch_size: images in one batch, over all ranks.
+        accumulate: batches in one optimizer step. An epoch has a whole number of steps.
         epochs: passes over the training images.
-        seed: of the order and the augmentation.
-        workers: loader processes; None takes :func:`default_workers`.
-        crop: smallest share of an image's area that a random crop keeps; 1 crops nothing.
+        seed: seed of the order and the augmentation.
+        workers: number of loader processes; None takes :func:`default_workers`.
+        crop: smallest share of an image's area in a random crop; 1 crops nothing.
         flip: probability of mirroring an image.
-        auto_augment: timm's policy, such as ``rand-m9-mstd0.5``.
-        max_broken: more broken images than this end the run; None for no limit.
-        mixed: whether mixup or cutmix pairs the images of a batch, so that a rank needs both images of each pair.
+        auto_augment: a timm policy, such as ``rand-m9-mstd0.5``.
+        max_broken: largest number of broken images; more of them end the run. None means no limit.
+        mixed: whether mixup or cutmix pairs the images of a batch. A rank then needs both images of each pair.
     """
 
     batch_size: int
@@ -63,7 +63,7 @@ class Batching:
 
 
 class Normalization:
-    """Images in bytes, as loaders give them, to a model's input on ``device``: ``(x / 255 − mean) / std``."""
+    """Turns the bytes of images from loaders into a model's input on ``device``: ``(x / 255 − mean) / std``."""
 
     def __init__(self, data: ImageData, device: torch.device):
         shape = (1, data.channels, 1, 1)
@@ -75,12 +75,12 @@ class Normalization:
         return (images.to(self.device, non_blocking=True).float() - self.mean) / self.std
 
     def inverse(self, images: Tensor) -> Tensor:
-        """-> ``uint8`` on the CPU."""
+        """The inverse: images as ``uint8`` on the CPU."""
         return (images * self.std + self.mean).round().clamp(0, 255).byte().cpu()
 
 
 def seed_everything(*parts: int) -> None:
-    """Seed every generator that timm's augmentation and torch's dropout draw from."""
+    """Seed every generator that timm's augmentation and torch's dropout use."""
     seed = seed_for(*parts)
     random.seed(seed)
     np.random.seed(seed)  # noqa: NPY002  timm draws from NumPy's global generator
@@ -88,17 +88,17 @@ def seed_everything(*parts: int) -> None:
 
 
 Batch = tuple[Tensor, Tensor, list[str]]
-"""Images ``uint8 (B, C, H, W)``, labels ``(B,)``, and a sentence about each image that was broken."""
+"""Images ``uint8 (B, C, H, W)``, labels ``(B,)``, and a sentence about each broken image."""
 
 Part = Callable[[int], np.ndarray]
-"""Size of a batch -> the positions in it that are wanted."""
+"""Size of a batch -> the wanted positions in it."""
 
 
 def part_of_rank(count: int, rank: int, size: int, mirrored: bool = False) -> np.ndarray:
-    """The positions in a batch of ``count`` that are a rank's: consecutive ones, in the order of the ranks.
+    """This rank's positions in a batch of ``count`` samples. They are consecutive, in the order of the ranks.
 
-    With ``mirrored`` the part is as symmetric as the batch: position i comes with -1 - i, the two that timm mixes. The
-    batch must then be a multiple of twice the ranks.
+    With ``mirrored``, position i always comes together with position -1 - i, because timm mixes these two. The batch
+    size must then be a multiple of twice the number of ranks.
     """
     if not mirrored:
         return np.arange(count * rank // size, count * (rank + 1) // size)
@@ -107,11 +107,11 @@ def part_of_rank(count: int, rank: int, size: int, mirrored: bool = False) -> np
 
 
 class Batches(Dataset):
-    """A split as ready batches: item ``(seed, indices)`` is a :data:`Batch`.
+    """A split as complete batches: item ``(seed, indices)`` is a :data:`Batch`.
 
     Args:
-        part: which of a batch's images to return. The others are not read from files; images in memory, which cost
-            little, share their batch's stream of random numbers, so they are augmented with it and left out then.
+        part: which images of a batch to return. The others are not read from files. Images in memory share one stream
+            of random numbers per batch, so all of them are augmented, and the others are dropped afterwards.
     """
 
     def __init__(self, split: Split, transform, size: tuple[int, int], channels: int, part: Part = np.arange):
@@ -147,15 +147,15 @@ def augmented(
 ) -> Batch | DataError:
     """A batch of decoded and augmented images.
 
-    In training another image of the batch takes a broken one's place, so that batches keep their size, and a resumed
+    In training, another image of the batch replaces a broken image. Batches therefore keep their size, and a resumed
     run need not know which images were broken before. In an evaluation a broken image is left out.
 
     Args:
-        files: file or path, name, and what is wrong with the image if that is known.
-        labels: of the files.
-        seeds: of each image's augmentation in training; None for an evaluation.
-        transform: to ``uint8 (C, H, W)``.
-        size, channels: of the transform's result.
+        files: for each image its file or path, its name, and what is wrong with it if that is known.
+        labels: the labels of the files.
+        seeds: the seed of each image's augmentation in training; None for an evaluation.
+        transform: turns an image into ``uint8 (C, H, W)``.
+        size, channels: size and channels of the transform's result.
     """
     images: list[Any] = []
     broken: list[str] = []
@@ -181,10 +181,10 @@ def augmented(
 
 
 def decode(file: Any, name: str, reason: str, channels: int) -> Image.Image:
-    """The image in a file or at a path, as RGB or as gray levels.
+    """Read a file or path as a Pillow image, in RGB or as gray levels.
 
     Raises:
-        DataError: it is no image, or damaged; the message has its ``name`` and the ``reason``, if that is known.
+        DataError: the file is no image, or is damaged. The message has its ``name`` and the ``reason`` if it is known.
     """
     try:
         if reason:
@@ -195,13 +195,13 @@ def decode(file: Any, name: str, reason: str, channels: int) -> Image.Image:
         raise DataError(
             f"{name} is not a readable image: its format is not known, or its beginning is damaged"
         ) from None
-    except Exception as error:  # Pillow's decoders raise whatever their format makes them stumble over
+    except Exception as error:  # Pillow's decoders raise errors of many types
         raise DataError(f"{name} is not a readable image: {error}") from error
 
 
 @dataclass(frozen=True)
 class FromSamples:
-    """Makes batches of the samples of shards; see :func:`augmented`."""
+    """Makes batches from the samples of shards. See :func:`augmented`."""
 
     transform: Callable[[Image.Image], np.ndarray]
     size: tuple[int, int]
@@ -213,13 +213,14 @@ class FromSamples:
 
 
 def to_bytes(image: Image.Image) -> np.ndarray:
-    """An image as it is: ``uint8 (C, H, W)``."""
+    """An image without any change: ``uint8 (C, H, W)``."""
     array = np.asarray(image)
     return array[None] if array.ndim == 2 else array.transpose(2, 0, 1)
 
 
 class TrainingOrder(Sampler):
-    """The batches of a whole run from ``start`` on: every epoch a new permutation, its ragged end left out."""
+    """The batches of a whole run, beginning with ``start``. Every epoch has a new permutation and drops its last
+    part."""
 
     def __init__(self, images: int, batching: Batching, start: int = 0):
         self.images, self.batch_size, self.start = images, batching.batch_size, start
@@ -243,7 +244,7 @@ class TrainingOrder(Sampler):
 
 
 def default_workers() -> int:
-    """One loader process for every two cores that this rank has to itself, at most eight."""
+    """One loader process for every two cores of this rank, at most eight."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 2
     return min(8, max(1, cores // 2 // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
 
@@ -257,7 +258,8 @@ def training_batches(
     *,
     shared: bool = False,
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Augmented batches of the run, in order, from number ``start`` on; of each this rank's part if ``shared``."""
+    """Augmented batches of the run, in order, beginning with number ``start``. ``shared`` gives only this rank's
+    part."""
     order = TrainingOrder(len(data.train), batching, start)
     plain = batching.crop == 1 and not batching.flip and not batching.auto_augment
     transform = None if plain and data.image_size == size else _transform(data, batching, size, training=not plain)
@@ -281,7 +283,8 @@ def evaluation_batches(
     *,
     shared: bool = False,
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """The test images in order, not augmented; of each batch this rank's part if ``shared``, perhaps none."""
+    """The test images in order, not augmented. ``shared`` gives only this rank's part of each batch, which may be
+    empty."""
     transform = None if data.image_size == size else _transform(data, batching, size, training=False)
     rank, ranks = (launch.rank(), launch.size()) if shared else (0, 1)
     most = max(256, batching.batch_size)
@@ -299,7 +302,7 @@ def evaluation_batches(
 def _transform(data: ImageData, batching: Batching, size: tuple[int, int], training: bool):
     from timm.data import create_transform
 
-    # use_prefetcher ends in uint8 arrays: a quarter of the bytes between processes, and one normalization per batch.
+    # use_prefetcher returns uint8 arrays: a quarter of the bytes between processes, and one normalization per batch.
     common: dict[str, Any] = dict(input_size=(data.channels, *size), mean=data.mean, std=data.std, use_prefetcher=True)
     if not training:
         return create_transform(**common, is_training=False, crop_pct=1.0 if data.image_size else 0.875)
@@ -315,7 +318,8 @@ def _transform(data: ImageData, batching: Batching, size: tuple[int, int], train
 
 
 def _ignore_interrupts(worker: int) -> None:
-    """Leave Ctrl-C, which reaches all processes of a terminal, to the main process: it finishes its step first."""
+    """Ignore Ctrl-C in a loader process. It reaches all processes of a terminal, and the main process must finish its
+    step."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
@@ -329,12 +333,12 @@ def _load(
     workers = default_workers() if batching.workers is None else batching.workers
     remote = False
     if isinstance(batches, Batches):
-        # Without transforms a batch is one slice of an array, which is not worth a process.
+        # Without transforms a batch is one slice of an array. A loader process would not save time.
         workers = workers if batches.transform is not None else 0
     else:
         workers = batches.processes(workers)
         remote = image_shards.is_url(batches.split.base)
-    # Clients of remote file systems have threads, which a fork would not take along.
+    # Clients of remote file systems have threads, which do not survive a fork.
     servers = workers and remote and "forkserver" in multiprocessing.get_all_start_methods()
     loader = DataLoader(
         batches, batch_size=None, sampler=order, num_workers=workers, pin_memory=device.type == "cuda",
@@ -353,12 +357,13 @@ MEASURED_SECONDS = 2.0
 
 
 def loader_speed(data: ImageData, batching: Batching, size: tuple[int, int], seconds: float | None = None) -> float:
-    """Training images per second that the loader of this rank delivers while nothing else runs, in at most an epoch.
+    """Training images per second that this rank's loader delivers while nothing else runs, measured in at most one
+    epoch.
 
     Args:
-        seconds: how long it is measured; ``MEASURED_SECONDS`` by default.
+        seconds: duration of the measurement; ``MEASURED_SECONDS`` by default.
 
-    The first batches are not counted where there are others: the loader prepares them while its processes start.
+    The first batches do not count if there are others: the loader prepares them while its processes start.
     """
     seconds = MEASURED_SECONDS if seconds is None else seconds
     workers = default_workers() if batching.workers is None else batching.workers

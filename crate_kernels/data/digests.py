@@ -1,4 +1,4 @@
-"""A short digest of what a run reads, by which a resumed run knows its data again."""
+"""A short digest of a run's data. A resumed run compares it with the data that it finds."""
 
 from __future__ import annotations
 

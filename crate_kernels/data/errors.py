@@ -1,4 +1,4 @@
-"""What is wrong with data, in a sentence."""
+"""Errors about data, in one sentence each."""
 
 from __future__ import annotations
 
@@ -6,18 +6,18 @@ import sys
 from collections.abc import Iterable
 
 SHOWN = 10
-"""So many broken images are named as they are found; the others are only counted."""
+"""Number of broken images that are named. Further ones are only counted."""
 
 
 class DataError(ValueError):
-    """Images that cannot be used; the message names the file or folder and what is expected there."""
+    """Data that cannot be used. The message names the file or folder and what is expected there."""
 
 
 class Broken:
-    """The broken images that this rank has come across, each one once.
+    """The broken images that this rank has found, each one once.
 
     Attributes:
-        found: the sentence about each one.
+        found: one sentence for each image.
     """
 
     def __init__(self):

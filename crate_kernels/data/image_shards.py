@@ -1,12 +1,12 @@
-"""Labeled images in shards: tar files in WebDataset's layout, or Parquet files, on a disk or behind an fsspec URL.
+"""Labeled images in shards: tar files in WebDataset's layout or Parquet files, on a disk or behind an fsspec URL.
 
-A folder holds ``manifest.json``, which ``crate-kernels prepare-images`` wrote, and the shards that it names:
+A folder contains ``manifest.json``, written by ``crate-kernels prepare-images``, and the shards that it names:
 
-- tar: consecutive members ``KEY.jpg`` (or another image) and ``KEY.cls``, the number of the class as text;
-- Parquet: columns ``image`` (bytes, or a struct with ``bytes``) and ``label`` (integer), as Hugging Face datasets have.
+- tar: consecutive members ``KEY.jpg`` (or another image) and ``KEY.cls`` (the number of the class as text);
+- Parquet: columns ``image`` (bytes, or a struct with ``bytes``) and ``label`` (integer), as in Hugging Face datasets.
 
-Shards are read from front to back and never as a whole. The order of the shards is shuffled, and so are the images in a
-buffer that is bounded in images and in bytes.
+A shard is read from front to back, and never loaded as a whole. The order of the shards is shuffled. The images are
+shuffled in a buffer with a limited number of images and bytes.
 """
 
 from __future__ import annotations
@@ -29,25 +29,25 @@ from .errors import DataError
 FORMAT = 1
 MANIFEST = "manifest.json"
 IMAGES = ("jpg", "jpeg", "png", "webp", "ppm", "pgm", "bmp", "tif", "tiff")
-"""Endings of images in tar shards."""
+"""File endings of images in tar shards."""
 
 BUFFERED_IMAGES, BUFFERED_BYTES = 4096, 1 << 28
-"""What a rank holds to shuffle from, over all its loader processes: as many images, and as many bytes, at most."""
+"""Largest number of images, and of bytes, that a rank holds for shuffling, over all its loader processes."""
 LANES = 16
-"""A rank reads at most so many shards at a time; see :class:`TrainingStream`."""
+"""Largest number of shards that a rank reads at a time. See :class:`TrainingStream`."""
 ROWS = 64
 """Rows of a Parquet shard that are read at a time."""
 
 
 class Sample(NamedTuple):
-    """An image as its file has it."""
+    """An image with the content of its file."""
 
     name: str
     content: bytes | None
-    """None if the sample is broken."""
+    """The bytes of the file; None if the sample is broken."""
     label: int
     reason: str = ""
-    """What is wrong with a broken sample."""
+    """The reason why a sample is broken."""
 
 
 @dataclass(frozen=True)
@@ -55,9 +55,9 @@ class ImageShard:
     """One file of a split.
 
     Args:
-        file: its path from the manifest's folder, or a URL.
-        images: how many there are in it.
-        sha256: of the file, if the manifest records it.
+        file: its path relative to the manifest's folder, or a URL.
+        images: number of images in the file.
+        sha256: digest of the file, if the manifest records it.
     """
 
     file: str
@@ -71,8 +71,8 @@ class ShardSplit:
 
     Args:
         base: the manifest's folder or URL.
-        shards: in the order of the manifest.
-        classes: how many there are.
+        shards: the shards in the order of the manifest.
+        classes: number of classes.
     """
 
     base: str
@@ -83,14 +83,14 @@ class ShardSplit:
         return sum(shard.images for shard in self.shards)
 
     def path(self, shard: ImageShard) -> str:
-        """Where a shard is."""
+        """The path or URL of a shard."""
         return join(self.base, shard.file)
 
     def read(self, shard: ImageShard, fill: bool = False) -> Iterator[Sample]:
-        """As many samples as the manifest says. What is broken or missing comes as a broken sample.
+        """As many samples as the manifest lists. Broken or missing images are returned as broken samples.
 
         Args:
-            fill: where the end of the shard is missing, a broken sample comes once, and then the readable ones again.
+            fill: if the end of the shard is missing, return one broken sample and then repeat the readable samples.
 
         Raises:
             DataError: there is no such shard.
@@ -118,7 +118,7 @@ class ShardSplit:
         yield from itertools.islice(again, shard.images - count - 1)
 
     def fingerprint(self) -> bytes:
-        """What is read, and by how many ranks: the order depends on them."""
+        """What is read, and the number of ranks, because the order depends on both."""
         return repr((self.shards, launch.size())).encode()
 
 
@@ -131,11 +131,11 @@ class ImageManifest:
     mean: list[float]
     std: list[float]
     image_size: list[int] | None
-    """(height, width), or None where images have sizes of their own."""
+    """(height, width), or None if the images have different sizes."""
     settings: dict[str, Any]
-    """What was prepared, and how."""
+    """What was prepared, and with which settings."""
     broken: list[str]
-    """Images that were left out, and why."""
+    """Images that were left out, and the reasons."""
     train: tuple[ImageShard, ...]
     test: tuple[ImageShard, ...]
 
@@ -147,7 +147,7 @@ class ImageManifest:
         """Read the manifest of the folder or URL ``base``.
 
         Raises:
-            DataError: there is none, or it is damaged or of another format.
+            DataError: there is no manifest, or it is damaged or has another format.
         """
         path = join(base, MANIFEST)
         try:
@@ -165,7 +165,7 @@ class ImageManifest:
 
 
 def is_prepared(path: str) -> bool:
-    """Whether ``path`` means a folder of image shards: a URL, or a folder with a manifest."""
+    """Whether ``path`` is a folder of image shards: a URL, or a folder with a manifest."""
     return is_url(path) or Path(path, MANIFEST).is_file()
 
 
@@ -177,14 +177,14 @@ def is_url(path: str) -> bool:
 
 
 def join(base: str, file: str) -> str:
-    """The path or URL of ``file``, which may be one itself, or lie below ``base``."""
+    """The path or URL of ``file`` below ``base``. ``file`` may be a complete URL or path itself."""
     if is_url(file) or Path(file).is_absolute():
         return file
     return f"{base.rstrip('/')}/{file}" if is_url(base) else str(Path(base, file))
 
 
 def open_url(path: str) -> IO[bytes]:
-    """Open a file on the disk, or one that fsspec knows, for reading from front to back."""
+    """Open a file on the disk, or a file that fsspec knows, for reading from front to back."""
     if not is_url(path):
         return open(path, "rb")
     try:
@@ -195,18 +195,18 @@ def open_url(path: str) -> IO[bytes]:
 
 
 DAMAGE = (tarfile.TarError, EOFError, OSError, ValueError)
-"""What reading a damaged shard raises. (pyarrow's errors are ValueErrors.)"""
+"""The errors that a damaged shard raises while it is read. (pyarrow's errors are ValueErrors.)"""
 
 
 def read_shard(path: str) -> Iterator[Sample]:
-    """The samples of a tar or Parquet shard; one of :data:`DAMAGE` where it is damaged."""
+    """The samples of a tar or Parquet shard. A damaged shard raises one of :data:`DAMAGE`."""
     return (_read_parquet if path.endswith(".parquet") else _read_tar)(path)
 
 
 def _read_tar(path: str) -> Iterator[Sample]:
     with open_url(path) as file, tarfile.open(fileobj=file, mode="r|*") as archive:
         members = (member for member in archive if member.isfile())
-        # A key is a member's name up to the first point after its last folder.
+        # A key is the name of a member, without its folder, up to the first dot.
         for key, group in itertools.groupby(members, key=lambda member: _split_name(member.name)[0]):
             fields = {
                 _split_name(member.name)[1]: cast(IO[bytes], archive.extractfile(member)).read() for member in group
@@ -253,12 +253,13 @@ def _read_parquet(path: str) -> Iterator[Sample]:
 
 
 def lanes(shards: int, ranks: int) -> int:
-    """How many shards each rank reads at a time: a power of two, and no more shards at a time than there are."""
+    """Number of shards that each rank reads at a time: a power of two, and at most the number of shards per rank."""
     return max(1, min(LANES, 1 << (shards // ranks).bit_length() >> 1))
 
 
 def span(order: Sequence[int], sizes: Sequence[int], first: int, last: int) -> list[tuple[int, int, int]]:
-    """The samples ``first`` to ``last`` of the shards in this ``order``, as (shard, its first sample, its last one)."""
+    """The samples ``first`` to ``last`` of the shards in this ``order``, as (shard, first sample in it, last sample in
+    it)."""
     found = []
     begin = 0
     for shard in order:
@@ -270,7 +271,7 @@ def span(order: Sequence[int], sizes: Sequence[int], first: int, last: int) -> l
 
 
 def shuffle(samples: Iterator[Sample], images: int, size: int, generator: np.random.Generator) -> Iterator[Sample]:
-    """``samples`` in another order, from a buffer of at most ``images`` of them and about ``size`` bytes."""
+    """``samples`` in another order. The buffer holds at most ``images`` of them and about ``size`` bytes."""
     buffer: list[Sample] = []
     held = 0
     for sample in samples:
@@ -288,14 +289,14 @@ def shuffle(samples: Iterator[Sample], images: int, size: int, generator: np.ran
 class _Stream(IterableDataset):
     """Batches from shards, in an order that does not depend on the number of loader processes.
 
-    Batch ``b`` comes from lane ``b`` mod the number of lanes, and the loader takes batch ``b`` from process ``b`` mod
-    the number of processes. That number divides the lanes, so each lane stays in one process.
+    Batch ``b`` comes from lane ``b`` mod the number of lanes. The loader takes batch ``b`` from process ``b`` mod the
+    number of processes. The number of processes divides the number of lanes, so each lane stays in one process.
 
     Args:
         split: the shards.
-        make: (samples, their seeds or None) -> what the loader yields.
-        rank, ranks: this one, of how many.
-        start, end: numbers of the first batch and of the one after the last.
+        make: function of (samples, their seeds or None) that returns what the loader yields.
+        rank, ranks: number of this rank, and number of ranks.
+        start, end: numbers of the first batch and of the batch after the last one.
     """
 
     def __init__(self, split: ShardSplit, make, rank: int, ranks: int, start: int, end: int):
@@ -307,7 +308,7 @@ class _Stream(IterableDataset):
         return self.end - self.start
 
     def processes(self, wanted: int) -> int:
-        """How many of the ``wanted`` loader processes can be used."""
+        """Number of loader processes that can be used, up to ``wanted``."""
         return min(self.lanes, 1 << wanted.bit_length() >> 1)
 
     fill = False
@@ -323,7 +324,7 @@ class _Stream(IterableDataset):
         offset, step = (worker.id, worker.num_workers) if worker is not None else (0, 1)
         try:
             yield from self.batches(range(self.start + offset, self.end, step))
-        except DataError as error:  # raised in a loader's process it would arrive wrapped in that process's traceback
+        except DataError as error:  # raised in a loader process, the error would carry that process's traceback
             yield error
 
     def batches(self, numbers: range) -> Iterator[Any]:
@@ -331,17 +332,18 @@ class _Stream(IterableDataset):
 
 
 class TrainingStream(_Stream):
-    """Batches of shuffled images; an epoch reads each image once at most, and all but the ragged end.
+    """Batches of shuffled images. An epoch reads each image at most once, and leaves out an incomplete last part.
 
-    In every epoch the shards come in a new order. This sequence of images is dealt out in pieces: a piece for each lane
-    of each rank, of as many images as the lane's batches of the epoch need. Each lane shuffles its piece in a buffer.
+    Every epoch has a new order of the shards. Their sequence of images is cut into pieces, one for each lane of each
+    rank. A piece has as many images as the lane's batches of the epoch need. Each lane shuffles its piece in a buffer.
 
-    Resumed in the middle of an epoch, a lane reads up to that place again, but decodes nothing there.
+    If a run resumes in the middle of an epoch, a lane reads its piece again up to that point, but decodes nothing
+    there.
 
     Args:
-        batch_size: samples of all ranks in a batch.
+        batch_size: samples in a batch, over all ranks.
         per_epoch: batches in an epoch.
-        seed: of the order and of the augmentation.
+        seed: seed of the order and of the augmentation.
     """
 
     fill = True
@@ -355,7 +357,9 @@ class TrainingStream(_Stream):
     def shuffled(self, epoch: int, lane: int) -> Iterator[Sample]:
         """The samples of a lane in an epoch."""
         order = np.random.default_rng((self.seed, epoch)).permutation(len(self.split.shards)).tolist()
-        counts = [len(range(i, self.per_epoch, self.lanes)) for i in range(self.lanes)]  # batches of each lane
+        counts = [
+            len(range(i, self.per_epoch, self.lanes)) for i in range(self.lanes)
+        ]  # number of batches of each lane
         first = self.per_epoch * self.before + sum(counts[:lane]) * self.batch
         generator = np.random.default_rng((self.seed, epoch, self.rank, lane, 1))
         samples = self.samples(order, first, first + counts[lane] * self.batch)
@@ -375,7 +379,7 @@ class TrainingStream(_Stream):
 
 
 class EvaluationStream(_Stream):
-    """Every sample once, in order. All ranks yield the same number of batches; the last ones may be empty.
+    """Every sample once, in order. All ranks yield the same number of batches; the last batches of a rank may be empty.
 
     Args:
         batch: the largest number of samples of this rank in a batch.

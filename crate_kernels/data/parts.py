@@ -1,7 +1,7 @@
 """Work that is cut into parts, done by several processes, and resumed after a kill.
 
-A finished part leaves a record in the output folder. Called again with the same plan, :func:`work_on` does only the
-parts without one.
+A finished part leaves a record in the output folder. If :func:`work_on` is called again with the same plan, it does
+only the parts that have no record.
 """
 
 from __future__ import annotations
@@ -22,27 +22,27 @@ from typing import Any
 from ..models.checkpoint import write_atomically
 
 RECORDS = "parts"
-"""The folder of the records, inside the output."""
+"""Name of the folder of the records, inside the output folder."""
 
 Work = Callable[[Path, int, Any], dict[str, Any]]
-"""(output folder, number of the part, part) -> record, as JSON holds it. It must be picklable."""
+"""(output folder, number of the part, part) -> record in a form that JSON can store. It must be picklable."""
 
 
 def plan_digest(plan: Any) -> str:
-    """A digest of all that decides the result, as JSON holds it."""
+    """A digest of everything that decides the result, in a form that JSON can store."""
     return hashlib.sha256(json.dumps(plan).encode()).hexdigest()
 
 
 def work_on(
     folder: Path, digest: str, parts: Sequence[Any], work: Work, workers: int = 0, show: Callable[[str], Any] = print
 ) -> Iterator[dict[str, Any]]:
-    """Do ``work`` on every part that has no record yet; the records of all parts, in their order, read one by one.
+    """Do ``work`` on every part that has no record yet -> the records of all parts, in order, read one by one.
 
     Args:
-        folder: the output; created if it is not there.
-        digest: of the plan. Records of another plan are refused.
-        workers: so many processes; 0 works in this one.
-        show: takes lines on the progress.
+        folder: the output folder; it is created if it is missing.
+        digest: digest of the plan. Records of another plan are refused.
+        workers: number of processes; 0 works in this process.
+        show: function that prints a line of progress.
 
     Raises:
         ValueError: the folder holds records of another plan.
@@ -71,12 +71,13 @@ def work_on(
 
 
 def forget(folder: Path) -> None:
-    """Remove the records: the result is complete."""
+    """Remove the records, because the result is complete."""
     shutil.rmtree(folder / RECORDS, ignore_errors=True)
 
 
 def temporary(path: Path) -> Path:
-    """A name beside ``path`` to write under; a process that was left over from a kill writes under another one."""
+    """A temporary name beside ``path``. Each process has its own, so a process that survived a kill writes to another
+    file."""
     return path.with_name(f".{path.name}.{os.getpid()}.tmp")
 
 
@@ -89,7 +90,8 @@ def _do(work: Work, folder: Path, number: int, part: Any) -> None:
 
 
 def _in_processes(tasks: Sequence[Callable[[], None]], workers: int) -> Iterator[None]:
-    # Processes of a server that has imported this module: they share its memory, and no thread of ours is forked.
+    # The processes are forked from a server that has imported this module. They share its memory and fork none of our
+    # threads.
     methods = multiprocessing.get_all_start_methods()
     context = multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
     if context.get_start_method() == "forkserver":
@@ -105,9 +107,9 @@ def _in_processes(tasks: Sequence[Callable[[], None]], workers: int) -> Iterator
 
 
 def _end_with_parent() -> None:
-    """End this process with the one that wants its work, which may be killed.
+    """End this process when its parent process ends, which may be killed.
 
-    The server that forked this process is no help: it lives as long as any process that it forked.
+    The server that forked this process does not help: it lives as long as any process that it forked.
     """
 
     parent = multiprocessing.parent_process()

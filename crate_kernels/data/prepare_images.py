@@ -1,6 +1,6 @@
-"""``crate-kernels prepare-images``: labeled images to tar or Parquet shards, shuffled, in parallel and resumable.
+"""``crate-kernels prepare-images``: write labeled images as shuffled tar or Parquet shards, in parallel and resumable.
 
-With ``--index`` it only describes shards that are there already, so that ``crate-kernels train --data`` can read them.
+With ``--index`` it only describes shards that already exist, so that ``crate-kernels train --data`` can read them.
 """
 
 from __future__ import annotations
@@ -33,20 +33,20 @@ from .image_shards import DAMAGE, FORMAT, MANIFEST, ImageManifest, ImageShard, S
 from .images import IMAGENET_MEAN, IMAGENET_STD, ImageSource, Split, load
 
 QUALITY = 95
-"""Of the JPEG files that ``--resize`` writes."""
+"""Quality of the JPEG files that ``--resize`` writes."""
 ROW_GROUP = 64
-"""Rows in a row group of a Parquet shard, which are held in memory together."""
+"""Rows in a row group of a Parquet shard. They are in memory together."""
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What decides the shards, besides the images.
+    """The settings that decide the shards, besides the images.
 
     Args:
         format: ``"tar"`` or ``"parquet"``.
-        images: in one shard.
-        resize: larger images are reduced until their shorter side has so many pixels; None keeps every file as it is.
-        seed: of the order.
+        images: number of images in one shard.
+        resize: pixels of the shorter side to which larger images are reduced; None copies every file unchanged.
+        seed: seed of the order.
     """
 
     format: str
@@ -57,7 +57,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class Part:
-    """The images of one shard: paths or arrays, their names and labels."""
+    """The images of one shard (paths or arrays), their names and labels."""
 
     split: str
     number: int
@@ -68,26 +68,26 @@ class Part:
 
 
 def prepare(source: ImageSource, folder: Path, settings: Settings, workers: int = 0, show=print) -> ImageManifest:
-    """Write the shards of a data set into ``folder``, or continue what an earlier call left there.
+    """Write the shards of a data set into ``folder``, or continue an earlier call.
 
     Args:
-        workers: so many processes; 0 works in this one.
-        show: takes lines on the progress.
+        workers: number of processes; 0 works in this process.
+        show: function that prints a line of progress.
 
     Raises:
         DataError: the images cannot be read, or the folder holds shards of other images or settings.
-        OSError: the disk is full, for one.
+        OSError: for example, the disk is full.
     """
     data = load(source)
     if not isinstance(data.train, Split) or not isinstance(data.test, Split):
-        raise DataError(f"{source.data} holds shards already")
+        raise DataError(f"{source.data} already consists of shards: train on it directly")
     plan = {**dataclasses.asdict(settings), "data": data.fingerprint}
     if (folder / MANIFEST).is_file():
         manifest = ImageManifest.read(str(folder))
         if manifest.settings != plan:
             raise DataError(f"{folder} holds shards of other images or settings: choose another --output")
         parts.forget(folder)
-        show(f"{folder} is complete already")
+        show(f"{folder} is already complete")
         return manifest
     pieces = [*_parts("train", data, settings), *_parts("test", data, settings)]
     work = functools.partial(write_shard, settings, data.channels)
@@ -116,7 +116,7 @@ def _parts(name: str, data, settings: Settings) -> Iterator[Part]:
 
 
 def write_shard(settings: Settings, channels: int, folder: Path, number: int, part: Part) -> dict[str, Any]:
-    """Write one shard; its record. An image that cannot be decoded is left out and named."""
+    """Write one shard -> its record. An image that cannot be decoded is left out and named in the record."""
     path = folder / f"{part.split}-{part.number:05}.{settings.format}"
     broken: list[str] = []
 
@@ -142,10 +142,10 @@ def write_shard(settings: Settings, channels: int, folder: Path, number: int, pa
 
 
 def encoded(image: np.ndarray | str, name: str, channels: int, resize: int | None) -> tuple[str, bytes]:
-    """The ending and the content of an image's file: as it is, or reduced; an array as PNG.
+    """The ending and the content of an image's file: unchanged, or reduced in size. Arrays become PNG files.
 
     Raises:
-        DataError: it is no image, or damaged.
+        DataError: the file is no image, or is damaged.
     """
     if isinstance(image, np.ndarray):
         buffer = io.BytesIO()
@@ -183,7 +183,7 @@ def _write_parquet(file, samples: Iterator[tuple[str, bytes, int]], part: Part) 
         from pyarrow.parquet import ParquetWriter
     except ImportError as error:
         raise DataError("--format parquet needs the package pyarrow: pip install 'crate_kernels[data]'") from error
-    # As the package datasets writes them, which thus knows the columns for images and classes.
+    # The package datasets writes the same schema, and so recognizes the columns for images and classes.
     features = {"image": {"_type": "Image"}, "label": {"names": part.classes, "_type": "ClassLabel"}}
     image = pyarrow.struct([("bytes", pyarrow.binary()), ("path", pyarrow.string())])
     schema = pyarrow.schema([("image", image), ("label", pyarrow.int64())])
@@ -209,10 +209,10 @@ def _write_parquet(file, samples: Iterator[tuple[str, bytes, int]], part: Part) 
 def index(base: str, output: Path, classes: list[str] | None, show=print) -> ImageManifest:
     """Describe the shards below the folder or URL ``base`` in ``output``.
 
-    A shard with ``val`` or ``test`` in its path is for testing. Every shard is read once, to count its images.
+    A shard with ``val`` or ``test`` in its path is a test shard. Every shard is read once, to count its images.
 
     Args:
-        classes: their names; numbers, as many as the largest label needs, if None.
+        classes: names of the classes. None uses numbers, up to the largest label.
 
     Raises:
         DataError: there are no shards, or a sample is broken.
@@ -283,55 +283,55 @@ WRITES = ("without --verify and --index", lambda o: not o.verify and o.index is 
 class Options:
     """The options of ``crate-kernels prepare-images``."""
 
-    output: str | None = option(None, "required: the folder for the shards; train --data takes this folder")
+    output: str | None = option(None, "required: the folder for the shards; train --data accepts this folder")
     root: str | None = option(None, "folder with the files of fashion-mnist or cifar10", only=WRITES)
     format: str = option("tar", "WebDataset's tar, or Parquet", choices=("tar", "parquet"), only=WRITES)
     shard_images: int = option(1000, "images in a shard", least=1, only=WRITES)
     resize: int | None = option(
         None, "pixels of the shorter side to which larger images are reduced, as JPEG", least=1, most=65536, only=WRITES
     )
-    seed: int = option(0, "of the order, and of the split of a folder without one", least=0, only=WRITES)
+    seed: int = option(0, "seed of the order, and of the split of a folder without one", least=0, only=WRITES)
     workers: int | None = option(None, "processes; default: one for each core", least=0, most=1024, only=WRITES)
     max_broken: int | None = option(
         None, "fail when more than N images cannot be read; default: name them and continue", least=0, only=WRITES
     )
     index: str | None = option(
-        None, "folder or URL of shards that are there already: write only their manifest",
+        None, "folder or URL of existing shards: write only their manifest",
         only=("without --verify", lambda o: not o.verify),
     )  # fmt: skip
     classes: str | None = option(
-        None, "file with the names of the classes, one in a line", only=("with --index", lambda o: o.index is not None)
+        None, "file with the names of the classes, one per line", only=("with --index", lambda o: o.index is not None)
     )
     verify: bool = option(False, "compare the shards of --output with their digests, and write nothing")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.epilog = "Started again after an interruption, the same command does the shards that are missing."
+    parser.epilog = "After an interruption, the same command writes the missing shards."
     parser.add_argument(
         "data",
         nargs="?",
         metavar="NAME_OR_PATH",
-        help="a folder of class folders, or a data set by name, as crate-kernels train takes it",
+        help="a folder of class folders, or the name of a data set, as for crate-kernels train",
     )
     options.add_arguments(parser, Options, needed="[NAME_OR_PATH] --output PATH")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Check the command line, then write, describe or verify the shards."""
+    """Check the command line. Then write, describe or verify the shards."""
     wanted = options.parse(args, Options)
     if wanted.output is None:
-        raise ValueError("--output must be given: the folder for the shards")
+        raise ValueError("--output is required: the folder for the shards")
     if wanted.verify and args.data:
-        raise ValueError("--verify takes no data: it reads the folder of --output")
+        raise ValueError("--verify accepts no data: it reads the folder of --output")
     if not wanted.verify and bool(args.data) == bool(wanted.index):
-        raise ValueError("name a folder or a data set, or shards with --index")
+        raise ValueError("give a folder or the name of a data set, or existing shards with --index")
     if wanted.root is not None and args.data not in ("fashion-mnist", "cifar10"):
         raise ValueError("--root applies only with fashion-mnist or cifar10")
     return write(args.data, wanted)
 
 
 def write(data: str | None, wanted: Options) -> int:
-    """Write, describe or verify the shards, and print what they hold."""
+    """Write, describe or verify the shards, and print their content."""
     output, began = Path(str(wanted.output)), time.monotonic()
     if wanted.verify:
         verify(str(output))

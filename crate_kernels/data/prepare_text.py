@@ -1,7 +1,7 @@
-"""``crate-kernels prepare-text``: text files, JSON lines, Arrow and Parquet files to a folder of token shards.
+"""``crate-kernels prepare-text``: write text, JSON lines, Arrow and Parquet files as a folder of token shards.
 
-The input is cut into parts, each of which becomes one shard per split; see ``parts``. The result does not depend on the
-number of processes, nor on interruptions.
+The input is cut into parts. Each part becomes one shard per split; see ``parts``. The result depends neither on the
+number of processes nor on interruptions.
 """
 
 from __future__ import annotations
@@ -29,18 +29,18 @@ from .text_files import Format, Range
 from .text_shards import COUNTS, FORMAT, MORE_VALIDATION, SPLITS, Manifest, Shard, TextShards, is_prepared
 
 BUFFERED_TOKENS = 1 << 20
-"""A shard's tokens are written so many at a time."""
+"""Number of tokens that a shard writes at a time."""
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What decides the result, besides the input files.
+    """The settings that decide the result, besides the input files.
 
     Args:
-        tokenizer: the name of one.
-        form: how documents lie in the files.
-        validation: share of the documents that is set aside, chosen by a hash of each document's text. Equal documents
-            thus fall into the same split.
+        tokenizer: name of a tokenizer.
+        form: how the files contain documents.
+        validation: share of the documents in the validation split. A hash of a document's text chooses its split, so
+            equal documents fall into the same split.
         part_bytes: size of a part on disk.
     """
 
@@ -51,11 +51,11 @@ class Settings:
 
 
 class ShardWriter:
-    """One shard being written: documents go in, a :class:`Shard` comes out.
+    """A shard that is being written: takes documents, returns a :class:`Shard`.
 
     Args:
-        path: of the file.
-        dtype: of the tokens.
+        path: path of the file.
+        dtype: dtype of the tokens.
         counts: int64 ``(vocab_size,)``; the frequencies of the tokens are added to it.
     """
 
@@ -66,7 +66,7 @@ class ShardWriter:
         self.waiting = self.tokens = self.documents = self.bytes = 0
 
     def add(self, tokens: np.ndarray, size: int) -> None:
-        """Add tokens that stand for ``size`` bytes of text."""
+        """Add tokens that encode ``size`` bytes of text."""
         self.held.append(tokens)
         self.bytes += size
         self.waiting += len(tokens)
@@ -89,7 +89,7 @@ class ShardWriter:
             self.held, self.waiting = [], 0
 
     def close(self) -> Shard:
-        """Put the file in its place, on the disk."""
+        """Flush the file to disk and give it its final name."""
         self.flush()
         with naming(self.path), self.file as file:
             file.flush()
@@ -99,18 +99,18 @@ class ShardWriter:
 
 
 def belongs_to_validation(text: bytes, share: float) -> bool:
-    """Whether a document is set aside: a function of its text alone."""
+    """Whether a document belongs to the validation split. This depends on its text alone."""
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest()) < share * 2**64
 
 
 def write_part(settings: Settings, folder: Path, number: int, part: list[Range]) -> dict[str, Any]:
-    """Write the shards of one part; its record."""
+    """Write the shards of one part -> its record."""
     tokenizer = _tokenizer(settings.tokenizer)
     dtype = token_dtype(tokenizer)
     counts = {split: np.zeros(tokenizer.vocab_size, np.int64) for split in SPLITS}
     writers = {split: ShardWriter(folder / f"{split}-{number:05}.bin", dtype, counts[split]) for split in SPLITS}
     for piece in part:
-        running = None  # the split of an excerpt whose document continues
+        running = None  # the split of an unfinished document, whose next excerpt follows
         for text, goes_on in text_files.documents(piece, settings.form):
             content = text.encode()
             split = SPLITS[belongs_to_validation(content, settings.validation)]
@@ -126,25 +126,25 @@ def write_part(settings: Settings, folder: Path, number: int, part: list[Range])
 
 @functools.cache
 def _tokenizer(name: str) -> Tokenizer:
-    """Made once in a process."""
+    """The tokenizer, created once per process."""
     return create_tokenizer(name)
 
 
 def token_dtype(tokenizer: Tokenizer) -> np.dtype:
-    """The smallest of uint16 and uint32 that holds every token."""
+    """uint16 if it holds every token, else uint32."""
     return np.dtype("<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4")
 
 
 def prepare(sources: list[text_files.Source], folder: Path, settings: Settings, workers: int = 0, show=print) -> None:
-    """Write the token shards of ``sources`` into ``folder``, or continue what an earlier call left there.
+    """Write the token shards of ``sources`` into ``folder``, or continue an earlier call.
 
     Args:
-        workers: so many processes; 0 works in this one.
-        show: takes lines on the progress.
+        workers: number of processes; 0 works in this process.
+        show: function that prints a line of progress.
 
     Raises:
         ValueError: an input file cannot be read, or the folder holds shards of another preparation.
-        OSError: the disk is full, for one.
+        OSError: for example, the disk is full.
     """
     tokenizer = create_tokenizer(settings.tokenizer)
     plan = {
@@ -158,7 +158,7 @@ def prepare(sources: list[text_files.Source], folder: Path, settings: Settings, 
         if Manifest.read(folder).settings != description:
             raise ValueError(f"{folder} holds shards of other files or settings: choose another --output")
         parts.forget(folder)
-        show(f"{folder} is complete already")
+        show(f"{folder} is already complete")
         return
     work = functools.partial(write_part, settings)
     shards: dict[str, list[Shard]] = {split: [] for split in SPLITS}
@@ -191,13 +191,13 @@ DATASET = ("with --dataset", lambda o: o.dataset is not None)
 class Options:
     """The options of ``crate-kernels prepare-text``."""
 
-    output: str | None = option(None, "required: the folder for the shards; train-text --text takes this folder")
-    tokenizer: str = option("bytes", "bytes, or GPT-2's byte pairs", choices=TOKENIZERS, only=WRITES)
+    output: str | None = option(None, "required: the folder for the shards; train-text --text accepts this folder")
+    tokenizer: str = option("bytes", "bytes, or gpt2 for GPT-2's byte pairs", choices=TOKENIZERS, only=WRITES)
     field: str = option("text", "key or column that holds the text", only=WRITES)
     separator: str | None = option(
         None, r"separator of the documents in a text file, such as '\n\n'; default: each file is one", only=WRITES
     )
-    validation: float = option(0.005, "share of the documents that is set aside", least=0, below=1, only=WRITES)
+    validation: float = option(0.005, "share of the documents in the validation split", least=0, below=1, only=WRITES)
     part_size: float = option(64.0, "MiB of input in one shard", above=0, most=2**20, only=WRITES)
     workers: int | None = option(None, "processes; default: one for each core", least=0, most=1024, only=WRITES)
     dataset: str | None = option(None, "a data set that the package datasets loads, instead of paths", only=WRITES)
@@ -206,7 +206,7 @@ class Options:
     verify: bool = option(False, "compare the shards of --output with their digests, and write nothing")
 
     def form(self) -> Format:
-        """How documents lie in the files, with the escapes of the separator replaced."""
+        """How the files contain documents. Escapes in the separator are replaced."""
         try:
             return Format(self.field, self.separator and self.separator.encode().decode("unicode_escape"))
         except UnicodeDecodeError as error:
@@ -214,7 +214,7 @@ class Options:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.epilog = "Started again after an interruption, the same command does the parts that are missing."
+    parser.epilog = "After an interruption, the same command writes the missing parts."
     parser.add_argument(
         "inputs", nargs="*", metavar="PATH", help="text, JSON lines, Arrow and Parquet files, or folders of them"
     )
@@ -222,20 +222,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Check the command line, then write or verify the shards."""
+    """Check the command line. Then write or verify the shards."""
     wanted = options.parse(args, Options)
     if wanted.output is None:
-        raise ValueError("--output must be given: the folder for the shards")
+        raise ValueError("--output is required: the folder for the shards")
     if wanted.verify and args.inputs:
-        raise ValueError("--verify takes no files: it reads the folder of --output")
+        raise ValueError("--verify accepts no files: it reads the folder of --output")
     if not wanted.verify and bool(args.inputs) == bool(wanted.dataset):
-        raise ValueError("name files or folders to read, or a --dataset")
+        raise ValueError("give files or folders to read, or a --dataset")
     settings = Settings(wanted.tokenizer, wanted.form(), wanted.validation, max(1, int(wanted.part_size * 2**20)))
     return write(args.inputs, wanted, settings)
 
 
 def write(inputs: list[str], wanted: Options, settings: Settings) -> int:
-    """Write or verify the shards, and print what they hold."""
+    """Write or verify the shards, and print their content."""
     output = Path(str(wanted.output))
     if wanted.verify:
         TextShards(output).verify()

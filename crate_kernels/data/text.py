@@ -1,4 +1,4 @@
-"""Texts as tokens: a part to train on, and a part to judge by."""
+"""Texts as tokens, with a part for training and a part for validation."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .digests import digest
 from .text_shards import MORE_VALIDATION, TextShards, WindowOrder
 
 EVALUATION_TOKENS = 1 << 16
-"""About how many validation tokens an evaluation reads, evenly spread where there are more."""
+"""An evaluation reads about this many validation tokens, evenly spread if there are more."""
 
 
 def read_text(path: Path) -> str:
@@ -29,28 +29,28 @@ def python_manual() -> str:
     from pydoc_data.topics import topics
 
     lines = "\n\n".join(topics[name] for name in sorted(topics)).split("\n")
-    # Tables are drawn with rules and long runs of blanks, and a model would spend its samples on them.
+    # Tables contain rulers and long runs of blanks, and a model would spend its samples on them.
     return "\n".join(line for line in lines if not line.lstrip().startswith(("|", "+")))
 
 
 class Corpus:
-    """Tokens to train on, and others to judge by.
+    """Tokens for training, and tokens for validation.
 
     Args:
         tokenizer: cuts text into tokens.
-        context: the longest window that is read.
-        train, validation: how many tokens there are.
+        context: length of the longest window.
+        train, validation: numbers of tokens.
 
     Raises:
         ValueError: the validation tokens are too few for one window.
     """
 
     fingerprint: str
-    """What the corpus holds, in words and a digest."""
+    """A description of the corpus with a digest."""
     bytes_per_token: float
-    """Bytes of text that a validation token stands for, on average."""
+    """Average bytes of text per validation token."""
     advice = ""
-    """The end of the error for too few validation tokens: how to get more."""
+    """End of the error about too few validation tokens: how to get more."""
 
     def __init__(self, tokenizer: Tokenizer, context: int, train: int, validation: int):
         if validation <= context:
@@ -60,7 +60,7 @@ class Corpus:
             )
         self.tokenizer, self.context = tokenizer, context
         self.training_tokens, self.validation_tokens = train, validation
-        # One token more than the tokenizer's, for masks; a multiple of 64 as GPT-2's 50,304 is.
+        # One token more than the tokenizer has, for masks. Rounded up to a multiple of 64, like GPT-2's 50,304.
         self.mask_token = tokenizer.vocab_size
         self.vocab_size = -(-(tokenizer.vocab_size + 1) // 64) * 64
 
@@ -71,16 +71,16 @@ class Corpus:
 
         Args:
             batch: number of the batch in the run.
-            rows: which of the batch's windows to return.
-            count: windows in the whole batch.
+            rows: which windows of the batch to return.
+            count: number of windows in the whole batch.
             size: tokens in a window.
-            stride: tokens from one window to the next where windows follow each other.
-            generator: the batch's source of random numbers; it ends in the same state whatever the ``rows``.
+            stride: distance of two windows in tokens, if windows follow each other.
+            generator: source of the batch's random numbers. Its final state does not depend on ``rows``.
         """
         raise NotImplementedError
 
     def validation_windows(self, size: int) -> Tensor:
-        """Pieces of the validation text that do not overlap, evenly spread: int64 ``(count, size)``."""
+        """Pieces of the validation text, evenly spread and without overlap: int64 ``(count, size)``."""
         count = self.validation_tokens // size
         starts = torch.arange(0, count, max(1, count * size // EVALUATION_TOKENS)) * size
         return self._validation(starts, size)
@@ -94,12 +94,12 @@ class Corpus:
 
 
 class TextCorpus(Corpus):
-    """A text in memory: the first nine tenths of its tokens to train on, the rest to judge by.
+    """A text in memory. The first nine tenths of its tokens are for training, the rest for validation.
 
-    Training windows begin anywhere, drawn independently.
+    Training windows begin at random positions, drawn independently.
 
     Args:
-        text: all of it.
+        text: the whole text.
         tokenizer, context: see :class:`Corpus`.
     """
 
@@ -127,15 +127,15 @@ class TextCorpus(Corpus):
 class ShardCorpus(Corpus):
     """Token shards on disk; see :mod:`~crate_kernels.data.text_shards`.
 
-    Every epoch reads each training window once, in an order of its own: ranks never read the same window in an epoch.
+    Every epoch reads each training window once, in its own order. Ranks never read the same window in an epoch.
 
     Args:
-        folder: what ``crate-kernels prepare-text`` wrote.
+        folder: the output of ``crate-kernels prepare-text``.
         context: see :class:`Corpus`.
-        seed: of the order.
+        seed: seed of the order.
 
     Raises:
-        ValueError: the folder is damaged, or was made with a tokenizer that differs from the present one.
+        ValueError: the folder is damaged, or was made with another tokenizer than the present one.
     """
 
     advice = f". In crate-kernels prepare-text: {MORE_VALIDATION}"
@@ -171,7 +171,7 @@ class ShardCorpus(Corpus):
 
 
 def open_corpus(path: str | None, tokenizer: str, context: int, seed: int = 0) -> Corpus:
-    """The corpus that ``--text path`` names: a text file, a folder of token shards, or the Python manual if None.
+    """The corpus for ``--text path``: a text file, a folder of token shards, or Python's manual if None.
 
     Raises:
         ValueError: the file is no text, or the shards were made with another tokenizer.

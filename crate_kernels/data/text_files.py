@@ -1,8 +1,8 @@
 """Documents in text files, JSON lines, Arrow and Parquet files, read piece by piece.
 
-A source is a file with a unit in which it can be cut: bytes of a text file, record batches of an Arrow file, row groups
-of a Parquet file. A compressed file has one unit, the whole of it. :func:`documents` reads the documents of a range of
-units; the ranges of a file together give each document exactly once.
+A source is a file that can be cut into units: bytes of a text file, record batches of an Arrow file, row groups of a
+Parquet file. A compressed file has one unit. :func:`documents` reads the documents of a range of units. The ranges of a
+file together return each document exactly once.
 """
 
 from __future__ import annotations
@@ -20,25 +20,25 @@ KINDS = {
     ".txt": TEXT, ".text": TEXT, ".md": TEXT, ".jsonl": LINES, ".ndjson": LINES, ".json": LINES,
     ".arrow": ARROW, ".parquet": PARQUET,
 }  # fmt: skip
-"""Ending -> kind of file. A file that is named itself and has another ending is text."""
+"""Ending -> kind of file. A file with another ending counts as text if it is named directly."""
 COMPRESSED = (".gz", ".bz2", ".zst", ".lz4")
-"""Further endings of text and JSON lines. All but .gz need the package pyarrow."""
+"""Further endings of text and JSON lines. All except .gz need the package pyarrow."""
 
 BLOCK = 1 << 20
-"""Bytes that are read at a time."""
+"""Bytes to read at a time."""
 EXCERPT = 1 << 14
-"""A text file without separators is cut into excerpts of about so many bytes, at ends of lines."""
+"""A text file without separators is cut into excerpts of about this many bytes, at line ends."""
 
 
 @dataclass(frozen=True)
 class Source:
-    """A file and the sizes of the units that it can be cut into.
+    """A file, and the sizes of the units into which it can be cut.
 
     Args:
         path: the file.
         kind: one of :data:`KINDS`.
-        bytes: on disk.
-        units: how many units there are.
+        bytes: size on disk.
+        units: number of units.
     """
 
     path: str
@@ -49,7 +49,7 @@ class Source:
 
 @dataclass(frozen=True)
 class Range:
-    """The units ``start`` to ``end`` of a file. A text file is whole if ``end`` is None."""
+    """The units ``start`` to ``end`` of a file. If ``end`` is None, the range is a whole text file."""
 
     path: str
     kind: str
@@ -59,14 +59,14 @@ class Range:
 
 @dataclass(frozen=True)
 class Format:
-    """How documents lie in files.
+    """How files contain documents.
 
     Args:
-        field: the key of JSON lines, or the column of tables, that holds the text.
-        separator: what stands between two documents of a text file. None makes each file one document.
+        field: key of JSON lines, or column of tables, with the text.
+        separator: separates two documents of a text file. None makes each file one document.
 
     Raises:
-        ValueError: the separator can overlap itself, so that a file cannot be cut between two of them.
+        ValueError: the separator can overlap itself. A file could then not be cut reliably between two of them.
     """
 
     field: str = "text"
@@ -88,7 +88,7 @@ def kind_of(path: Path) -> str | None:
 
 
 def find(inputs: Iterable[str | os.PathLike]) -> list[Source]:
-    """The sources that files and folders name; folders are searched, in the order of names.
+    """The sources in files and folders. Folders are searched, in the order of names.
 
     Raises:
         ValueError: a path does not exist, or a folder has no file of a known ending.
@@ -99,7 +99,7 @@ def find(inputs: Iterable[str | os.PathLike]) -> list[Source]:
             found = sorted(p for p in path.rglob("*") if p.is_file() and kind_of(p) and not p.name.startswith("."))
             if not found:
                 raise ValueError(f"{path} has no files with the endings {' '.join(KINDS)}")
-            # A folder that datasets wrote keeps descriptions beside its tables.
+            # A folder that the package datasets wrote has descriptions beside its tables.
             if any(kind_of(p) == ARROW for p in found):
                 found = [p for p in found if kind_of(p) == ARROW]
         elif path.is_file():
@@ -123,10 +123,10 @@ def source(path: Path) -> Source:
 
 
 def dataset(name: str, configuration: str | None, split: str) -> list[Source]:
-    """The Arrow files of a data set that the package ``datasets`` loads; it may download them into its cache.
+    """The Arrow files of a data set that the package ``datasets`` loads. It may download them into its cache.
 
     Raises:
-        ValueError: the split is a part of its files, which cannot be told from the files alone.
+        ValueError: the split is only a part of its files, and the files do not show which part.
     """
     try:
         import datasets
@@ -136,12 +136,12 @@ def dataset(name: str, configuration: str | None, split: str) -> list[Source]:
     files = [Path(file["filename"]) for file in loaded.cache_files]
     rows = sum(len(batch) for file in files for batch in _arrow_batches(file))
     if rows != len(loaded):
-        raise ValueError(f"--dataset-split {split} is a part of its files: give a whole split, such as train")
+        raise ValueError(f"--dataset-split {split} is only a part of its files: give a whole split, such as train")
     return [source(file) for file in files]
 
 
 def cut(sources: Iterable[Source], size: int) -> list[list[Range]]:
-    """Parts of about ``size`` bytes on disk each: large files are cut, small files are joined."""
+    """Parts of about ``size`` bytes on disk each. Large files are cut, small files are joined."""
     parts: list[list[Range]] = []
     room = 0.0
     for file in sources:
@@ -193,15 +193,16 @@ def _open(path: str) -> IO[bytes]:
 
 
 def records(part: Range, separator: bytes, keep: bool = False) -> Iterator[tuple[bytes, int]]:
-    """The records of a range of bytes, with their places in the file. A record belongs to the range it begins in.
+    """The records of a range of bytes, with their positions in the file. A record belongs to the range in which it
+    begins.
 
     Args:
-        keep: whether a record ends with its separator.
+        keep: whether a record includes its separator.
     """
     with _open(part.path) as file:
         position = _before(file, part.start, separator) if part.start else 0
         end = float("inf") if part.end is None else part.end
-        # The piece up to the first separator is the end of a record that began before the range.
+        # The piece before the first separator is the end of a record that began before the range.
         ours = part.start == 0
         held, searched = bytearray(), 0
         while position < end or not ours:
@@ -224,9 +225,10 @@ def records(part: Range, separator: bytes, keep: bool = False) -> Iterator[tuple
 
 
 def _before(file: IO[bytes], start: int, separator: bytes) -> int:
-    """Seek to where the last separator that ends at ``start`` or before it can be found; the place."""
+    """Seek to a position from which the last separator that ends at or before ``start`` can be found -> that
+    position."""
     position = max(0, start - len(separator))
-    if len(set(separator)) == 1:  # in a run of the character, separators count from the run's first one
+    if len(set(separator)) == 1:  # in a run of one character, separators count from the start of the run
         file.seek(position)
         while position and file.read(1) == separator[:1]:
             position -= 1
@@ -236,10 +238,10 @@ def _before(file: IO[bytes], start: int, separator: bytes) -> int:
 
 
 def _excerpts(part: Range) -> Iterator[tuple[str, bool]]:
-    """Lines of one document in excerpts; all but the last continue in the next.
+    """Lines of one document in excerpts. Each excerpt but the last continues in the next.
 
-    A cut is made between two lines that neither end nor begin with white space: there byte pairs are never merged
-    across the cut. Only where no such place comes for long, a cut is made at another line.
+    A cut lies between two lines that neither end nor begin with white space, because byte pairs are never merged across
+    such a cut. If there is no such place for a long stretch, the cut lies between two other lines.
     """
     held, place = bytearray(), 0
     for line, offset in records(part, b"\n", keep=True):
@@ -283,7 +285,8 @@ def _pyarrow():
 
 
 def _arrow_batches(path: Path | str) -> Iterator[Any]:
-    """The record batches of an Arrow file, mapped into memory; datasets writes streams, others write files."""
+    """The record batches of an Arrow file, mapped into memory. The package datasets writes streams, others write
+    files."""
     pyarrow = _pyarrow()
     with pyarrow.memory_map(str(path)) as mapped:
         try:

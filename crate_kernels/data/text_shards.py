@@ -1,14 +1,15 @@
-"""Tokens on disk: a folder that ``crate-kernels prepare-text`` wrote, and windows of it for training.
+"""Tokens on disk: a folder written by ``crate-kernels prepare-text``, and windows of it for training.
 
 ::
 
-    manifest.json         tokenizer, settings, and of every shard its tokens, documents, bytes of text and SHA-256
+    manifest.json         tokenizer, settings, and for every shard its tokens, documents, bytes of text and SHA-256
     counts.npy            how often each token occurs in the training shards, int64 (vocab_size,)
-    train-00000.bin       tokens, little-endian uint16 or uint32, one after the other
-    validation-00000.bin  the same, of the documents that are set aside
+    train-00000.bin       tokens, little-endian uint16 or uint32
+    validation-00000.bin  the same for the validation documents
 
-Documents are packed: each ends with the tokenizer's end-of-text token, and the next follows at once. No document
-contains that token, so the token marks every boundary.
+Documents are packed: each ends with the tokenizer's end-of-text token, and the next follows directly. No document
+    contains
+this token, so it marks every boundary.
 """
 
 from __future__ import annotations
@@ -33,10 +34,10 @@ MANIFEST, COUNTS = "manifest.json", "counts.npy"
 SPLITS = ("train", "validation")
 
 MORE_VALIDATION = "Raise --validation, or split the text with --separator."
-"""What to do about too few validation tokens. ``prepare-text`` has these options."""
+"""Advice for too few validation tokens. These are options of ``prepare-text``."""
 
 OPEN_SHARDS = 64
-"""So many shards are open at most at a time: each one holds a file descriptor."""
+"""Largest number of open shards, because each one needs a file descriptor."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ class Shard:
     tokens: int
     documents: int
     bytes: int
-    """Of UTF-8 text, without the end-of-text tokens."""
+    """Bytes of UTF-8 text, without the end-of-text tokens."""
     sha256: str
 
 
@@ -61,16 +62,16 @@ class Manifest:
     end_of_text: int
     dtype: str
     settings: dict[str, Any]
-    """What was prepared, and how."""
+    """What was prepared, and with which settings."""
     train: tuple[Shard, ...]
     validation: tuple[Shard, ...]
 
     def total(self, split: str, field: str) -> int:
-        """The sum of a ``field`` over the shards of a ``split``."""
+        """Sum of a ``field`` over the shards of a ``split``."""
         return sum(getattr(shard, field) for shard in getattr(self, split))
 
     def write(self, folder: Path) -> None:
-        """Write the file in one piece: a folder with a manifest is complete."""
+        """Write the file atomically. A folder with a manifest is therefore complete."""
         write_atomically(folder / MANIFEST, (json.dumps(dataclasses.asdict(self), indent=1) + "\n").encode())
 
     @classmethod
@@ -78,7 +79,7 @@ class Manifest:
         """Read the manifest of ``folder``.
 
         Raises:
-            ValueError: there is none, or the file is damaged or of another format.
+            ValueError: there is no manifest, or the file is damaged or has another format.
         """
         path = folder / MANIFEST
         try:
@@ -102,15 +103,16 @@ def is_prepared(path: Path) -> bool:
 
 
 class Tokens:
-    """The shards of one split as one long sequence of tokens. Only the tokens that are read come into memory.
+    """The shards of one split as one long sequence of tokens. Only the tokens that are read are in memory.
 
-    The files are read, not mapped: of a mapping, whole clusters of pages around each window count as memory of the
-    process.
+    The files are read, not mapped: with a mapping, the kernel would count clusters of pages around each window as
+        memory of
+    the process.
 
     Args:
-        folder: where the shards lie.
-        shards: in their order.
-        dtype: of the files.
+        folder: folder of the shards.
+        shards: the shards, in order.
+        dtype: dtype of the files.
 
     Raises:
         ValueError: a shard is missing or has another size than the manifest says.
@@ -155,7 +157,7 @@ class Tokens:
         return self._open[number]
 
     def windows(self, starts: np.ndarray, size: int) -> np.ndarray:
-        """The windows of ``size`` tokens at ``starts``: ``(len(starts), size)`` of the files' dtype."""
+        """The windows of ``size`` tokens that begin at ``starts``: ``(len(starts), size)`` in the files' dtype."""
         rows = np.empty((len(starts), size), self.dtype)
         for row, start in zip(rows, starts.tolist(), strict=True):
             row[:] = self.read(start, size)
@@ -163,17 +165,17 @@ class Tokens:
 
 
 class WindowOrder:
-    """Which window is sample ``i`` of a run: a function of ``i`` and the seed alone.
+    """The window of each sample of a run. It is a function of the sample's number ``i`` and the seed.
 
-    An epoch reads windows that begin ``stride`` tokens apart, each one once, in an order of its own. Each epoch also
-    shifts the grid of windows by fewer than ``stride`` tokens, so that documents are cut elsewhere. Ranks that take
-    different samples ``i`` read different windows, and a run resumes at any ``i``.
+    An epoch reads windows that begin ``stride`` tokens apart, each one once, in its own order. Each epoch also shifts
+    the grid of windows by fewer than ``stride`` tokens, so that documents are cut at other places. Ranks that take
+    different samples ``i`` read different windows. A run can resume at any ``i``.
 
     Args:
-        tokens: how many there are.
-        size: of a window.
-        stride: from the start of a window to that of the next one; ``size`` or less.
-        seed: of the order.
+        tokens: number of tokens.
+        size: size of a window.
+        stride: distance between the starts of two windows, at most ``size``.
+        seed: seed of the order.
 
     Raises:
         ValueError: there are too few tokens for one window.
@@ -186,7 +188,7 @@ class WindowOrder:
         self.stride, self.seed = stride, seed
 
     def starts(self, first: int, count: int) -> np.ndarray:
-        """Where the windows of samples ``first`` to ``first + count`` begin: int64 ``(count,)``."""
+        """The starts of the windows of samples ``first`` to ``first + count``: int64 ``(count,)``."""
         parts = [np.empty(0, np.int64)]
         for epoch, positions in epochs(first, count, self.per_epoch):
             shift = seed_for(self.seed, epoch, 1) % self.stride
@@ -198,10 +200,10 @@ class TextShards:
     """A folder of token shards.
 
     Args:
-        folder: what ``crate-kernels prepare-text --output`` wrote.
+        folder: the folder of ``crate-kernels prepare-text --output``.
 
     Attributes:
-        train, validation: the :class:`Tokens` of either split.
+        train, validation: the :class:`Tokens` of the two splits.
 
     Raises:
         ValueError: the folder is incomplete or damaged.
@@ -218,7 +220,7 @@ class TextShards:
         return np.load(self.folder / COUNTS, allow_pickle=False)
 
     def fingerprint(self) -> str:
-        """What the shards hold, in words and a digest of their digests."""
+        """A description of the shards with a digest of their digests."""
         manifest = self.manifest
         digests = (f"{split} {shard.sha256}\n".encode() for split in SPLITS for shard in getattr(manifest, split))
         return (

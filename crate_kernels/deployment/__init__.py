@@ -1,7 +1,7 @@
-"""Models where this package is not: files for ONNX Runtime, OpenVINO and AOTInductor, and weights of eight bits.
+"""Models for places without this package: files for ONNX Runtime, OpenVINO and AOTInductor, and eight-bit weights.
 
-``program`` turns a model into a torch program without this package's operators, ``formats`` writes and runs files,
-``quantization`` narrows weights, ``command`` is ``crate-kernels export``.
+``program`` turns a model into a torch program without this package's operators. ``formats`` writes and runs files.
+``quantization`` narrows weights. ``command`` is ``crate-kernels export``.
 """
 
 from .formats import FORMATS as FORMATS

@@ -1,4 +1,5 @@
-"""``crate-kernels export``: a trained model as a file for another runtime, checked against the model."""
+"""``crate-kernels export``: write a trained model as a file for another runtime, and compare the file with the
+model."""
 
 from __future__ import annotations
 
@@ -22,10 +23,11 @@ from .formats import FORMATS, Run, files, size
 from .program import Deployable, example
 
 ROUNDS = 20
-"""Calls by which the speed is measured."""
+"""Number of calls in the measurement of the speed."""
 
 LARGEST_ERROR = {False: 1e-3, True: 5e-2}
-"""Of a file with float32 weights, and with float16 weights: far above rounding, far below a wrong program."""
+"""Largest relative error of a file with float32 weights, and with float16 weights: far above rounding, far below that
+of a wrong program."""
 
 
 @dataclass
@@ -61,7 +63,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def export(checkpoint: Path, settings: Settings) -> int:
-    """Write the model of ``checkpoint`` as a file, and check and measure the file."""
+    """Write the model of ``checkpoint`` as a file. Check and measure the file."""
     kind = FORMATS[settings.format]
     if missing := kind.missing():
         raise ValueError(f"--format {settings.format} needs {', '.join(missing)}: see docs/deployment.md")
@@ -75,7 +77,7 @@ def export(checkpoint: Path, settings: Settings) -> int:
     path = _path(checkpoint, settings, kind.suffix)
     path.parent.mkdir(parents=True, exist_ok=True)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the exporters' own, about their own insides
+        warnings.simplefilter("ignore")  # the exporters warn about their own internals
         kind.write(model, path, half=settings.half, any_size=settings.any_size, metadata=metadata)
     print(f"{' and '.join(map(str, files(path)))}: {size(path) / 2**20:.1f} MiB", flush=True)
     print(f"takes {_inputs(model, metadata, settings)}", flush=True)
@@ -107,12 +109,12 @@ def _path(checkpoint: Path, settings: Settings, suffix: str) -> Path:
                 raise ValueError(f"--output {path} is a file of the run: choose another")
     for file in files(path):
         if file.exists() and not (settings.overwrite and file.is_file()):
-            raise ValueError(f"{file} is there already: give --overwrite, or another --output")
+            raise ValueError(f"{file} already exists: give --overwrite, or another --output")
     return path
 
 
 def _inputs(model: CrateModel, metadata: dict, settings: Settings) -> str:
-    """The file's inputs in words."""
+    """The inputs of the file in words."""
     if not isinstance(model, VisionModel):
         return ", ".join(f"{name} int64" for name in Deployable(model).names) + (
             f" of the tokenizer {metadata['tokenizer']}" if "tokenizer" in metadata else ""
@@ -125,10 +127,10 @@ def _inputs(model: CrateModel, metadata: dict, settings: Settings) -> str:
 
 
 def compare(model: CrateModel, run: Run, settings: Settings) -> None:
-    """Print how far a file is from ``model``, and how fast both are, for one input and for several.
+    """Print the error of a file relative to ``model``, and the speed of both, for one input and for several.
 
     Raises:
-        RuntimeError: the file computes something else.
+        RuntimeError: the outputs of the file and of the model differ by more than rounding.
     """
     deployed = Deployable(model)
     generator = torch.Generator().manual_seed(0)

@@ -1,4 +1,4 @@
-"""Files that other runtimes execute: how each format is written, and how Python runs a file of it."""
+"""File formats of other runtimes: how each is written, and how Python runs a file."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ..models import CrateModel, load_model
 from .program import Deployable, program
 
 OPSET = 20
-"""Version of ONNX's operators in the files."""
+"""Opset version of the ONNX files."""
 
 Run = Callable[..., Tensor]
 
@@ -30,11 +30,11 @@ class Format:
     """A kind of file.
 
     Attributes:
-        suffix: of its files.
-        needs: what writing and running it needs: packages, or ``"a C++ compiler"``.
-        write: ``(model, path, half=False, any_size=False, metadata={}) -> None``. ``metadata`` is what the checkpoint
-            says about the data; files of ONNX and safetensors keep it.
-        open: ``path -> run``, where ``run(*inputs) -> output`` takes and gives torch tensors on the CPU.
+        suffix: ending of its files.
+        needs: requirements for writing and running it: packages, or ``"a C++ compiler"``.
+        write: ``(model, path, half=False, any_size=False, metadata={}) -> None``. ``metadata`` describes the data of
+            the checkpoint; ONNX and safetensors files store it.
+        open: ``path -> run``. ``run(*inputs) -> output`` takes and returns torch tensors on the CPU.
     """
 
     suffix: str
@@ -43,7 +43,7 @@ class Format:
     open: Callable[[Path], Run]
 
     def missing(self) -> list[str]:
-        """What is not installed."""
+        """The requirements that are not installed."""
         return [need for need in self.needs if not _installed(need)]
 
 
@@ -63,14 +63,14 @@ def _installed(need: str) -> bool:
 
 
 def deployable(model: CrateModel, half: bool) -> Deployable:
-    """The copy of ``model`` that becomes a program, with float16 weights if ``half``."""
+    """The copy of ``model`` that becomes a program. ``half`` gives it float16 weights."""
     return Deployable(model, torch.float16 if half else torch.float32)
 
 
 def write_onnx(
     model: CrateModel, path: Path, half: bool = False, any_size: bool = False, metadata: Mapping[str, Any] = NOTHING
 ) -> None:
-    """An ONNX file with the weights inside, of opset :data:`OPSET`."""
+    """Write an ONNX file with the weights inside, of opset :data:`OPSET`."""
     copied = deployable(model, half)
     written = torch.onnx.export(
         program(copied, any_size=any_size), (), input_names=copied.names, output_names=["output"],
@@ -81,7 +81,7 @@ def write_onnx(
 
 
 def open_onnx(path: Path) -> Run:
-    """The file in ONNX Runtime, on as many threads as torch has."""
+    """Open the file in ONNX Runtime, with as many threads as torch."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -99,7 +99,8 @@ def open_onnx(path: Path) -> Run:
 def write_openvino(
     model: CrateModel, path: Path, half: bool = False, any_size: bool = False, metadata: Mapping[str, Any] = NOTHING
 ) -> None:
-    """OpenVINO's two files, ``.xml`` and ``.bin``, made from ONNX. ``half`` narrows the weights, not the arithmetic."""
+    """Write OpenVINO's two files, ``.xml`` and ``.bin``, from ONNX. ``half`` narrows the weights, not the
+    arithmetic."""
     import openvino
 
     with tempfile.TemporaryDirectory() as folder:
@@ -109,7 +110,7 @@ def write_openvino(
 
 
 def open_openvino(path: Path) -> Run:
-    """The files in OpenVINO, on as many threads as torch has, with arithmetic in float32."""
+    """Open the files in OpenVINO, with as many threads as torch and arithmetic in float32."""
     import openvino
 
     options = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": torch.get_num_threads()}
@@ -124,21 +125,21 @@ def open_openvino(path: Path) -> Run:
 def write_aoti(
     model: CrateModel, path: Path, half: bool = False, any_size: bool = False, metadata: Mapping[str, Any] = NOTHING
 ) -> None:
-    """A package of AOTInductor: machine code for this processor, with as many threads as torch has now."""
+    """Write a package of AOTInductor: machine code for this processor and for torch's present number of threads."""
     torch._inductor.aoti_compile_and_package(
         program(deployable(model, half), any_size=any_size), package_path=str(path)
     )
 
 
 def open_aoti(path: Path) -> Run:
-    """The package, run from Python."""
+    """Open the package in Python."""
     return torch._inductor.aoti_load_package(str(path))
 
 
 def write_safetensors(
     model: CrateModel, path: Path, half: bool = False, any_size: bool = False, metadata: Mapping[str, Any] = NOTHING
 ) -> None:
-    """The weights, in this package's own format, for :func:`crate_kernels.models.load_model`. They are not folded."""
+    """Write the weights in this package's format, for :func:`crate_kernels.models.load_model`. They are not folded."""
     deployable(model, half).model.save(path, **_kept(metadata))
 
 

@@ -76,7 +76,7 @@ def test_quick_results_and_foreign_files_are_refused(checkout):
     with pytest.raises(ValueError, match="quick run"):
         report.render(checkout / "benchmarks" / "results", checkout)
     path.write_text('{"something": 1}')
-    with pytest.raises(ValueError, match="no result file"):
+    with pytest.raises(ValueError, match="is not a result file"):
         results.read(path)
 
 

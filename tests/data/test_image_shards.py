@@ -339,7 +339,7 @@ def test_digits_go_through_shards_unchanged(fashion_root, tmp_path):
 
     assert content(one) == content(other)
     assert "streamed by 1 ranks" in other.fingerprint
-    with pytest.raises(DataError, match="holds shards already"):
+    with pytest.raises(DataError, match="already consists of shards"):
         prepare(ImageSource(str(tmp_path / "shards")), tmp_path / "again", Settings("tar", 8, None, 0))
 
 

@@ -44,7 +44,7 @@ def test_a_file_is_written_checked_and_measured(kind, tmp_path, capsys):
     [
         ("--output model.onnx", "--output must end in .safetensors with --format safetensors, got model.onnx"),
         ("--output model.safetensors --overwrite", "--output model.safetensors is the checkpoint itself"),
-        ("--output old.safetensors", "old.safetensors is there already: give --overwrite, or another --output"),
+        ("--output old.safetensors", "old.safetensors already exists: give --overwrite, or another --output"),
         ("--image-size 9", "--image-size must be a multiple of the patch size 8 x 8, got 9"),
     ],
 )

@@ -1,8 +1,8 @@
-"""CUDA graphs of a prepared model: one launch for a whole forward, in place of some hundred.
+"""CUDA graphs of a prepared model: one launch for a whole forward, instead of some hundred launches.
 
-Without a graph a forward of a few images is bound by the host, which launches kernels more slowly than the device runs
-them. :func:`crate_kernels.nn.prepare_for_inference` with ``cuda_graph=True`` puts :class:`Graphs` in the place of the
-model's ``forward``.
+Without a graph, the host limits the speed of a forward of a few images, because it launches kernels more slowly than
+the device runs them. :func:`crate_kernels.nn.prepare_for_inference` with ``cuda_graph=True`` replaces the model's
+``forward`` by :class:`Graphs`.
 """
 
 from __future__ import annotations
@@ -18,16 +18,17 @@ from torch.utils import _pytree as pytree
 from .ops import backends
 
 MOST_GRAPHS = 8
-"""Graphs that a model keeps. Each holds the memory of its activations; the one unused for longest is dropped first."""
+"""Largest number of graphs of a model. Each holds the memory of its activations. The least recently used is dropped
+first."""
 
 WARM_UP = 2
-"""Forwards before a capture: they choose backends, compile kernels and compute what modules keep."""
+"""Number of forwards before a capture. They choose backends, compile kernels and fill caches of modules."""
 
 DEVICE = "cuda"
 
 
 class Captured(NamedTuple):
-    """A graph, the tensors that it reads its input from, the output that it overwrites, and what else it reads."""
+    """A graph, its input tensors, the output that it overwrites, and the other tensors that it reads."""
 
     graph: Any
     inputs: list[Tensor]
@@ -38,13 +39,14 @@ class Captured(NamedTuple):
 class Graphs:
     """The forward of ``model``, replayed from a CUDA graph for each kind of input.
 
-    A kind is: shapes, dtypes and devices of the tensors among the arguments, the values of all other arguments,
-    autocast, and the requested backend. The first call of a kind runs the model a few times on a side stream and then
-    captures it. Later calls copy their tensors into the input of the graph, replay it and return a copy of its output.
+    A kind of input consists of shapes, dtypes and devices of the tensors among the arguments, the values of all other
+    arguments, autocast, and the requested backend. The first call of a kind runs the model a few times on a side stream
+    and then captures it. Later calls copy their tensors into the input of the graph, replay it and return a copy of its
+    output.
 
-    Calls run the plain forward where a graph would compute something else: in training, where a gradient is wanted,
-    under ``torch.compile``, during another capture, with tensors that are not on a CUDA device, and while a module
-    inside the model has forward hooks. Changed weights (in-place writes, ``load_state_dict``, ``.to``) drop all graphs.
+    Calls run the plain forward if a graph would compute something else: in training, if a gradient is needed, under
+    ``torch.compile``, during another capture, with tensors that are not on a CUDA device, and if a module inside the
+    model has forward hooks. Changed weights (in-place writes, ``load_state_dict``, ``.to``) drop all graphs.
     """
 
     def __init__(self, model: nn.Module):
@@ -54,13 +56,13 @@ class Graphs:
         self.__setstate__({"plain": forward.plain if isinstance(forward, Graphs) else forward, "model": model})
 
     def __getstate__(self):
-        # Graphs belong to this process and to these weights: a copy captures its own.
+        # Graphs belong to this process and to these weights. A copy captures its own graphs.
         return {"plain": self.plain, "model": self.model}
 
     def __setstate__(self, state):
         self.plain: Callable = state["plain"]
         self.model: nn.Module = state["model"]
-        self.__wrapped__ = self.plain  # the signature of the model, for those who ask
+        self.__wrapped__ = self.plain  # for inspect.signature
         self._forget()
 
     def _forget(self) -> None:
@@ -83,7 +85,7 @@ class Graphs:
         )  # fmt: skip
         try:
             captured = self.captured.get(key)
-        except TypeError:  # an argument that is neither a tensor nor hashable
+        except TypeError:  # an argument is neither a tensor nor hashable
             return self.plain(*args, **kwargs)
         with torch.cuda.device(tensors[0].device):
             if captured is None:
@@ -97,7 +99,7 @@ class Graphs:
             return pytree.tree_map(lambda out: out.clone() if isinstance(out, Tensor) else out, captured.output)
 
     def _replays(self, tensors: list[Tensor]) -> bool:
-        """Whether a graph computes what the model would; drops the graphs of weights that have changed."""
+        """Whether a graph computes the same as the model. Drops the graphs of changed weights."""
         if self.model.training or any(t.device.type != DEVICE for t in tensors):
             return False
         if torch.cuda.is_current_stream_capturing():
@@ -112,13 +114,13 @@ class Graphs:
         state = [(t.data_ptr(), 0 if t.is_inference() else t._version) for t in weights]
         if state != self._weights:
             self.captured.clear()
-            # The aliases keep the storages alive, so that no other weight can come to lie at the same address.
+            # The aliases keep the storages alive, so that no other weight can get the same address.
             self._weights, self._held = state, [t.detach() for t in weights]
         return True
 
     def _capture(self, tensors: list[Tensor], args: tuple, kwargs: dict) -> Captured:
-        # A tensor made in inference mode could not be written to outside it.
-        # Autocast's cache of narrow weights ends with its context: the graph must hold the casts themselves.
+        # Tensors made in inference mode cannot be written outside of it.
+        # Autocast's cache of narrow weights ends with its context, so the graph itself must contain the casts.
         autocast = torch.autocast(
             DEVICE, torch.get_autocast_dtype(DEVICE), enabled=torch.is_autocast_enabled(DEVICE), cache_enabled=False
         )
@@ -141,7 +143,7 @@ class Graphs:
                 raise RuntimeError(
                     "the forward cannot be captured in a CUDA graph; prepare the model without cuda_graph=True"
                 ) from error
-        # A module may drop its folded matrix before the graph is dropped.
+        # A module may drop its folded matrix before the graph is dropped, so the graph holds a reference to it.
         return Captured(graph, static, output, [getattr(m, "_folded", None) for m in self._modules])
 
 

@@ -83,12 +83,12 @@ def example(model: Deployable, batch: int = 2, generator: torch.Generator | None
 
 
 def dynamic_shapes(model: Deployable, *, any_size: bool = False) -> tuple[dict, ...]:
-    """Which sizes may change from call to call, as ``torch.export`` takes them.
+    """The sizes that may change from call to call, in the form that ``torch.export`` takes.
 
-    The number of images or texts may change, and the length of texts up to the model's longest.
+    The number of images or texts may change, and the length of texts up to the model's longest text.
 
     Args:
-        any_size: height and width of images may change too, in whole patches, at least two patches each.
+        any_size: the height and width of images may change too, in whole patches, with at least two patches each.
     """
     Dim = torch.export.Dim
     batch = {0: Dim("batch", min=1)}

@@ -1,4 +1,5 @@
-"""Weights of eight bits, by torchao: of the folded model, in which every product with a weight is one Linear layer."""
+"""Eight-bit weights by torchao. The dictionaries are folded first, so that every product with a weight is a Linear
+layer."""
 
 from __future__ import annotations
 
@@ -31,7 +32,7 @@ class _Norm(nn.Module):
 
 
 class _Product(nn.Linear):
-    """``x (..., in)`` -> ``(..., out)``, with a given weight ``(out, in)``."""
+    """``x (..., in)`` -> ``(..., out)``, with a given weight ``(out, in)`` and bias."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None):
         super().__init__(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
@@ -41,7 +42,7 @@ class _Product(nn.Linear):
 
 
 class LinearAttention(nn.Module):
-    """``(1 − shrink)·z + step_size·MSSA(LN z)`` of two Linear layers and torch's attention."""
+    """``(1 − shrink)·z + step_size·MSSA(LN z)``, built from two Linear layers and torch's attention."""
 
     def __init__(self, norm: nn.LayerNorm, mssa: MSSA, step_size: float, shrink: float):
         super().__init__()
@@ -79,7 +80,7 @@ class LinearISTA(nn.Module):
 
 
 class LinearOvercompleteISTA(nn.Module):
-    """The overcomplete half-step of three Linear layers, with the weights ``Dᵀ``, ``D`` and the decoder."""
+    """The overcomplete half-step, built from three Linear layers with the weights ``Dᵀ``, ``D`` and the decoder."""
 
     def __init__(self, norm: nn.LayerNorm, ista: OvercompleteISTA, residual: bool):
         super().__init__()
@@ -100,7 +101,7 @@ class LinearOvercompleteISTA(nn.Module):
 
 
 class LinearBlock(nn.Module):
-    """A layer of the encoder of Linear layers."""
+    """A layer of the encoder, built from Linear layers."""
 
     def __init__(self, block: CrateBlock):
         super().__init__()
@@ -118,7 +119,7 @@ class LinearBlock(nn.Module):
 def linear_copy(model: CrateModel) -> Deployable:
     """A copy of ``model`` for inference in which every product with a weight is a Linear layer of torch.
 
-    Tools that replace Linear layers, as quantizers do, see the whole model in it.
+    Tools that replace Linear layers, such as quantizers, therefore reach the whole model.
 
     Raises:
         TypeError: the model is a masked autoencoder.
@@ -128,7 +129,7 @@ def linear_copy(model: CrateModel) -> Deployable:
     for parent in list(copied.modules()):
         for name, child in list(parent.named_children()):
             if isinstance(child, CrateDecoderBlock):
-                raise TypeError("a masked autoencoder is not quantized: fine-tune it and quantize the classifier")
+                raise TypeError("a masked autoencoder cannot be quantized: fine-tune it and quantize the classifier")
             if isinstance(child, CrateBlock):
                 setattr(parent, name, LinearBlock(child))
     return copied.eval()
@@ -154,7 +155,7 @@ def quantize(model: CrateModel, scheme: str = "int8-weights") -> Deployable:
     from torchao.quantization import Int8DynamicActivationInt8WeightConfig, Int8WeightOnlyConfig, quantize_
 
     config = Int8WeightOnlyConfig if scheme == "int8-weights" else Int8DynamicActivationInt8WeightConfig
-    # torchao's settings for torch.compile would hold for the whole process.
+    # torchao would change settings of torch.compile for the whole process.
     quantize_(copied, config(set_inductor_config=False))
     return copied
 

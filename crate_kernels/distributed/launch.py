@@ -1,7 +1,7 @@
 """The ranks of a run: torchrun's environment, and communication between ranks. A single process is rank 0 of 1.
 
-Every function here works without a process group, as the only rank. Control messages (decisions, errors) go over gloo
-from CPU to CPU, also where gradients go over NCCL: they do not wait for the GPU.
+Every function here also works without a process group, as the only rank. Control messages (decisions, errors) use gloo
+from CPU to CPU, even if gradients use NCCL, so that they do not wait for the GPU.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def process_group() -> Iterator[bool]:
     """Join the ranks that torchrun started. A single process does nothing.
 
     Yields:
-        Whether torchrun has started them before, and now again, because one failed or machines came and went.
+        Whether torchrun has started the ranks before. It starts them again if one failed or if machines came or left.
 
     Raises:
         RankLost: a rank ended in the middle of an exchange.
@@ -64,7 +64,7 @@ def process_group() -> Iterator[bool]:
         world_size=ranks,
     )
     try:
-        # Kept by torchrun, as its store is: the environment's count knows only failures on the same machine.
+        # torchrun's store keeps this number. The count in the environment knows only failures on the same machine.
         yield agree(lambda: store.add("starts", 1) > 1)
     except RuntimeError as error:
         if not _is_lost_connection(error):
@@ -79,8 +79,9 @@ def process_group() -> Iterator[bool]:
 def _name_of_start(store: dist.Store, number: int, ranks: int) -> str:
     """A name that all ranks of this start share, and no rank of an earlier start.
 
-    torchrun keeps its store when it starts ranks again, with the addresses of those that are dead. Its count of
-    restarts is not the same on every machine, so rank 0 makes a name up; the others know it for new by their own mark.
+    torchrun keeps its store when it restarts ranks, including the addresses of dead ranks. Its count of restarts
+    differs between machines. Rank 0 therefore invents a name. The other ranks recognize a new name by their own marks
+    in it.
     """
     mark = uuid.uuid4().hex
     if number == 0:
@@ -94,7 +95,7 @@ def _name_of_start(store: dist.Store, number: int, ranks: int) -> str:
         if store.check([f"{offer}/taken"]) and mark.encode() in store.get(f"{offer}/taken"):
             return offer
         time.sleep(0.02)
-    raise RankLost(f"rank {number} waited in vain for rank 0 to start")
+    raise RankLost(f"rank {number} waited too long for rank 0 to start")
 
 
 def _is_lost_connection(error: RuntimeError) -> bool:
@@ -106,10 +107,10 @@ def _is_lost_connection(error: RuntimeError) -> bool:
 
 
 def device(name: str) -> torch.device:
-    """The device that ``--device name`` means on this rank. Among several ranks each uses the GPU of its local rank.
+    """The device for ``--device name`` on this rank. With several ranks, each uses the GPU of its local rank.
 
     Raises:
-        ValueError: there are fewer GPUs than ranks, or one GPU is named for several ranks.
+        ValueError: there are fewer GPUs than ranks, or ``name`` is one GPU for several ranks.
     """
     kind = ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
     if size() == 1 or not kind.startswith("cuda"):
@@ -129,7 +130,7 @@ def device(name: str) -> torch.device:
 
 
 def agree(decide: Callable[[], Any]) -> Any:
-    """The result of ``decide()`` on every rank; only rank 0 calls it."""
+    """The result of ``decide()`` on every rank. Only rank 0 calls it."""
     if size() == 1:
         return decide()
     box = [decide() if is_main() else None]
@@ -138,7 +139,7 @@ def agree(decide: Callable[[], Any]) -> Any:
 
 
 def largest(number: int) -> int:
-    """The largest ``number`` of all ranks, on every rank; cheap enough for every step."""
+    """The largest ``number`` of all ranks, on every rank. It is cheap enough for every step."""
     if size() == 1:
         return number
     answer = torch.tensor(number)
@@ -147,12 +148,12 @@ def largest(number: int) -> int:
 
 
 def decide_any(yes: bool) -> bool:
-    """Whether any rank says yes, on every rank."""
+    """Whether ``yes`` is true on any rank. All ranks get the answer."""
     return bool(total(torch.tensor(int(yes))))
 
 
 def differs(value: Any) -> bool:
-    """Whether ``value`` is not the same on all ranks."""
+    """Whether ``value`` differs between ranks."""
     values = [value] * size()
     if size() > 1:
         dist.all_gather_object(values, value)
@@ -164,7 +165,7 @@ def together() -> Iterator[None]:
     """An error on any rank inside the block ends all ranks, with one message on rank 0.
 
     Raises:
-        SystemExit: on the other ranks, with code 2, since rank 0 speaks for them.
+        SystemExit: on all ranks but rank 0, with code 2, because rank 0 prints the message.
     """
     error: Exception | None = None
     try:
@@ -204,7 +205,7 @@ def total(tensor: Tensor) -> Tensor:
 
 
 def gather(rows: Tensor) -> Tensor:
-    """The rows ``(n, ...)`` of all ranks in their order; n may differ. Without gradient."""
+    """The rows ``(n, ...)`` of all ranks, in their order. n may differ between ranks. There is no gradient."""
     if size() == 1:
         return rows
     gathered = [torch.zeros(1, dtype=torch.int64, device=rows.device) for _ in range(size())]
@@ -233,10 +234,11 @@ class _Concatenate(torch.autograd.Function):
 
 
 def concatenate(x: Tensor, dim: int) -> Tensor:
-    """``x`` of all ranks, of equal shapes, joined along ``dim``.
+    """The tensors ``x`` of all ranks, which have equal shapes, joined along ``dim``.
 
-    Differentiable: the gradient is the sum over the ranks of what each asks of this one's part. A term that every rank
-    computes alike from the result thus gets, averaged over the ranks, the gradient that one process would give it.
+    Differentiable: the gradient of this rank's part is the sum of its gradients on all ranks. If every rank computes
+        the
+    same term from the result, and gradients are averaged over the ranks, the term's gradient is that of one process.
     """
     return x if size() == 1 else _Concatenate.apply(x, dim)
 
@@ -245,14 +247,16 @@ def concatenate(x: Tensor, dim: int) -> Tensor:
 
 
 def share(count: int) -> slice:
-    """This rank's part of ``count`` samples: consecutive, in the order of the ranks."""
+    """This rank's part of ``count`` samples. The parts are consecutive, in the order of the ranks."""
     return slice(count * rank() // size(), count * (rank() + 1) // size())
 
 
 def rand(*shape: int, dim: int, generator: torch.Generator) -> Tensor:
-    """Uniform numbers for this rank's samples along ``dim``: its part of those that one process draws for all ranks.
+    """Uniform random numbers for this rank's samples along ``dim``: its part of the numbers that one process would
+    draw.
 
-    ``generator`` must be in the same state on every rank, and stays so.
+    ``generator`` must have the same state on every rank before the call, and has the same state on every rank
+    afterwards.
     """
     whole = [n * size() if i == dim else n for i, n in enumerate(shape)]
     return torch.rand(whole, generator=generator).narrow(dim, rank() * shape[dim], shape[dim])

@@ -1,9 +1,9 @@
 """``crate-kernels plan``: predicted memory and communication of a training run on many GPUs, from formulas.
 
-The formulas are those of this package's training commands: float32 parameters, AdamW, one operator per CRATE layer
+The formulas describe this package's training commands: float32 parameters, AdamW, one operator per CRATE layer
 (``ops.crate_layer``), DDP or FSDP2 as in :mod:`crate_kernels.distributed.sharding`. Tests compare each formula with
-torch's own meters on 1 to 4 CPU ranks. A figure for GPUs is a prediction: memory of the CUDA context, of NCCL, of
-cuBLAS and of the allocator's fragments is not in it, hence ``--reserve``.
+torch's own meters on 1 to 4 CPU ranks. A number for GPUs is a prediction. It does not include memory of the CUDA
+context, of NCCL, of cuBLAS and of fragments in the allocator; ``--reserve`` is for these.
 """
 
 from __future__ import annotations
@@ -24,19 +24,19 @@ from ..options import option
 from ..terminal import count
 
 FLOAT = 4
-"""Bytes of a parameter, of its gradient, and of each of AdamW's two moments."""
+"""Bytes of a parameter, of its gradient, and of each of the two moments of AdamW."""
 
 MODELS = (
     "crate_tiny_patch16_224", "crate_small_patch16_224", "crate_base_patch16_224", "crate_large_patch16_224",
     "crate_tiny_patch8_224", "crate_small_patch8_224", "crate_base_patch8_224",
     "crate_gpt2_base", "crate_gpt2_medium", "crate_gpt2_large", "crate_gpt2_xl",
 )  # fmt: skip
-"""The models of CRATE layers alone, whose operator's saved tensors the formulas know."""
+"""Models with CRATE layers only. The formulas know the tensors that the operator of such a layer saves."""
 
 SHORT = {name.removesuffix("_patch16_224"): name for name in MODELS if name.endswith("_patch16_224")}
 
 WORKING_TENSORS = 8
-"""Tensors of a layer's width in float32 that its backward holds at once, at most."""
+"""Largest number of float32 tensors of a layer's width that the backward of a layer holds at once."""
 
 
 @dataclass
@@ -61,18 +61,18 @@ class PlanOptions:
     )
     precision: str = option("bf16", "bf16 autocast, or fp32", "machine", choices=("bf16", "fp32"))
     memory: float = option(80.0, "memory of a GPU in GB (1e9 bytes)", "machine", above=0, most=1e6)
-    reserve: float = option(0.1, "share of that memory for what the formulas leave out", "machine", least=0, below=1)
+    reserve: float = option(0.1, "share of that memory that the formulas may not use", "machine", least=0, below=1)
     gpus: int = option(8, "ranks, one per GPU", "ranks and memory", least=1, most=1 << 20)
     parallel: str = option(
         "fsdp", "ddp copies the model to every rank, fsdp splits it", "ranks and memory", choices=("ddp", "fsdp")
     )
     activation_checkpointing: bool = option(
-        False, "save only the input of every layer for the backward pass, and compute the rest again",
+        False, "save only the input of every layer for the backward pass, and recompute the rest",
         "ranks and memory",
     )  # fmt: skip
 
     def check(self, given: Iterable[str] = ()) -> None:
-        """Raise ValueError, naming the option, for a value that cannot be planned."""
+        """Raise ValueError with the name of an option whose value cannot be planned."""
         options.check(self, given)
         if "gpt2" in self.model and (wrong := {"image_size", "num_classes"} & set(given)):
             raise ValueError(f"{options.flag(min(wrong))} applies only with a vision model")
@@ -82,7 +82,7 @@ class PlanOptions:
             )
 
     def build(self) -> CrateModel:
-        """The model, without memory for its parameters."""
+        """The model. Its parameters use no memory."""
         name = SHORT.get(self.model, self.model)
         if "gpt2" in name:
             sizes = {} if self.context is None else {"block_size": self.context}
@@ -103,10 +103,10 @@ class PlanOptions:
 
 @dataclass(frozen=True)
 class Compute:
-    """In what dtypes a layer computes.
+    """The dtypes in which a layer computes.
 
     Args:
-        size: bytes of an element of the products: 2 under bfloat16 autocast, else 4.
+        size: bytes of an element of a matrix product: 2 under bfloat16 autocast, else 4.
     """
 
     size: int = FLOAT
@@ -135,7 +135,7 @@ class Saved:
 
 @dataclass(frozen=True)
 class Shape:
-    """The sizes of a model of CRATE layers: tokens of a sample N, width d, heads H of width p, layers L."""
+    """Sizes of a model with CRATE layers: N tokens per sample, width d, H heads of width p, L layers."""
 
     tokens: int
     dim: int
@@ -152,37 +152,39 @@ class Shape:
 
     @property
     def stream(self) -> int:
-        """Bytes of a sample's tokens between two layers: float32."""
+        """Bytes of a sample's tokens between two layers, in float32."""
         return FLOAT * self.tokens * self.dim
 
     def layer(self, compute: Compute) -> Saved:
-        """What one layer saves besides its input.
+        """The bytes that one layer saves besides its input.
 
-        Of each token: the output in the stream's dtype; ``w`` and ``o``, the projected and the attended token, and the
-        token between the two halves, in the products' dtype; the log-normalizer of each head and the statistics of two
-        LayerNorms in float32. Cast copies of weights are not saved: the backward casts them again.
+        For each token a layer saves the output in the dtype of the stream. In the dtype of the products it saves ``w``
+        and ``o`` (the projected and the attended token) and the token between the two halves. In float32 it saves the
+        log-normalizer of each head and the statistics of two LayerNorms. It saves no cast copies of weights: the
+        backward casts them again.
         """
         token = FLOAT * self.dim + compute.size * (2 * self.inner + self.dim) + FLOAT * (self.heads + 4)
         return Saved(0, self.tokens * token)
 
     def layers(self, compute: Compute, checkpointing: bool = False) -> Saved:
-        """What all layers save, the input of the first among it. With checkpointing: inputs, and one layer's rest."""
+        """The bytes that all layers save, with the input of the first. With checkpointing: all inputs, and the rest of
+        one layer."""
         if checkpointing:
             return Saved(0, self.depth * self.stream) + self.layer(compute)
         return Saved(0, self.stream) + self.layer(compute) * self.depth
 
     def working(self, compute: Compute) -> Saved:
-        """An upper bound of what the backward of a layer holds besides: gradients and recomputed rows."""
+        """An upper bound of the additional memory in the backward of a layer: gradients and recomputed rows."""
         matrices = 3 * FLOAT * (2 * self.dim * self.inner + self.dim**2)
         return Saved(matrices, WORKING_TENSORS * FLOAT * self.tokens * max(self.dim, self.inner))
 
 
 def vision_ends(model: CRATE, compute: Compute) -> Saved:
-    """What patch embedding, last LayerNorm and classifier of a vision model save.
+    """The bytes that patch embedding, last LayerNorm and classifier of a vision model save.
 
-    Of each patch with q pixel values: the patch before its LayerNorm and after it, its embedding before the next
-    LayerNorm, and two statistics of each LayerNorm. Of each sample: the pooled token before and after the last one.
-    (So on the CPU. CUDA's autocast computes LayerNorm in float32, which takes 2·d more of each patch.)
+    For each patch with q pixel values they save the patch before and after its LayerNorm, its embedding before the next
+    LayerNorm, and two statistics of each LayerNorm. For each sample they save the pooled token before and after the
+    last LayerNorm. This holds on the CPU. CUDA's autocast computes LayerNorm in float32, which adds 2·d per patch.
     """
     (rows, columns), embedding = model.grid_size, model.patch_embedding
     dim, pixels = embedding.projection.weight.shape
@@ -194,10 +196,10 @@ def vision_ends(model: CRATE, compute: Compute) -> Saved:
 
 
 def language_ends(model: CrateGPT, tokens: int, compute: Compute) -> Saved:
-    """What embeddings, tied head and cross-entropy of a language model save.
+    """The bytes that embeddings, tied head and cross-entropy of a language model save.
 
-    Of each token: its number and that of the one that follows (int64), and float32 log-probabilities of the whole
-    vocabulary; under autocast also the cast tokens, and once the cast embeddings.
+    For each token they save its number and that of the next token (int64), and float32 log-probabilities of the whole
+    vocabulary. Under autocast they also save the cast tokens, and once the cast embeddings.
     """
     words, dim = model.token_embedding.weight.shape
     low = compute.size < FLOAT
@@ -206,9 +208,9 @@ def language_ends(model: CrateGPT, tokens: int, compute: Compute) -> Saved:
 
 
 def saved_for_backward(model: CrateModel, compute: Compute, tokens: int, checkpointing: bool = False) -> Saved:
-    """Bytes that the forward pass of ``model`` saves, parameters left out, and of a language model its loss.
+    """Bytes that the forward pass of ``model`` saves without parameters. A language model includes its loss.
 
-    The loss of a classifier, some floats per class and sample, is left out.
+    The loss of a classifier is left out. It needs a few floats per class and sample.
     """
     shape = Shape.of(model, tokens)
     if isinstance(model, CrateGPT):
@@ -223,23 +225,23 @@ def sample_tokens(model: CrateModel) -> int:
 
 
 def padded(parameter: nn.Parameter, ranks: int) -> int:
-    """Elements of one rank's shard under FSDP2: rows are shared out in equal parts, the last one padded."""
+    """Elements of one rank's shard under FSDP2. Rows are divided into equal parts, and the last part is padded."""
     rows = parameter.shape[0] if parameter.dim() else 1
     return -(-rows // ranks) * (parameter.numel() // max(rows, 1))
 
 
 def shard_bytes(parameters: Iterable[nn.Parameter], ranks: int) -> int:
-    """Bytes of the largest shard: rank 0's."""
+    """Bytes of the largest shard, which is that of rank 0."""
     return FLOAT * sum(padded(p, ranks) for p in parameters)
 
 
 @dataclass(frozen=True)
 class Collective:
-    """One kind of exchange in an optimizer step.
+    """One kind of communication in an optimizer step.
 
     Args:
-        name: torch's.
-        bytes: of the whole tensors, summed over the calls: what torch counts.
+        name: torch's name.
+        bytes: bytes of the whole tensors, summed over the calls, as torch counts them.
         passes: how often a ring sends these bytes over each link, less one part in ``ranks``: 2 for an all-reduce.
     """
 
@@ -248,15 +250,15 @@ class Collective:
     passes: int
 
     def sent(self, ranks: int) -> float:
-        """Bytes that each rank sends in a ring, the least that any algorithm without switches sends."""
+        """Bytes that each rank sends in a ring. No algorithm without switches can send less."""
         return self.passes * self.bytes * (ranks - 1) / ranks
 
 
 def collectives(model: CrateModel, parallel: str, ranks: int, accumulate: int = 1) -> list[Collective]:
-    """What the ranks exchange in one optimizer step, messages of a few bytes left out.
+    """The communication of the ranks in one optimizer step, without messages of a few bytes.
 
-    DDP averages the gradients once a step. FSDP2 gathers each layer's parameters for the forward pass and again for the
-    backward pass of every batch, and scatters the gradients.
+    DDP averages the gradients once per step. FSDP2 gathers the parameters of each layer for the forward pass of every
+    batch, gathers them again for the backward pass, and scatters the gradients.
     """
     if ranks == 1:
         return []
@@ -272,7 +274,7 @@ def collectives(model: CrateModel, parallel: str, ranks: int, accumulate: int = 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of one rank; what grows with the batch is ``saved`` and ``working``."""
+    """Bytes of one rank. ``saved`` and ``working`` grow with the batch."""
 
     parameters: int
     gradients: int
@@ -283,7 +285,7 @@ class Memory:
     working: Saved
 
     def at(self, samples: int) -> float:
-        """The peak at so many samples per rank: the sum, as if all were largest at once."""
+        """The peak with ``samples`` per rank: the sum, as if all terms were largest at the same time."""
         return self.fixed + samples * (self.saved.each + self.working.each)
 
     @property
@@ -292,7 +294,7 @@ class Memory:
         return states + self.saved.fixed + self.working.fixed
 
     def largest_batch(self, limit: float) -> int:
-        """Samples per rank that fit into ``limit`` bytes; 0 if none does."""
+        """Samples per rank that fit into ``limit`` bytes; 0 if no sample fits."""
         return max(0, math.floor((limit - self.fixed) / (self.saved.each + self.working.each)))
 
 
@@ -308,16 +310,16 @@ def memory(model: CrateModel, parallel: str, ranks: int, compute: Compute, check
     if split:
         layer = ranks * shard_bytes(model.blocks[0].parameters(), ranks)
         rest = ranks * shard_bytes(model.parameters(), ranks) - shape.depth * layer
-        # Of a layer: gathered as one piece, as parameters, and of its neighbor that comes next; its gradient, and that
-        # as one piece. Of the rest, which stays gathered meanwhile: parameters, gradient, and either as one piece.
+        # For a layer: its parameters gathered as one piece and as parameters, those of the next layer, and its gradient
+        # in both forms. For the rest, which stays gathered: parameters and gradient, and one of them as one piece.
         communication = 6 * layer + 3 * rest
     elif ranks > 1:
         communication = gradients  # DDP's buckets
     working = shape.working(compute)
-    if isinstance(model, CrateGPT):  # the gradients of log-probabilities and of logits, before the layers' backward
+    if isinstance(model, CrateGPT):  # gradients of log-probabilities and logits exist before the layers' backward
         words = model.token_embedding.weight.shape[0]
         working = Saved(working.fixed, max(working.each, (2 * FLOAT + compute.size) * tokens * words))
-    # AdamW's two moments, and its count of steps for each parameter.
+    # The two moments of AdamW, and its step count for each parameter.
     optimizer = 2 * gradients + FLOAT * len(trained)
     return Memory(
         own, gradients, optimizer, communication, saved_for_backward(model, compute, tokens, checkpointing), working

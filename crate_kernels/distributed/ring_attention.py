@@ -1,12 +1,13 @@
 """Subspace attention over a sequence that is split over several ranks (context parallelism).
 
-Every rank holds a run of consecutive tokens, in the order of the ranks. Shards travel around the ring: in R − 1 steps
-each rank sees every other's tokens once, and holds one other shard at a time.
+Every rank holds consecutive tokens, in the order of the ranks. Shards travel around the ring. In R − 1 steps each rank
+sees the tokens of all other ranks, and holds one of their shards at a time.
 
-One operand means one tensor on the wire. Forward: ``w`` travels, where a ring of keys and values sends two tensors.
-Backward: ``w`` and the output's gradient ``g`` travel with two scalars per row (log-normalizer and delta), and every
-rank finishes the gradient of its own tokens (a token is a query and a key to each other token; both parts are computed
-where it lives). A ring of keys and values sends four: k, v and their gradients on the way home.
+Attention has one operand, so one tensor is sent. In the forward ``w`` travels; a ring of keys and values sends two
+tensors. In the backward ``w`` and the output's gradient ``g`` travel with two scalars per row (log-normalizer and
+delta). A token is a query and a key to every other token. Every rank computes both parts of the gradient of its own
+tokens. A ring of keys and
+values sends four tensors: k, v and their gradients.
 """
 
 from __future__ import annotations
@@ -29,12 +30,12 @@ def ring_subspace_attention(
 ) -> Tensor:
     """:func:`crate_kernels.ops.subspace_attention` of a sequence that is split over the ranks of ``group``.
 
-    Equivalent to concatenating ``w`` over the ranks, attending, and keeping this rank's tokens. Each rank sends, for
-    shards of n tokens and R ranks: ``(R − 1)·B·n·H·p`` elements forward, ``(R − 1)·B·n·H·(2p + 2)`` backward (plus
-    one ``p`` in each with a separate value).
+    The result equals attention over the concatenation of ``w`` over the ranks, restricted to this rank's tokens. With
+    shards of n tokens and R ranks, each rank sends ``(R − 1)·B·n·H·p`` elements forward and ``(R − 1)·B·n·H·(2p + 2)``
+    backward. A separate value adds one ``p`` in each.
 
     Args:
-        w: ``(B, n, H, p)``, this rank's projected tokens; n may differ between ranks, the other sizes may not.
+        w: ``(B, n, H, p)``, this rank's projected tokens. n may differ between ranks; B, H and p may not.
         value: ``(B, n, H, p)`` or None, see :func:`crate_kernels.ops.subspace_attention`.
         scale: factor of the scores; ``p ** -0.5`` if None.
         causal: token i sees only tokens j <= i of the whole sequence.
@@ -104,7 +105,7 @@ class _RingAttention(torch.autograd.Function):
         q = w.transpose(1, 2)
         v = q if value is None else value.transpose(1, 2)
         o, lse = blocked.attend(q, q, v, scale, _past_only(q) if causal else None)
-        # Parts are merged in the accumulator's precision and rounded once.
+        # Partial results are merged in the accumulator's precision and rounded once.
         o = o.to(lse.dtype)
         for owner, (k, *other) in ring.exchange([q] if value is None else [q, v]):
             if causal and owner > ring.rank:
@@ -133,7 +134,7 @@ class _RingAttention(torch.autograd.Function):
         for owner, (k, g_other, scalars_other, *other) in ctx.ring.exchange(everything):
             lse_other, delta_other = scalars_other.unbind(-1)
             values = other[0] if other else k
-            # Under a causal mask the ranks below are keys only, the ranks above are queries only.
+            # With a causal mask, the tokens of lower ranks are only keys, and those of higher ranks only queries.
             hidden = _all if ctx.causal and owner > ctx.ring.rank else None
             hidden_other = _all if ctx.causal and owner < ctx.ring.rank else None
             part_w, part_v = blocked.attend_backward(

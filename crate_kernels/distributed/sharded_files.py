@@ -1,7 +1,8 @@
-"""Sharded tensors in a folder, by torch.distributed.checkpoint: every rank writes its part, any number of ranks reads.
+"""Sharded tensors in a folder, by torch.distributed.checkpoint. Every rank writes its part; any number of ranks can
+read.
 
-Reading executes no pickled code. torch's reader unpickles the folder's table of contents freely; here only the classes
-such a table consists of are let through.
+Reading executes no pickled code. torch's reader unpickles the folder's table of contents without restrictions. The
+reader here accepts only the classes that such a table needs.
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ class _Contents(pickle.Unpickler):
         value = None
         if module in _MODULES or (module, name) in _PLAIN or module == "torch":
             value = super().find_class(module, name)
-        # Of the two modules only data classes and enumerations, of torch only its dtypes and the like.
+        # The two modules provide only data classes and enumerations. torch provides only its dtypes and similar
+        # constants.
         is_data = isinstance(value, type) and (hasattr(value, "__dataclass_fields__") or hasattr(value, "__members__"))
         if (module, name) in _PLAIN or isinstance(value, torch.dtype) or (module in _MODULES and is_data):
             return value
@@ -46,7 +48,8 @@ class _Reader(dcp.FileSystemReader):
 
 
 def disk_error(error: BaseException | None) -> OSError | None:
-    """The disk error behind an error of torch's writer, which reports only an unexpected file position."""
+    """The disk error that caused an error of torch's writer. The writer itself reports only an unexpected file
+    position."""
     while error is not None and not (isinstance(error, OSError) and error.strerror):
         error = error.__context__
     return error
@@ -57,28 +60,28 @@ class _Writer(dcp.FileSystemWriter):
         try:
             return super().write_data(*arguments, **keywords)
         except Exception as error:
-            # The cause of an error is not sent to the other ranks.
+            # The cause of an error is not sent to the other ranks, so the error itself must name it.
             raise disk_error(error) or error from None
 
 
 def write(folder: Path, tensors: dict[str, Tensor]) -> None:
-    """Write ``tensors`` into ``folder``; every rank takes part.
+    """Write ``tensors`` into ``folder``. Every rank must call this function.
 
     Raises:
         OSError: a rank could not write.
     """
     try:
         dcp.save(tensors, storage_writer=_Writer(folder))
-    except CheckpointException as error:  # no subclass of Exception
+    except CheckpointException as error:  # it is not a subclass of Exception
         cause = next(iter(error.failures.values()))[0]
         raise (cause if isinstance(cause, OSError) else OSError(f"{type(cause).__name__}: {cause}")) from error
 
 
 def read(folder: Path, names: Iterable[str], like: Callable[[str], Tensor | None]) -> dict[str, Tensor]:
-    """Read the tensors ``names``, each sharded as ``like(name)`` is, or whole on the CPU where that is None.
+    """Read the tensors ``names``, each sharded like the tensor ``like(name)``, or whole on the CPU if that is None.
 
     Raises:
-        ValueError: they are not all there, damaged, or of other shapes.
+        ValueError: a tensor is missing, damaged, or has another shape.
     """
     try:
         reader = _Reader(folder)
@@ -87,7 +90,7 @@ def read(folder: Path, names: Iterable[str], like: Callable[[str], Tensor | None
         for name in names:
             entry, template = table[name], like(name)
             if not isinstance(entry, TensorStorageMetadata):
-                raise ValueError(f"{name} is no tensor")
+                raise ValueError(f"{name} is not a tensor")
             if template is None or template.shape != entry.size:
                 tensors[name] = torch.empty(entry.size, dtype=entry.properties.dtype)
             else:

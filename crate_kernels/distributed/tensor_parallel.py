@@ -1,15 +1,15 @@
 """Tensor parallelism: every rank holds some heads of the attention and some rows of the dictionary.
 
-CRATE splits where a transformer does, with half the matrices: MSSA has one projection for query, key and value, and an
-ISTA step multiplies by one matrix twice. With the rows ``W_i`` and the channels ``x_i`` of rank i::
+CRATE is split in the same places as a transformer, but with half the matrices. MSSA has one projection for query, key
+and value, and an ISTA step multiplies by one matrix twice. With the rows ``W_i`` and the channels ``x_i`` of rank i::
 
     MSSA    w_i = x U_iᵀ                  out = Σ_i attention(w_i) W_out,iᵀ + b
     ISTA    r_i = x_i − x W_iᵀ            out = relu(x + η (Σ_i r_i W_i) − η λ)        since x W − x Wᵀ W = r W
     ODL     z_i = relu(η (x D_i − λ))     r = x − Σ_i z_i D_iᵀ,   out = Σ_i relu(z_i + η (r D_i − λ)) D1_iᵀ
 
-Tokens are whole on every rank, and each Σ_i is one all-reduce of them. Attention runs on the local heads through
+Every rank has whole tokens, and each Σ_i is one all-reduce of them. Attention runs on the local heads through
 :func:`crate_kernels.ops.subspace_attention`, with its kernels. Parameters become DTensors of torch, so optimizers,
-FSDP2 on the other dimension of the mesh and torch.distributed.checkpoint know them.
+FSDP2 on the other dimension of the mesh, and torch.distributed.checkpoint can handle them.
 """
 
 from __future__ import annotations
@@ -37,20 +37,20 @@ from ..ops import backends
 def tensor_parallel(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
     """Split every CRATE layer of ``model`` over the ranks of ``mesh``, in place.
 
-    All else (embeddings, LayerNorms, head) stays whole and is made equal to the first rank's. Every rank must then be
-    given the same batch; outputs and gradients are those of one device up to rounding.
+    Everything else (embeddings, LayerNorms, head) stays whole and is copied from the first rank. Afterwards every rank
+    must get the same batch. Outputs and gradients are those of one device up to rounding.
 
     Args:
-        model: of any family of this package, or a module that holds :class:`~crate_kernels.nn.MSSA`,
-            :class:`~crate_kernels.nn.ISTA` and their relatives. Call this before ``fully_shard`` or DDP and before the
-            optimizer is made.
-        mesh: of one dimension; ``mesh["tensor"]`` of a larger one.
+        model: a model of any family of this package, or a module that contains :class:`~crate_kernels.nn.MSSA`,
+            :class:`~crate_kernels.nn.ISTA` or their relatives. Call this function before ``fully_shard`` or DDP, and
+            before you create the optimizer.
+        mesh: a mesh of one dimension, or ``mesh["tensor"]`` of a larger one.
 
     Returns:
         ``model``. ``state_dict()`` holds DTensors where a parameter is split.
 
     Raises:
-        ValueError: a layer cannot be split over so many ranks; the model is then as it was.
+        ValueError: a layer cannot be split over this many ranks. The model is then unchanged.
     """
     if mesh.ndim != 1:
         raise ValueError(f"mesh: expected one dimension, got {mesh.mesh_dim_names or mesh.ndim}; take mesh['tensor']")
@@ -63,7 +63,7 @@ def tensor_parallel(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
         if isinstance(style, CrateStyle):
             style.check(model.get_submodule(name), mesh.size(), name)
     for name, style in plan.items():
-        # One module at a time, because a plan has no name for the model itself.
+        # The modules are split one at a time, because a plan cannot name the model itself.
         parallelize_module(model.get_submodule(name), mesh, style)
     for tensor in (*model.parameters(), *model.buffers()):
         if not isinstance(tensor, DTensor) and not tensor.is_meta:
@@ -72,10 +72,10 @@ def tensor_parallel(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
 
 
 def clip_grad_norm_(parameters: Iterable[Tensor], max_norm: float, norm_type: float = 2.0) -> Tensor:
-    """:func:`torch.nn.utils.clip_grad_norm_` where some parameters are DTensors and some not, or of several meshes.
+    """:func:`torch.nn.utils.clip_grad_norm_` for parameters of which some are DTensors, or which have several meshes.
 
     Returns:
-        The norm of all gradients together before clipping, a plain scalar, the same on every rank.
+        The norm of all gradients before clipping: a plain scalar, the same on every rank.
     """
     groups: dict[DeviceMesh | None, list[Tensor]] = {}
     for parameter in parameters:
@@ -93,10 +93,10 @@ def clip_grad_norm_(parameters: Iterable[Tensor], max_norm: float, norm_type: fl
 
 
 class CrateStyle(ParallelStyle):
-    """Base of the styles: refuses a module that does not divide, then splits it."""
+    """Base class of the styles. It refuses a module that cannot be divided, and splits the others."""
 
     def check(self, module: nn.Module, ranks: int, name: str = "") -> None:
-        """Raise a ValueError, beginning with the module's ``name``, unless it can be split over ``ranks``."""
+        """Raise ValueError, beginning with the module's ``name``, if it cannot be split over ``ranks``."""
         if (reason := self.why_not(module, ranks)) is not None:
             raise ValueError(f"{name or type(module).__name__}: {reason}")
 
@@ -105,7 +105,7 @@ class CrateStyle(ParallelStyle):
         raise NotImplementedError
 
     def split(self, module: Any, mesh: DeviceMesh) -> None:
-        """Shard the parameters and let the module compute with the shards."""
+        """Shard the parameters, and make the module compute with the shards."""
         raise NotImplementedError
 
     def _apply(self, module: nn.Module, mesh: DeviceMesh) -> nn.Module:
@@ -121,13 +121,13 @@ class CrateStyle(ParallelStyle):
 
 
 class MSSAParallel(CrateStyle):
-    """:class:`~crate_kernels.nn.MSSA` by heads: the projection by rows, the output projection by columns, one
-    all-reduce behind it; the bias is whole and added once. A tied output is split with the projection."""
+    """Splits :class:`~crate_kernels.nn.MSSA` by heads: the projection by rows, the output projection by columns, with
+    one all-reduce after it. The bias is whole and added once. A tied output is split with the projection."""
 
     def why_not(self, module: MSSA, ranks: int) -> str | None:
         heads = module.heads
         if isinstance(module.output, nn.Identity) and ranks > 1:
-            return "the one head spans the whole width and has no output projection to split"
+            return "the only head spans the whole width, and there is no output projection to split"
         if ranks > heads:
             return f"{heads} heads cannot be shared out over {ranks} ranks; use at most {heads}"
         if heads % ranks:
@@ -159,7 +159,7 @@ class MSSAParallel(CrateStyle):
 
 
 class ISTAParallel(CrateStyle):
-    """:class:`~crate_kernels.nn.ISTA` by the rows of W: one matrix, sharded once, one all-reduce."""
+    """Splits :class:`~crate_kernels.nn.ISTA` by the rows of W: one matrix, sharded once, with one all-reduce."""
 
     def why_not(self, module: ISTA, ranks: int) -> str | None:
         dim = module.weight.shape[0]
@@ -172,7 +172,7 @@ class ISTAParallel(CrateStyle):
 
 
 class OvercompleteISTAParallel(CrateStyle):
-    """:class:`~crate_kernels.nn.OvercompleteISTA` by the atoms of its dictionaries: two all-reduces."""
+    """Splits :class:`~crate_kernels.nn.OvercompleteISTA` by the atoms of its dictionaries, with two all-reduces."""
 
     def why_not(self, module: OvercompleteISTA, ranks: int) -> str | None:
         atoms = module.D.shape[1]
@@ -186,8 +186,8 @@ class OvercompleteISTAParallel(CrateStyle):
 
 
 class DictionaryParallel(CrateStyle):
-    """The dictionary of :class:`~crate_kernels.nn.CrateDecoderBlock` by its rows, and one all-gather: the LayerNorm
-    behind it reads whole tokens. The block's attention has a style of its own."""
+    """Splits the dictionary of :class:`~crate_kernels.nn.CrateDecoderBlock` by its rows, with one all-gather, because
+    the next LayerNorm needs whole tokens. The block's attention has its own style."""
 
     def why_not(self, module: CrateDecoderBlock, ranks: int) -> str | None:
         dim = module.dictionary.weight.shape[0]
@@ -199,7 +199,7 @@ class DictionaryParallel(CrateStyle):
 
 
 class SharedDropout(ParallelStyle):
-    """:class:`torch.nn.Dropout` of whole tokens: the first rank draws the mask and sends it to the others."""
+    """For :class:`torch.nn.Dropout` of whole tokens: the first rank draws the mask and sends it to the other ranks."""
 
     def _apply(self, module: Any, mesh: DeviceMesh) -> nn.Module:
         module.mesh = mesh
@@ -221,7 +221,7 @@ STYLES: dict[type[nn.Module], type[ParallelStyle]] = {
 
 
 class _SplitMSSA(MSSA):
-    fusible: ClassVar[bool] = False  # the all-reduce stands between the output projection and the residual
+    fusible: ClassVar[bool] = False  # an all-reduce comes between the output projection and the residual
 
 
 class _SplitISTA(ISTA):
@@ -230,7 +230,7 @@ class _SplitISTA(ISTA):
 
     def forward(self, x: Tensor) -> Tensor:
         mesh, weight = self.weight.device_mesh, self.weight.to_local()
-        low, weight = backends.cast(backends.autocast_dtype(x), x, weight)  # the sum keeps the dtype of x
+        low, weight = backends.cast(backends.autocast_dtype(x), x, weight)  # the sum has the dtype of x
         shared, rows = _shared(low, mesh), weight.shape[0]
         residual = shared.narrow(-1, mesh.get_local_rank() * rows, rows) - shared @ weight.T
         return torch.relu(x + self.step_size * (_summed(residual @ weight, mesh) - self.lambd))
@@ -261,7 +261,7 @@ class _SharedRMSNorm(nn.RMSNorm):
     mesh: DeviceMesh
 
     def forward(self, w: Tensor) -> Tensor:
-        # One gain for the heads of all ranks.
+        # The heads of all ranks share one gain.
         return nn.functional.rms_norm(w, self.normalized_shape, _shared(self.weight, self.mesh), self.eps)
 
 
@@ -276,12 +276,12 @@ class _SharedDropout(nn.Dropout):
 
 
 def _shared(x: Tensor, mesh: DeviceMesh) -> Tensor:
-    """``x``, complete on every rank, for a part of a sum: its gradients are summed over the ranks."""
+    """``x``, complete on every rank, as input of a partial sum. Its gradients are summed over the ranks."""
     return DTensor.from_local(x, mesh, [Replicate()], run_check=False).to_local(grad_placements=[Partial()])
 
 
 def _summed(part: Tensor, mesh: DeviceMesh) -> Tensor:
-    """``Σ part`` over the ranks, complete on every rank."""
+    """``Σ part`` over the ranks. Every rank gets the complete sum."""
     return (
         DTensor.from_local(part, mesh, [Partial()], run_check=False).redistribute(placements=[Replicate()]).to_local()
     )

@@ -1,15 +1,15 @@
-"""Operators for models that people already have: ``fuse`` replaces their CRATE parts, ``unfuse`` puts them back.
+"""Operators for models that already exist: ``fuse`` replaces their CRATE parts, ``unfuse`` restores them.
 
-``names``        the attribute names that public CRATE code uses
-``description``  what a module holds beside its parameters
-``watch``        notices changes of it in microseconds
-``look``         what a route asks about modules when it decides
-``routes``       what recognized modules compute, in operators, and when
-``modules``      the class that a recognized module gets
-``probe``        tries whether a route computes what the module's own ``forward`` computes
-``constants``    measures the numbers of modules that have them in their code
+``names``        the attribute names in public CRATE code
+``description``  the content of a module besides its parameters
+``watch``        detects changes of a module in microseconds
+``look``         the questions that a route asks about modules when it decides
+``routes``       what recognized modules compute with operators, and when
+``modules``      the class of a fused module
+``probe``        tests whether a route computes the same as the module's own ``forward``
+``constants``    measures step sizes and thresholds that are numbers in the code
 ``recognition``  which modules look like parts of CRATE, and which route they take
-``api``          applies all of it to a model
+``api``          applies all of this to a model
 """
 
 from .api import FuseReport as FuseReport

@@ -1,10 +1,10 @@
-"""``fuse(model)`` and its inverse ``unfuse(model)``: operators for models that people already have.
+"""``fuse(model)`` and its inverse ``unfuse(model)``: operators for models that already exist.
 
-A module is found by its structure (the attributes it has, never where its class comes from), and taken only after its
-own ``forward`` and the operators agreed, outputs and gradients, on a random probe in float64. What then changes is its
-class: to a subclass of its own class with another ``forward``. Everything else (parameters, buffers, hooks, children,
-the module object itself) stays where it is, so state dicts, optimizers and references held elsewhere notice nothing.
-``docs/fuse.md`` has the rules and their reasons.
+``fuse`` finds a module by the attributes that it has, never by its class's name. A numerical test then compares the
+module's own ``forward`` with the operators on a random input in float64: outputs and gradients must agree. Only then
+the class of the module changes, to a subclass of its own class with another ``forward``. Everything else stays
+unchanged: parameters, buffers, hooks, children and the module object itself. State dicts, optimizers and other
+references to the module therefore keep working. ``docs/fuse.md`` has the rules and their reasons.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from .recognition import Known, recognize, untouched_parts
 
 @dataclass
 class FuseReport:
-    """What :func:`fuse` did: module path -> what runs now, and module path -> why it was left as it is."""
+    """The result of :func:`fuse`: module path -> what it runs now, and module path -> why it was left as it is."""
 
     fused: dict[str, str] = field(default_factory=dict)
     left: dict[str, str] = field(default_factory=dict)
@@ -37,27 +37,28 @@ class FuseReport:
 
 
 def fuse(model: nn.Module, *, residual_dtype: torch.dtype | None = None) -> FuseReport:
-    """Let the CRATE parts of ``model`` run as operators, in place.
+    """Run the CRATE parts of ``model`` as operators, in place.
 
-    Recognized are the public code's ``Attention``, ``CausalSelfAttention``, ``FeedForward``, ``MLP`` and
+    ``fuse`` recognizes the public code's ``Attention``, ``CausalSelfAttention``, ``FeedForward``, ``MLP`` and
     ``OvercompleteISTABlock``, the ``PreNorm`` around them, and the layers and stacks that join them (vision CRATE,
-    CRATE-MAE's encoder and decoder blocks, CRATE-alpha, CRATE-GPT2), also as copies under other class names.
+    CRATE-MAE's encoder and decoder blocks, CRATE-alpha, CRATE-GPT2). It also recognizes copies under other class names.
 
     Outputs and all gradients stay the same up to rounding. Parameters stay the same objects under the same names. The
-    optimizer, ``state_dict``, ``deepcopy``, pickling, ``torch.compile`` and data-parallel wrappers work as before. A
-    module runs its own ``forward`` wherever the operators could not be seen to do the same: in training with dropout,
-    when it is called with more than one tensor (attention maps asked for, a mask), and while something that the
-    operators would skip has hooks or has been changed. Call ``fuse`` again after a change: it tries changed modules
-    anew, and leaves all others as they are.
+    optimizer, ``state_dict``, ``deepcopy``, pickling, ``torch.compile`` and data-parallel wrappers work as before.
+
+    A module runs its own ``forward`` whenever the operators might compute something else: in training with dropout, if
+    it is called with more than one argument (for attention maps, or with a mask), and if something that the operators
+    skip has hooks or has changed. Call ``fuse`` again after a change: it tests changed modules again and leaves all
+    others unchanged.
 
     Args:
         model: any ``nn.Module``.
-        residual_dtype: of the residual stream in fused layers and stacks under autocast. None keeps the dtype that it
-            has in the model's own code: float32 for float32 parameters. ``torch.bfloat16`` saves memory and rounds the
-            stream after each half of a layer; ``docs/numerics.md`` has both errors. It has no effect without autocast.
+        residual_dtype: dtype of the residual stream in fused layers and stacks under autocast. None keeps the dtype of
+            the model's own code: float32 for float32 parameters. ``torch.bfloat16`` saves memory and rounds the stream
+            after each half of a layer; ``docs/numerics.md`` has both errors. It has no effect without autocast.
 
     Returns:
-        A printable :class:`FuseReport` of what was fused, and of what was left alone and why.
+        A printable :class:`FuseReport`: what was fused, what was left alone, and why.
 
     Raises:
         TypeError: ``model`` is not an ``nn.Module``, or ``residual_dtype`` no floating dtype.
@@ -66,7 +67,7 @@ def fuse(model: nn.Module, *, residual_dtype: torch.dtype | None = None) -> Fuse
     checks.residual_dtype(residual_dtype)
     report, known = FuseReport(), Known()
     reasons: dict[str, str] = {}
-    # Children first: a layer is recognized by the parts that were recognized in it.
+    # Children come first, because a layer is recognized by its recognized parts.
     for path, module in reversed(list(model.named_modules())):
         if isinstance(module, Fused):
             if is_as_tried(module):
@@ -88,7 +89,7 @@ def fuse(model: nn.Module, *, residual_dtype: torch.dtype | None = None) -> Fuse
 
 
 def unfuse(model: nn.Module) -> None:
-    """Undo :func:`fuse`, in place and exactly: every module has its own class again.
+    """Undo :func:`fuse`, in place and exactly. Every module gets its own class back.
 
     Raises:
         TypeError: ``model`` is not an ``nn.Module``.
@@ -105,7 +106,8 @@ def _check(model: nn.Module) -> None:
 
 
 def _grouped(entries: dict[str, str]) -> list[str]:
-    """One line for each kind of path: layer numbers written as ``*``, a number behind one (a place in it) kept."""
+    """One line for each kind of path. Layer numbers become ``*``. A number after a layer number is a position and
+    stays."""
     groups: dict[tuple[str, str], int] = {}
     for path, text in entries.items():
         key = (re.sub(r"(?<![^.])(?<!\d\.)\d+(?![^.])", "*", path) or "(the model)", text)

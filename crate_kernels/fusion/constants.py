@@ -1,4 +1,4 @@
-"""The step size and the threshold of ISTA modules that have them as numbers in their code: measured."""
+"""Measures the step size and the threshold of ISTA modules that have them as numbers in their code."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from .routes import ISTARoute
 
 
 def routes_by_measurement(module: nn.Module, forms: tuple[str, ...], step_size: str | None, lambd: str | None):
-    """Routes for a module without an attribute for its step size or threshold: the numbers in its code, measured.
+    """Routes for a module without attributes for its step size or threshold. The numbers in its code are measured.
 
-    The probe that follows confirms them, like every route, on random tokens and parameters. A number that comes from
-    anywhere else than the code could be another one tomorrow: such a module is left alone.
+    The numerical test confirms these numbers on random tokens and parameters, as for every route. If a number may come
+    from anywhere else than the code, it could change later. Such a module is left alone.
     """
     matrices = {"weight", "D", "D1"}
     if type(module).__module__.startswith("torch.") or not matrices.issuperset(dict(module.named_parameters())):
@@ -42,11 +42,11 @@ def routes_by_measurement(module: nn.Module, forms: tuple[str, ...], step_size: 
 
 
 def measure(module: nn.Module, form: str) -> tuple[float, float] | None:
-    """Step size and threshold of a module that computes an ISTA step of this form; None if it certainly does not.
+    """Step size and threshold of a module that computes an ISTA step of this form. None if it does not.
 
-    With ``½ I`` as its matrices an ISTA step is, in each channel of a large positive token ``x``, the line ``s·x + c``:
-    ``x + η(x/4 − λ)`` the complete one, ``η(2 − η/4)(x/2 − λ)/2`` the two steps against a dictionary. Of a negative
-    token nothing is left.
+    With ``½ I`` as its matrices, an ISTA step maps each channel of a large positive token ``x`` to a line ``s·x + c``.
+    The line is ``x + η(x/4 − λ)`` for the complete step, and ``η(2 − η/4)(x/2 − λ)/2`` for the two steps with a
+    dictionary. A negative token becomes zero.
     """
     low, high = 64.0, 128.0
     try:
@@ -69,19 +69,19 @@ def measure(module: nn.Module, form: str) -> tuple[float, float] | None:
 
 
 def _short(value: float) -> float:
-    """The short decimal that somebody wrote, where ``value`` is one but for its rounding errors."""
+    """The short decimal in the source code, if ``value`` equals one up to rounding errors."""
     short = float(f"{value:.9g}")
     return short if abs(short - value) < 1e-12 else value
 
 
 def _constants(module: nn.Module) -> dict[str, Any]:
-    """What a module holds, on itself or its classes, that its forward could read a number from."""
+    """Objects of a module or its classes from which its forward could read a number."""
     classes = [c for c in type(module).__mro__ if not c.__module__.startswith("torch.") and c is not object]
     held = {name: value for c in reversed(classes) for name, value in vars(c).items() if isinstance(value, float)}
     return held | {name: value for name, value in module.__dict__.items() if name not in OF_EVERY_MODULE}
 
 
 def _perturbed(value: Any) -> Any:
-    """Another number; what is none, or an integer (a size, most likely), as it is."""
+    """Scale floats by 1.25. Return anything else unchanged."""
     number = isinstance(value, float) or (isinstance(value, Tensor) and value.is_floating_point())
     return 1.25 * value if number else value

@@ -1,4 +1,4 @@
-"""What a module holds beside its parameters: recorded when its ``forward`` is tried, compared later to find changes."""
+"""The content of a module besides its parameters. It is recorded at the numerical test and compared later."""
 
 from __future__ import annotations
 
@@ -38,7 +38,8 @@ class Description:
         return {self.kind}.union(*(c.kinds() for c in self.children.values() if isinstance(c, Description)))
 
     def matches(self, module: nn.Module) -> bool:
-        """Whether ``module`` has the same plain attributes and kinds of parts: as much as torch.compile can trace."""
+        """Whether ``module`` has the same plain attributes and kinds of parts. torch.compile can trace this
+        comparison."""
         for name, value in self.attributes.items():
             if isinstance(value, bool | int | float | str | None) and getattr(module, name, _MISSING) != value:
                 return False
@@ -55,12 +56,12 @@ class Description:
 def describe(
     module: nn.Module, reads: Iterable[str] = (), called: Iterable[str] = (), note: Note | None = None
 ) -> Description:
-    """The description of ``module`` and of the parts in it that are not called as modules.
+    """The description of ``module`` and of those parts that are not called as modules.
 
     Args:
-        reads: attributes that the operator route reads at each call, so they may change; ``"norm.eps"`` is the child's.
-        called: children that the operator route calls as modules: what they hold is their own affair.
-        note: called with everything mutable that was looked at: modules, containers, tensors.
+        reads: attributes that the operators read at each call, so they may change; ``"norm.eps"`` belongs to the child.
+        called: children that the operators call as modules. Their content is not described.
+        note: function that is called with every mutable object in the description: modules, containers, tensors.
     """
     if note is not None:
         note(module)
@@ -90,7 +91,7 @@ def is_number(value: Any) -> bool:
 
 
 def hooked(module: nn.Module) -> bool:
-    """Whether somebody can observe a call of this very module, or it runs another ``forward`` than its class's."""
+    """Whether a hook can observe calls of this module itself, or its ``forward`` is not that of its class."""
     return bool(
         module._forward_hooks
         or module._forward_pre_hooks
@@ -105,7 +106,7 @@ def hooked(module: nn.Module) -> bool:
 
 @dataclass(frozen=True, eq=False)
 class _Object:
-    """An object of any other kind: equal to the same object while it holds the same."""
+    """An object of any other type. It equals the same object if that object's content is unchanged."""
 
     value: Any
     held: Any = None
@@ -117,7 +118,7 @@ class _Object:
 
 
 def _frozen(value: Any, note: Note | None, depth: int = 0) -> Any:
-    """``value`` as it is now: what containers and objects hold is copied, four levels deep."""
+    """A copy of ``value`` as it is now. Containers and objects are copied four levels deep."""
     if value is None or isinstance(value, bool | int | float | complex | str | bytes | type):
         return value
     if isinstance(value, Tensor):
@@ -138,11 +139,11 @@ def _frozen(value: Any, note: Note | None, depth: int = 0) -> Any:
 
 
 _digests = WeakIdKeyDictionary()
-"""Tensor -> its version and its digest: a mask of millions of entries is read once."""
+"""Tensor -> its version and its digest, so that a mask of millions of entries is read once."""
 
 
 def _tensor(tensor: Tensor, note: Note | None) -> tuple:
-    """Shape and digest of the values, whatever the dtype and device."""
+    """Shape and digest of the values. They do not depend on dtype and device."""
     if note is not None:
         note(tensor)
     if tensor.is_meta:
@@ -157,5 +158,5 @@ def _tensor(tensor: Tensor, note: Note | None) -> tuple:
 
 
 def version_of(tensor: Tensor) -> int | None:
-    """The counter of in-place writes; None for tensors of inference mode, which have none."""
+    """The counter of in-place writes. None for tensors of inference mode, which have no counter."""
     return None if tensor.is_inference() else tensor._version

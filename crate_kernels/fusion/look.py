@@ -1,4 +1,4 @@
-"""What a route asks about modules when it decides between operators and the modules' own ``forward``."""
+"""The questions that a route asks about modules, to decide between operators and the modules' own ``forward``."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ T = TypeVar("T")
 
 
 class Look:
-    """What a route asks about modules when it decides. ``note`` is told of everything that the answers depend on."""
+    """Answers a route's questions about modules. ``note`` is called with everything on which the answers depend."""
 
     def __init__(self, note: Callable[[Any], None]):
         self._note = note
         self._bodies: dict[type, dict[str, Any]] = {}
 
     def unchanged(self, module: nn.Module) -> bool:
-        """Whether a fused module, and all that its operators skip, is what it was when its ``forward`` was tried."""
+        """Whether a fused module, and all parts that its operators skip, are unchanged since the numerical test."""
         fusion = module.__dict__[FUSION]
         return (
             not any(GLOBAL_HOOKS)
@@ -44,7 +44,7 @@ class Look:
         return True
 
     def skipped(self, module: nn.Module) -> Iterator[nn.Module]:
-        """A fused module and the modules in it that its operators do not call."""
+        """A fused module, and the modules in it that its operators do not call."""
         yield module
         called = module.__dict__[FUSION].route.called(module)
         for name, child in module._modules.items():
@@ -52,21 +52,21 @@ class Look:
                 yield from child.modules()
 
     def hooked(self, module: nn.Module) -> bool:
-        """Whether somebody can observe a call of this very module."""
+        """Whether a hook can observe calls of this module itself."""
         self._note(module)
         return hooked(module)
 
     def plain(self, module: nn.Module, *kinds: type[nn.Module]) -> bool:
-        """Whether this is one of torch's own modules, and nobody can observe its call."""
+        """Whether this is one of torch's own modules, and no hook can observe its calls."""
         self._note(module)
         return type(module) in kinds and not hooked(module)
 
     def part(self, module: nn.Module) -> None:
-        """The decision depends on what this module holds."""
+        """Record that the decision depends on the content of this module."""
         self._note(module)
 
     def route(self, module: nn.Module | None, kind: type[T]) -> T | None:
-        """The route of a module that was fused this way, and still runs it."""
+        """The route of a module that was fused with a route of type ``kind`` and still takes it."""
         if module is None:
             return None
         self._note(module)
@@ -77,7 +77,7 @@ class Look:
 
 
 class TracedLook(Look):
-    """The same questions in a form that ``torch.compile`` can trace. Its guards take the place of the watch."""
+    """The same questions in a form that ``torch.compile`` can trace. Guards of torch.compile replace the watch."""
 
     def __init__(self):
         super().__init__(lambda _: None)

@@ -1,4 +1,4 @@
-"""Fused modules: the class that a recognized module gets, and the choice between operators and its own ``forward``."""
+"""Fused modules: their class, and the choice between operators and the module's own ``forward``."""
 
 from __future__ import annotations
 
@@ -22,12 +22,13 @@ from .watch import Watch, class_bodies
 
 
 class Fused(nn.Module):
-    """Mixed in before a module's own class. Each call takes the operators or the ``forward`` of that class."""
+    """Base of the class of a fused module, before the module's own class. Each call runs the operators or its own
+    ``forward``."""
 
     _crate_original: type[nn.Module] | None = None
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        # Whoever passes more than the tokens asks for something else (attention maps, a mask).
+        # An additional argument asks for something else, such as attention maps or a mask.
         if len(args) == 1 and not kwargs and isinstance(args[0], Tensor):
             step = _step(self)
             out = None if step is None else step(self, args[0])
@@ -38,27 +39,27 @@ class Fused(nn.Module):
     forward.takes_operators = True  # type: ignore[attr-defined]  # tells it from the forward of a subclass
 
     def __reduce_ex__(self, protocol):
-        # The class is made at run time: a pickle names the class that it was made from.
+        # The class is created at run time. A pickle therefore names the original class.
         made: Any = super().__reduce_ex__(protocol)
         _, (_, *arguments), *rest = made
         return _new, (self._crate_original, isinstance(self, KeepsFolded), *arguments), *rest
 
 
 class FusedISTA(KeepsFolded, Fused):
-    """A fused module with a dictionary, which may keep its folded matrix between calls."""
+    """A fused module with a dictionary. It may keep its folded matrix between calls."""
 
 
 @dataclass(eq=False)
 class Fusion:
-    """What a fused module holds beside what it held before."""
+    """The additional state of a fused module."""
 
     route: Route
     description: Description
-    """The module when its ``forward`` was tried."""
+    """The description of the module at the numerical test."""
     bodies: dict[type, dict[str, Any]]
-    """The classes whose code was tried: class -> its methods and attributes."""
+    """The classes whose code was tested: class -> its methods and attributes."""
     decision: tuple[Watch, Step | None] | None = None
-    """The step that was decided on last, and the watch that says whether the decision holds."""
+    """The last decision about the step, and the watch that tells whether the decision still holds."""
 
     def decide(self, module: nn.Module) -> Step | None:
         watch = Watch(module)
@@ -78,11 +79,11 @@ class Fusion:
 
 
 def _step(module: Any) -> Step | None:
-    """The step that stands for ``module.forward`` in this call; None if only that ``forward`` may run."""
+    """The step that replaces ``module.forward`` in this call. None if only that ``forward`` may run."""
     fusion = module._crate_fusion
     if torch.compiler.is_compiling():
         return fusion.route.decide(module, TracedLook())
-    # The operators have no rules for vmap, jvp and the like: torch can transform the module's own forward.
+    # The operators have no rules for vmap, jvp and similar transforms. torch can transform the module's own forward.
     if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
         return None
     decision = fusion.decision
@@ -92,7 +93,7 @@ def _step(module: Any) -> Step | None:
 
 
 def set_residual_dtype(module: nn.Module, dtype: torch.dtype | None) -> None:
-    """Let a fused layer or stack keep its residual stream in ``dtype`` under autocast. Other modules have no stream."""
+    """Set the dtype of the residual stream of a fused layer or stack under autocast. Other modules have no stream."""
     fusion = module.__dict__[FUSION]
     if isinstance(fusion.route, StackRoute | LayerRoute) and fusion.route.residual_dtype != dtype:
         fusion.route = replace(fusion.route, residual_dtype=dtype)
@@ -100,7 +101,7 @@ def set_residual_dtype(module: nn.Module, dtype: torch.dtype | None) -> None:
 
 
 def is_as_tried(module: nn.Module) -> bool:
-    """Whether a fused module, and what its operators skip, is what it was when its ``forward`` was tried."""
+    """Whether a fused module, and the parts that its operators skip, are unchanged since the numerical test."""
     fusion = module.__dict__[FUSION]
     return fusion.route.complete(module) and Look(lambda _: None)._same(module, fusion)
 
@@ -109,7 +110,7 @@ def is_as_tried(module: nn.Module) -> bool:
 
 
 def attach(module: nn.Module, route: Route) -> None:
-    """Give ``module`` the class that takes ``route``."""
+    """Give ``module`` the fused class for ``route``."""
     base = FusedISTA if isinstance(route, ISTARoute) else Fused
     module.__class__ = _rebased(type(module), lambda original: _fused_class(base, original))
     description = describe(module, route.reads, route.called(module))
@@ -117,7 +118,7 @@ def attach(module: nn.Module, route: Route) -> None:
 
 
 def detach(module: nn.Module) -> None:
-    """Give ``module`` its own class again. Nothing happens to a module that is not fused."""
+    """Give ``module`` its own class back. A module that is not fused stays unchanged."""
     if module.__dict__.pop(FUSION, None) is not None and isinstance(module, Fused):
         for name in ("keep_folded", "_folded"):
             module.__dict__.pop(name, None)
@@ -125,7 +126,7 @@ def detach(module: nn.Module) -> None:
 
 
 def _rebased(kind: type, change: Callable[[type], type]) -> type:
-    """``change(kind)``; classes that torch makes at run time (for parametrizations, for FSDP) stay outermost."""
+    """``change(kind)``. Classes that torch creates at run time (for parametrizations, for FSDP) stay outermost."""
     if kind.__module__.partition(".")[0] == "torch":
         inner = [b for b in kind.__bases__ if issubclass(b, nn.Module) and b.__module__.partition(".")[0] != "torch"]
         if inner:
@@ -141,7 +142,7 @@ def _make_class(base: Any, original: Any) -> Any:
     return types.new_class(f"Fused{original.__name__}", (base, original), exec_body=lambda body: body.update(members))
 
 
-# As ``Any``: classes have a hash, but not for a type checker.
+# The arguments are ``Any`` because a type checker does not know that classes can be hashed.
 _fused_class: Any = functools.cache(_make_class)
 
 

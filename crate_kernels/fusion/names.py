@@ -1,4 +1,4 @@
-"""The attribute names that public CRATE code uses for one thing, in the order they are looked for."""
+"""The attribute names in public CRATE code, in the order in which they are looked up."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ LAMBD = ("lambd", "lmbda", "lam")
 DROPOUT = ("dropout", "attn_dropout", "resid_dropout", "attn_drop", "dropout_p")
 
 CHECKPOINTING = ("gradient_checkpointing", "use_checkpoint", "grad_checkpointing")
-"""A layer or stack in which one of these is true runs its layers under activation checkpointing."""
+"""If one of these attributes of a layer or stack is true, it runs its layers with activation checkpointing."""
 
 FUSION = "_crate_fusion"
-"""Where a fused module holds its route: the one attribute that ``fuse`` adds."""
+"""Attribute of a fused module that contains its route. ``fuse`` adds no other attribute."""
 
 ORIGINAL = "_crate_original"
-"""Where the class of a fused module holds the class that it was made from."""
+"""Attribute of a fused class that contains the original class."""
 
 
 def attribute(module: nn.Module, names: tuple[str, ...], kind=object) -> str | None:
-    """The first of ``names`` under which ``module`` has an object of this kind."""
+    """The first of ``names`` that is an attribute of ``module`` with a value of type ``kind``."""
     return next((n for n in names if hasattr(module, n) and isinstance(getattr(module, n), kind)), None)

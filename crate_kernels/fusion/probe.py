@@ -1,4 +1,4 @@
-"""The numerical trial: does an operator route give the outputs and gradients of the module's own ``forward``?
+"""The numerical test: do the operators give the outputs and gradients of the module's own ``forward``?
 
 Both run in float64 on the CPU, on copies with random parameters and with several numbers of tokens.
 """
@@ -20,28 +20,28 @@ from .names import DROPOUT, LAMBD, PROJECTION, SCALE, STEP_SIZE, attribute
 from .routes import Route
 
 SHAPES = ((2, 3), (1, 1), (1, 17), (1, 65), (1, 257))
-"""(images or sequences, tokens) of the trial. The first is tried in training too, the others in evaluation."""
+"""(images or sequences, tokens) of the test. The first is tested in training too, the others in evaluation only."""
 
 LONGEST = max(tokens for _, tokens in SHAPES)
 
 
 class NotTried(Exception):
-    """Why the trial of a module came to no comparison."""
+    """The reason why a module could not be tested."""
 
 
 class Trial:
-    """What a module's own ``forward`` gives: outputs and gradients, in training and in evaluation, for every shape.
+    """Results of a module's own ``forward``: outputs and gradients, in training and in evaluation, for every shape.
 
     Args:
-        width: of the tokens.
-        copy: ``copy(module, rate)`` makes the module that is tried; ``rate`` is for all its dropout.
+        width: width of the tokens.
+        copy: ``copy(module, rate)`` makes the module to test. ``rate`` is the rate of all its dropout.
     """
 
     def __init__(self, module: nn.Module, width: int, copy: Callable[[nn.Module, float], nn.Module]):
         self.module, self.copy, self.width = module, copy, width
         self.longest: int | None = None
         with probing():
-            # Dropout must do nothing in evaluation, whatever its rate, and nothing in training at rate 0.
+            # Dropout must have no effect in evaluation with any rate, and no effect in training with rate 0.
             self._training = self._own(copy(module, 0.0).train(), SHAPES[:1])
             self._evaluation = self._own(copy(module, 0.5).eval(), SHAPES)
             tried = len(self._evaluation)
@@ -49,7 +49,7 @@ class Trial:
                 self.longest = SHAPES[tried - 1][1]
 
     def agrees(self, route: Route) -> bool:
-        """Whether ``route`` gives the same."""
+        """Whether ``route`` gives the same results."""
         with probing():
             for training, wanted in ((True, self._training), (False, self._evaluation)):
                 copy = self.copy(self.module, 0.0).train(training)
@@ -69,16 +69,16 @@ class Trial:
             try:
                 outcomes.append(outcome(probe.forward, probe, self._tokens(shape)))
             except Exception as error:
-                # A position table or a mask has its size: longer sequences are left to the module itself.
+                # A position table or a mask limits the length. Longer sequences are left to the module itself.
                 if len(outcomes) >= 2:
                     break
                 text = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
                 raise NotTried(f"its forward could not be tried ({text})") from error
             if held(probe) != before:
-                raise NotTried("its forward keeps something on the module")
+                raise NotTried("its forward stores something on the module")
         with torch.no_grad():
             if not agree(probe.forward(self._tokens(shapes[0])), outcomes[0][0]):
-                raise NotTried("its forward is random, or another one without gradients")
+                raise NotTried("its forward is random, or differs without gradients")
         return outcomes
 
     def _tokens(self, shape: tuple[int, int]) -> Tensor:
@@ -88,7 +88,8 @@ class Trial:
 
 @contextlib.contextmanager
 def probing() -> Iterator[None]:
-    """Whatever mode the caller is in: float64 on the CPU, with gradients, and without touching the random state."""
+    """Compute in float64 on the CPU, with gradients, whatever mode the caller has set. The random state does not
+    change."""
     with (
         torch.device("cpu"),
         torch.inference_mode(False),
@@ -112,7 +113,7 @@ def outcome(function: Callable[[Tensor], Tensor], module: nn.Module, x: Tensor) 
 
 
 def agree(a: Tensor | None, b: Tensor | None) -> bool:
-    """Equal up to rounding in float64."""
+    """Whether both are equal up to rounding in float64."""
     if a is None or b is None:
         return a is b
     return a.shape == b.shape and torch.allclose(a, b, rtol=1e-9, atol=1e-9)
@@ -122,7 +123,7 @@ def agree(a: Tensor | None, b: Tensor | None) -> bool:
 
 
 def random_copy(module: nn.Module, rate: float = 0.0) -> nn.Module:
-    """The same module with random float64 parameters, no hooks, one dropout rate, and numbers that are no defaults."""
+    """A copy with random float64 parameters, no hooks, one dropout rate, and numbers that differ from the defaults."""
     generator, memo = torch.Generator().manual_seed(1), {}
 
     def parameter(p: Tensor | None) -> nn.Parameter | None:
@@ -139,7 +140,7 @@ def random_copy(module: nn.Module, rate: float = 0.0) -> nn.Module:
             for name, b in m.named_buffers("", False)
         }
         for name in (*SCALE, *STEP_SIZE, *LAMBD, "eps"):
-            # If the forward does not read the attribute but has the same number in its code, this tells.
+            # The difference shows whether the forward reads the attribute, or has the same number in its code.
             if isinstance(m.__dict__.get(name), float):
                 clone.__dict__[name] *= 1.25
         for name in ("p",) if isinstance(m, _DropoutNd) else DROPOUT:
@@ -151,7 +152,7 @@ def random_copy(module: nn.Module, rate: float = 0.0) -> nn.Module:
 
 
 def wiring_copy(module: nn.Module, rate: float = 0.0) -> nn.Module:
-    """The same module with every part in it replaced by a function of its own, to see how they are joined."""
+    """A copy in which a function replaces every part. The result shows how the parts are joined."""
     number = iter(range(1, 1 << 30))
 
     def part(m: nn.Module) -> nn.Module:
@@ -163,7 +164,7 @@ def wiring_copy(module: nn.Module, rate: float = 0.0) -> nn.Module:
 
 
 class _Part(nn.Module):
-    """A function of its tokens, different for every number."""
+    """A function of tokens that differs for every ``number``."""
 
     def __init__(self, number: int):
         super().__init__()
@@ -174,8 +175,8 @@ class _Part(nn.Module):
 
 
 def _shallow(module: nn.Module, child: Callable[[nn.Module], nn.Module]) -> nn.Module:
-    """A module that shares what ``module`` holds, has no hooks, and the children ``child(m)``."""
-    clone = object.__new__(type(module))  # FSDP's classes have a __new__ of their own
+    """A module with the same content as ``module``, without hooks, and with the children ``child(m)``."""
+    clone = object.__new__(type(module))  # FSDP's classes have their own __new__
     clone.__dict__.update(module.__dict__)
     hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
     clone.__dict__.update({name: OrderedDict() for name in hooks})
@@ -184,12 +185,12 @@ def _shallow(module: nn.Module, child: Callable[[nn.Module], nn.Module]) -> nn.M
 
 
 def held(module: nn.Module) -> list[dict[str, int]]:
-    """All that the modules hold, by identity."""
+    """All objects that the modules hold, by identity."""
     return [{name: id(value) for name, value in {**m.__dict__, **m._buffers}.items()} for m in module.modules()]
 
 
 def token_width(module: Any) -> int:
-    """Width of the tokens that an attention or ISTA module takes."""
+    """Width of the tokens of an attention or ISTA module."""
     projection, dictionary = attribute(module, PROJECTION, nn.Module), getattr(module, "D", None)
     if projection is not None:
         return next(getattr(module, projection).parameters()).shape[-1]

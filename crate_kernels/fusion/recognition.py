@@ -1,4 +1,4 @@
-"""Which modules look like parts of CRATE, by the attributes they have, and which operators give what they compute."""
+"""Recognizes parts of CRATE by their attributes, and finds the operators that compute the same."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ from .routes import (
 
 
 class Known:
-    """What the trials found out, for modules that repeat: they differ in the values of their parameters alone."""
+    """Results of numerical tests, for repeated modules that differ only in the values of their parameters."""
 
     def __init__(self):
         self._results: list[tuple[tuple, Any]] = []
 
     def result(self, question: str, module: nn.Module, answer: Callable[[], Any]) -> Any:
-        """``answer()``, asked once for every kind of module."""
+        """``answer()``, computed once for every kind of module."""
         shapes = [(name, None if p is None else tuple(p.shape)) for name, p in _all_parameters(module)]
         key = (question, describe(module), shapes)
         for known, result in self._results:
@@ -56,7 +56,8 @@ def _all_parameters(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, 
 
 
 def recognize(module: nn.Module, known: Known) -> Route | str | None:
-    """The route of a module; the reason why it has none if it looks like one; None if it does not."""
+    """The route of a module. If it looks like CRATE but has no route, the reason as a string. None for other
+    modules."""
     if isinstance(module, MSSA | ISTA | OvercompleteISTA):
         return None
     for candidates in (_attention_routes, _ista_routes, _prenorm_routes, _stack_routes, _layer_routes):
@@ -75,7 +76,8 @@ def recognize(module: nn.Module, known: Known) -> Route | str | None:
 
 
 def _agreeing(module: nn.Module, routes: list[Route]) -> Route | str:
-    """The first route that gives the outputs and gradients of the module's own forward; else the reason."""
+    """The first route with the outputs and gradients of the module's own forward. Without one, the reason as a
+    string."""
     try:
         if isinstance(routes[0], AttentionRoute | ISTARoute):
             trial = Trial(module, token_width(module), random_copy)
@@ -92,7 +94,8 @@ def _agreeing(module: nn.Module, routes: list[Route]) -> Route | str:
 
 
 def _longest(module: nn.Module, route: AttentionRoute, trial: Trial) -> int | None:
-    """How many tokens the trial speaks for: all, unless the module has a mask or a table of limited size."""
+    """The number of tokens to which the test applies. None means all; a mask or a table of limited size sets a
+    limit."""
     limits = [] if trial.longest is None else [trial.longest]
     for buffer in module.buffers():
         if buffer.dim() >= 2 and buffer.shape[-1] == buffer.shape[-2]:
@@ -103,7 +106,7 @@ def _longest(module: nn.Module, route: AttentionRoute, trial: Trial) -> int | No
 
 
 def _is_causal(mask: Tensor) -> bool:
-    """Whether a mask hides later tokens and no others, in one of the usual ways: 0 or False, or -inf, where hidden."""
+    """Whether a mask hides exactly the later tokens. Hidden entries are 0, False, or -inf."""
     mask = mask.cpu()
     later = torch.ones(mask.shape[-2:], dtype=torch.bool).triu(1)
     marks = [mask == 0] if not mask.is_floating_point() else [mask == 0, mask == float("-inf")]
@@ -174,7 +177,8 @@ def _layer_routes(module: nn.Module, known: Known) -> Iterator[LayerRoute]:
 
 
 def epsilons(norm: nn.Module, known: Known) -> list[float | None]:
-    """The eps with which this module is a LayerNorm of the last axis: None for its attribute; empty if it is not."""
+    """Values of eps with which this module is a LayerNorm of the last axis. None means its attribute. Empty if it is
+    not one."""
     weight = getattr(norm, "weight", None)
     if not isinstance(weight, Tensor) or weight.dim() != 1:
         return []
@@ -184,7 +188,7 @@ def epsilons(norm: nn.Module, known: Known) -> list[float | None]:
 
 
 def _epsilons(norm: nn.Module, width: int) -> list[float | None]:
-    # nanoGPT and its kin write their own, with eps in the code.
+    # nanoGPT and similar code write their own LayerNorm, with eps in the code.
     for eps in (None, 1e-5, 1e-6, 1e-12):
         if eps is None and not isinstance(getattr(norm, "eps", None), float):
             continue
@@ -201,11 +205,11 @@ def _epsilons(norm: nn.Module, width: int) -> list[float | None]:
 
 
 def untouched_parts(path: str, module: nn.Module) -> Iterator[tuple[str, str]]:
-    """The largest parts with parameters of their own in which nothing is fused."""
+    """The largest parts that have their own parameters and contain no fused module."""
     if isinstance(module, Fused) or next(module.parameters(), None) is None:
         return
     if isinstance(module, MSSA | ISTA | OvercompleteISTA):
-        yield path, "runs fused operators already"
+        yield path, "already runs fused operators"
     elif not any(isinstance(m, Fused | MSSA | ISTA | OvercompleteISTA) for m in module.modules()):
         yield path, f"{type(module).__name__}: no CRATE part in it"
     else:

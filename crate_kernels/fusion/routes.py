@@ -1,8 +1,8 @@
-"""The operator routes: what a recognized module computes, in operators.
+"""Operator routes: what a recognized module computes with operators.
 
 A route belongs to one module. Its ``decide`` looks at the module and at everything that the operators would skip. It
-returns the step that gives what the module's own ``forward`` would give, or None where only that ``forward`` may run.
-Its ``assumed`` is what the numerical trial compares with the module's own ``forward``.
+returns a step that gives the result of the module's own ``forward``, or None if only that ``forward`` may run. The
+numerical test compares ``assumed`` with the module's own ``forward``.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from .look import Look
 from .names import CHECKPOINTING, DROPOUT, FUSION
 
 Step = Callable[[Any, Tensor], Tensor | None]
-"""``step(module, x)`` is what a fused module computes for ``forward(x)``; None: its own ``forward`` must run."""
+"""``step(module, x)`` computes ``forward(x)`` of a fused module. None means that its own ``forward`` must run."""
 
 Half = Callable[[Tensor], Tensor]
-"""Half of a layer: tokens to tokens."""
+"""Half of a layer, a function from tokens to tokens."""
 
 REFUSED = (TypeError, ValueError)
-"""How an operator refuses inputs outside of its contract. The modules themselves may know what to do with them."""
+"""Errors of an operator for inputs outside of its contract. The modules themselves may accept such inputs."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class AttentionRoute:
     scale: str | None
     causal: bool
     longest: int | None = None
-    """The largest number of tokens for which the operator is known to agree; None if there is no limit."""
+    """The largest number of tokens for which the operator was found to agree. None means no limit."""
 
     @property
     def reads(self) -> Collection[str]:
@@ -84,7 +84,7 @@ class AttentionRoute:
         return o
 
     def block(self, module: Any, norm: Any, eps: float | None, sign: float, look: Look) -> Half | None:
-        """``z + sign·module(norm(z))`` as one operator; None where somebody watches a part, or a part is not plain."""
+        """``z + sign·module(norm(z))`` as one operator. None if a part has a hook, or is not a plain torch module."""
         projection = module._modules[self.projection]
         outputs = [m for name in self.output for m in _leaves(module._modules[name], look)]
         linears = [m for m in outputs if type(m) is nn.Linear]
@@ -142,21 +142,21 @@ class _AttentionBlock:
 
 @dataclass(frozen=True)
 class ISTARoute:
-    """One ISTA step, or two against an overcomplete dictionary."""
+    """One ISTA step, or two steps with an overcomplete dictionary."""
 
     trial: ClassVar[str] = "an ISTA step known here"
 
     form: str
     step_size: str | float
     lambd: str | float
-    """The attribute's name, or the number that stands in the code."""
+    """The attribute's name, or the number in the code."""
 
     @property
     def reads(self) -> Collection[str]:
         return tuple(value for value in (self.step_size, self.lambd) if isinstance(value, str))
 
     def called(self, module: Any) -> Collection[str]:
-        return ("parametrizations",)  # they run when the operator's arguments are read
+        return ("parametrizations",)  # they run when the operator reads its arguments
 
     def describe(self, module: Any) -> str:
         values = (("step_size", self.step_size), ("lambd", self.lambd))
@@ -171,7 +171,8 @@ class ISTARoute:
         return self.step if self._usable(module, look) else None
 
     def step(self, module: Any, x: Tensor) -> Tensor | None:
-        # Under autocast the operator gives autocast's dtype. A complete step adds to its tokens and keeps theirs.
+        # Under autocast the operator returns autocast's dtype. A complete step adds to its tokens and keeps their
+        # dtype.
         if self.form == "complete" and autocast_is_on(x):
             return None
         try:
@@ -195,7 +196,7 @@ class ISTARoute:
         look: Look,
         residual_dtype: torch.dtype | None = None,
     ) -> Half | None:
-        """``module(norm(z))`` as one operator; None where somebody watches a part."""
+        """``module(norm(z))`` as one operator. None if a part has a hook."""
         if self.form != "complete" or look.hooked(norm) or look.hooked(module) or not self._usable(module, look):
             return None
         return _ISTABlock(self, module, norm, eps, residual_dtype)
@@ -227,7 +228,7 @@ class _ISTABlock:
         weights: list[Any] = [read() for read in self.weights]
         if _ordinary(z, *weights):
             try:
-                # A public layer gives what its LayerNorm gives: the dtype of the norm's weight, even if z is narrower.
+                # A public layer returns the dtype of its LayerNorm's weight, even if z is narrower.
                 z = residual_stream(z, self.residual_dtype or weights[0].dtype)
                 return ops.ista_block(z, *weights, folded=self.ista.folded(), **self.options)
             except REFUSED:
@@ -258,7 +259,8 @@ class _WholeLayer:
 
 @dataclass(frozen=True)
 class PreNormRoute:
-    """``fn(norm(x))``: one operator where ``fn`` is an ISTA step; around attention, it waits for its layer's sum."""
+    """``fn(norm(x))``. Around an ISTA step it is one operator. Around attention it becomes one with the layer's
+    residual."""
 
     trial: ClassVar[str] = "fn(norm(x))"
 
@@ -312,7 +314,7 @@ class StackRoute:
     layers: str
     wiring: str
     residual_dtype: torch.dtype | None = None
-    """Of the residual stream under autocast; None for that of the module's own ``forward``."""
+    """Dtype of the residual stream under autocast. None keeps that of the module's own ``forward``."""
 
     def called(self, module: Any) -> Collection[str]:
         return (self.layers,)
@@ -370,7 +372,7 @@ class LayerRoute:
     eps: tuple[float | None, float | None]
     wiring: str
     residual_dtype: torch.dtype | None = None
-    """As for a stack."""
+    """See :class:`StackRoute`."""
 
     @property
     def reads(self) -> Collection[str]:
@@ -411,14 +413,14 @@ WIRINGS = {
     "residual": "y = x + attn(x); x = y + ista(y)",
     "decoder": "y = linear(x); x = y − attn(y)",
 }
-"""How a layer joins its two halves: vision CRATE, MAE's encoder and GPT-2; CRATE-alpha; MAE's decoder."""
+"""How a layer joins its halves: vision CRATE, MAE's encoder and GPT-2; then CRATE-alpha; then MAE's decoder."""
 
 
 # -- halves of layers that are no operator -------------------------------------------------------------------------
 
 
 class _Halves:
-    """Halves of layers, one after the other."""
+    """Halves of layers that run one after the other."""
 
     def __init__(self, halves: list[Half], residual_dtype: torch.dtype | None = None):
         self.halves, self.residual_dtype = halves, residual_dtype
@@ -431,14 +433,14 @@ class _Halves:
 
 
 def _joined(wiring: str, first: Half, second: Half) -> list[Half]:
-    """The two halves of an encoder layer, by one operator where that is possible."""
+    """The two halves of an encoder layer, as one operator if possible."""
     if wiring == "crate" and isinstance(first, _AttentionBlock) and isinstance(second, _ISTABlock):
         return [_WholeLayer(first, second)]
     return [first, second if wiring == "crate" else _Residual(second)]
 
 
 class _Composition:
-    """``second(first(x))``, called as modules."""
+    """``second(first(x))``. Both are called as modules."""
 
     def __init__(self, first: Any, second: Any):
         self.first, self.second = first, second
@@ -480,7 +482,7 @@ def are_pairs(layers: Any) -> bool:
 
 
 def _reader(module: Any, name: str) -> Callable[[], Tensor | None]:
-    """A function that gives ``module.name``, an order of magnitude faster where it is an ordinary parameter."""
+    """A function that returns ``module.name``. It is ten times as fast if that is an ordinary parameter."""
     if module is None:
         return _nothing
     if torch.compiler.is_compiling() or name not in module._parameters:
@@ -504,7 +506,7 @@ _ORDINARY = {Tensor, nn.Parameter, type(None)}
 
 
 def _ordinary(*tensors: Tensor | None) -> bool:
-    """Whether no tensor is of a class (quantized, distributed) for which the operators have no rule."""
+    """Whether all tensors are ordinary. The operators have no rules for quantized or distributed tensors."""
     return torch.compiler.is_compiling() or _ORDINARY.issuperset(map(type, tensors))
 
 
@@ -513,7 +515,7 @@ def _too_long(x: Tensor, longest: int | None) -> bool:
 
 
 def _leaves(module: Any, look: Look) -> Iterator[Any]:
-    """The modules that a (nested) Sequential calls in turn; the module itself if it is none."""
+    """The modules that a (nested) Sequential calls in turn. For any other module, the module itself."""
     if look.plain(module, nn.Sequential):
         for child in module:
             yield from _leaves(child, look)
@@ -522,7 +524,7 @@ def _leaves(module: Any, look: Look) -> Iterator[Any]:
 
 
 def _drops_out(module: Any) -> bool:
-    """Whether this very module drops values out now."""
+    """Whether this module itself drops values at present."""
     rates = [module.p] if isinstance(module, _DropoutNd) else [module.__dict__.get(name, 0) for name in DROPOUT]
     return module.training and any(is_number(rate) and rate > 0 for rate in rates)
 

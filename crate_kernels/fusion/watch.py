@@ -1,4 +1,4 @@
-"""Noticing changes in microseconds: what a decision was based on, and whether it is still the same."""
+"""Detects changes in microseconds: has anything changed on which a decision was based?"""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ GLOBAL_HOOKS = (
     torch_module._global_backward_hooks,
     torch_module._global_backward_pre_hooks,
 )
-"""Where torch holds the hooks that it calls for every module."""
+"""Places where torch stores the hooks for all modules."""
 
 _WRITTEN_BY_PYTHON = {"__annotations__", "__annotations_cache__", "__annotate_func__", "__slotnames__", "__doc__"}
 
 
 class Watch:
-    """Everything mutable that a decision about ``module`` looked at, with a copy of what it held.
+    """Every mutable object that a decision about ``module`` looked at, with a copy of its content.
 
     ``holds`` compares all of it in a few calls into C: attributes, children and buffers; hooks; classes and their
-    methods; the versions of tensors. It keeps no reference to ``module``, which keeps the decision: a cycle would hold
-    the weights of a deleted model in memory.
+    methods; versions of tensors. The watch has no reference to ``module``, because ``module`` has a reference to the
+    decision. A cycle would keep the weights of a deleted model in memory.
     """
 
     def __init__(self, module: nn.Module):
@@ -80,7 +80,7 @@ class Watch:
                     self._add(vars(c), dict(vars(c)))
 
     def close(self) -> Watch:
-        """Call this when everything has been noted."""
+        """Finish the watch after everything has been noted."""
         self._types = [*map(type, self._modules)]
         self._versions = [version_of(t) for t in self._tensors]
         self._forwards = _forwards(self._torch_classes)
@@ -88,7 +88,7 @@ class Watch:
         return self
 
     def holds(self, module: nn.Module) -> bool:
-        """Whether nothing has changed. ``module`` is the one that the watch was made for, or a copy of it."""
+        """Whether nothing has changed. ``module`` is the module of the watch, or a copy of it."""
         held = module.__dict__
         try:
             return (
@@ -100,12 +100,12 @@ class Watch:
                 and _forwards(self._torch_classes) == self._forwards
                 and [t._version for t in self._tensors] == self._versions
             )
-        except Exception:  # values that cannot be compared are not the same
+        except Exception:  # values that cannot be compared count as different
             return False
 
 
 class _Anything:
-    """Equal to everything: stands for the route itself, which holds the watch."""
+    """Equal to everything. It stands for the route itself, which contains the watch."""
 
     def __eq__(self, other: object) -> bool:
         return True
@@ -120,17 +120,17 @@ _ANYTHING = _Anything()
 
 
 def class_bodies(kinds: Iterable[type]) -> dict[type, dict[str, Any]]:
-    """The methods and attributes of the classes that modules of these kinds inherit from."""
+    """The methods and attributes of the classes from which modules of these kinds inherit."""
     return {c: class_body(c) for kind in kinds for c in _classes(kind)}
 
 
 def _classes(kind: type) -> list[type]:
-    """The classes whose code a module of class ``kind`` runs, without those that ``fuse`` mixes in."""
+    """The classes whose code a module of class ``kind`` runs, without the classes that ``fuse`` adds."""
     return [c for c in kind.__mro__ if c not in (nn.Module, object, KeepsFolded) and ORIGINAL not in vars(c)]
 
 
 def _forwards(kinds: list[type]) -> list[Any]:
-    return [getattr(c, "forward", None) for c in kinds]  # FSDP's own class has none
+    return [getattr(c, "forward", None) for c in kinds]  # FSDP's own class has no forward
 
 
 def _is_torchs(kind: type) -> bool:
@@ -138,7 +138,7 @@ def _is_torchs(kind: type) -> bool:
 
 
 def class_body(kind: type) -> dict[str, Any]:
-    """What ``kind`` itself defines, as far as a ``forward`` may depend on it."""
+    """Those definitions of ``kind`` itself on which a ``forward`` may depend."""
     if _is_torchs(kind):
         return {"forward": getattr(kind, "forward", None)}
     return {name: value for name, value in vars(kind).items() if name not in _WRITTEN_BY_PYTHON}

@@ -81,7 +81,7 @@ class Features(Transformer):
         (lambda: OtherAttention(16, 2), "does not compute subspace attention"),
         (lambda: NormalizedAttention(16, 2, 8), "does not compute subspace attention"),
         (lambda: DetachedAttention(16, 2, 8), "does not compute subspace attention"),
-        (lambda: RecordingAttention(16, 2, 8), "keeps something on the module"),
+        (lambda: RecordingAttention(16, 2, 8), "stores something on the module"),
         (lambda: FixedStep(16), "does not compute an ISTA step"),
         (lambda: PlusISTA(16), "does not compute an ISTA step"),
         (lambda: LearnedStep(16), "is a tensor"),
@@ -131,5 +131,5 @@ def test_models_without_crate_parts():
 
 def test_modules_of_this_package_are_fused_already():
     report = fuse(nn.ModuleDict({"ours": CrateBlock(16, 2, 8), "theirs": Transformer(16, 1, 2, 8)}))
-    assert report.left["ours.mssa"] == report.left["ours.ista"] == "runs fused operators already"
+    assert report.left["ours.mssa"] == report.left["ours.ista"] == "already runs fused operators"
     assert "theirs" in report.fused

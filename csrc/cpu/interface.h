@@ -81,7 +81,7 @@ struct LayerShape {
     double mssa_step_size, step_size, lambd;
 };
 
-// What only the backward reads (lse, middle, statistics) may be null: then it is not written.
+// What only the backward reads (w, o, lse, middle, statistics) may be null: then it is not kept.
 struct LayerForward {
     LayerShape shape;
     LayerWeights weights;

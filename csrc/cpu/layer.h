@@ -37,6 +37,17 @@ struct Norm {
     Source of(const Source& s) const { return gamma == nullptr ? s : s.normalized(mean, rstd, gamma, beta); }
 };
 
+// The sum of term(k) over k = 0, kLanes, ... below `end`, in four chains: one chain would wait for each addition.
+template <class Term>
+inline Floats sum_of_vectors(int64_t end, Term term) {
+    Floats chains[4] = {};
+    int64_t k = 0;
+    for (; k + 4 * kLanes <= end; k += 4 * kLanes)
+        for (int c = 0; c < 4; ++c) chains[c] += term(k + c * kLanes);
+    for (; k < end; k += kLanes) chains[0] += term(k);
+    return (chains[0] + chains[1]) + (chains[2] + chains[3]);
+}
+
 // Mean and 1 / sqrt(variance + eps) of rows [first, first + count).
 inline void row_statistics(const Source& s, int64_t first, int64_t count, int64_t width, const Norm& norm) {
     Frame frame;
@@ -48,13 +59,11 @@ inline void row_statistics(const Source& s, int64_t first, int64_t count, int64_
     for (int64_t i = first; i < first + count; ++i) {
         const float* row = direct ? float_row(s, i, 0) : buffer;
         if (!direct) read(s.data, s.type, i * s.stride, width, buffer);
-        Floats total{}, squares{};
-        for (int64_t k = 0; k < width; k += kLanes) total += load(row + k);
-        const float mean = sum(total) * share;
-        for (int64_t k = 0; k < whole; k += kLanes) {
+        const float mean = sum(sum_of_vectors(width, [&](int64_t k) { return load(row + k); })) * share;
+        Floats squares = sum_of_vectors(whole, [&](int64_t k) {
             const Floats x = load(row + k) - mean;
-            squares += x * x;
-        }
+            return x * x;
+        });
         if (whole < width) {
             const Floats x = select(lanes < int32_t(width - whole), load(row + whole) - mean, Floats{});
             squares += x * x;
@@ -356,7 +365,13 @@ inline void forward(const LayerForward& call) {
 }
 
 inline void layer_forward(const LayerForward& call) {
-    with_engine(call.shape.attention.low_precision, [&](auto kPairs) { forward<kPairs>(call); });
+    Frame frame;
+    LayerForward own = call;
+    const AttentionShape& attention = call.shape.attention;
+    for (MutableArray* t : {&own.w, &own.o})  // in memory that stays: fresh pages cost more than the product that fills them
+        if (call.halves & 1 && t->data == nullptr)
+            t->data = frame.take<char>(attention.batch * attention.tokens * t->stride * bytes_of(t->type));
+    with_engine(attention.low_precision, [&](auto kPairs) { forward<kPairs>(own); });
 }
 
 // -- backward ------------------------------------------------------------------------------------------------------

@@ -189,6 +189,7 @@ static void layer() {
     }
     LayerForward unsaved = f;
     unsaved.out = again, unsaved.lse = nullptr, unsaved.middle = {nullptr, 0, 0};
+    unsaved.w.data = unsaved.o.data = nullptr;
     unsaved.mean_1 = unsaved.rstd_1 = unsaved.mean_2 = unsaved.rstd_2 = nullptr;
     threads = 1;
     if (crate_cpu_layer_forward(&unsaved)) std::exit(1);

@@ -271,9 +271,9 @@ def _from_row(t: Tensor, row: int) -> tuple[int, int, int, int, int]:
     return pointer + row * t.stride(1) * t.element_size(), *rest
 
 
-def _inner_rows(t: Tensor | None, inner: int) -> tuple[int, int, int]:
-    """Tokens of all heads ``(B, N, H, p)``, contiguous, as rows of H·p."""
-    return _ABSENT if t is None else (t.data_ptr(), TYPES[t.dtype], inner)
+def _inner_rows(t: Tensor | None, inner: int, dtype: torch.dtype) -> tuple[int, int, int]:
+    """Tokens of all heads ``(B, N, H, p)``, contiguous, as rows of H·p; None: kept in the library's own memory."""
+    return _pointer(t), TYPES[dtype], inner
 
 
 Weights = tuple[Tensor | None, ...]
@@ -313,14 +313,13 @@ def layer_forward(
     inner = weights[2].shape[0] if attention else 0
     out = torch.empty(z.shape, dtype=z.dtype)
     w = o = lse = mean_1 = rstd_1 = between = mean_2 = rstd_2 = None
-    if attention:
+    if attention and save:
         w = torch.empty((batch, tokens, heads, inner // heads), dtype=compute)
         o = torch.empty(w.shape, dtype=compute)
-        if save:
-            lse = torch.empty((batch, heads, tokens), dtype=torch.float32)
-            mean_1 = torch.empty((batch, tokens), dtype=torch.float32)
-            rstd_1 = torch.empty((batch, tokens), dtype=torch.float32)
-            between = torch.empty(z.shape, dtype=compute) if ista else None
+        lse = torch.empty((batch, heads, tokens), dtype=torch.float32)
+        mean_1 = torch.empty((batch, tokens), dtype=torch.float32)
+        rstd_1 = torch.empty((batch, tokens), dtype=torch.float32)
+        between = torch.empty(z.shape, dtype=compute) if ista else None
     if ista and save and weights[5] is not None:
         mean_2 = torch.empty((batch, tokens), dtype=torch.float32)
         rstd_2 = torch.empty((batch, tokens), dtype=torch.float32)
@@ -328,7 +327,8 @@ def layer_forward(
         batch, tokens, heads, inner // heads, _pointer(lengths), causal, scale, low_precision(compute), 0,
         width, *steps,
         *_weight_fields(weights, eps), *packed, attention + 2 * ista,
-        *_rows(z), *_inner_rows(w, inner), *_inner_rows(o, inner), _pointer(lse), *_rows(between), *_rows(out),
+        *_rows(z), *_inner_rows(w, inner, compute), *_inner_rows(o, inner, compute), _pointer(lse),
+        *_rows(between), *_rows(out),
         _pointer(mean_1), _pointer(rstd_1), _pointer(mean_2), _pointer(rstd_2),
     )  # fmt: skip
     return out, w, o, lse, mean_1, rstd_1, between, mean_2, rstd_2
@@ -366,7 +366,8 @@ def layer_backward(
         batch, tokens, heads, inner // heads, _pointer(lengths), causal, scale, low_precision(compute), 0,
         width, *steps,
         *_weight_fields(weights, eps), 0, 0, 0, attention + 2 * ista,
-        *_rows(grad), *_rows(out), *_rows(z), *_inner_rows(w, inner), *_inner_rows(o, inner), _pointer(lse),
+        *_rows(grad), *_rows(out), *_rows(z), *_inner_rows(w, inner, compute),
+        *_inner_rows(o, inner, compute), _pointer(lse),
         *_rows(between if attention else z), _pointer(mean_1), _pointer(rstd_1), _pointer(mean_2), _pointer(rstd_2),
         *(field for t in gradients for field in _rows(t)),
     )  # fmt: skip

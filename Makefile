@@ -16,10 +16,11 @@ lint:
 
 test: lint tests
 
-# Twice, because Triton decides when kernels are defined whether they are compiled or interpreted.
+# Twice, because Triton decides when kernels are defined whether they are compiled or interpreted. The interpreted ones
+# share no fixtures, and most of them stand in one file.
 tests:
 	$(PYTEST) --durations=15
-	TRITON_INTERPRET=1 $(PYTEST) tests/triton --durations=5
+	TRITON_INTERPRET=1 $(PYTEST) --dist worksteal tests/triton --durations=5
 
 # The documentation site, in build/docs.
 docs:

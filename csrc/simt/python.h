@@ -1,4 +1,5 @@
-// What the Python side of the emulator shares: arrays as a device would hold them, and the parts of the module.
+// What the Python side of the emulator shares: arrays as a device would hold them, and the parts of the module. The
+// kernels do without: pybind11 takes longer to compile than they do.
 #pragma once
 
 #include <pybind11/numpy.h>
@@ -37,22 +38,6 @@ inline bool is_bf16(const std::string& format) {
     return format == "bfloat16";
 }
 
-// What a launcher of cuda/launch.h does here: the machine's error becomes the launcher's.
-template <class F>
-const char* guarded(F f) {
-    static thread_local std::string text;
-    try {
-        Counters counters;
-        return f(Options(), counters);
-    } catch (const std::exception& error) {
-        text = error.what();
-        return text.c_str();
-    }
-}
-
-void bind_attention_forward(pybind11::module_& m);
-void bind_attention_backward(pybind11::module_& m);
-void bind_layer_norm(pybind11::module_& m);
 void bind_probes(pybind11::module_& m);
 
 }  // namespace simt

@@ -41,7 +41,7 @@ def test_random_calls_touch_no_foreign_memory_and_do_not_race(name, tmp_path):
     fastest, sanitizer = SANITIZERS[name]
     for isa in (fastest, "avx512", "avx2") if platform.machine() in ("x86_64", "AMD64") else ("neon",):
         program = tmp_path / "fuzz"
-        command = build_command(COMPILER, isa, program, "-O1", "-g", *sanitizer)
+        command = build_command(COMPILER, isa, program, "-O1", "-g1", *sanitizer)
         built = subprocess.run(command, capture_output=True, text=True)
         if built.returncode and isa != "avx2":  # an older compiler
             continue

@@ -25,8 +25,11 @@ from torch import Tensor
 ROOT = Path(__file__).parents[2]
 SOURCES = ROOT / "csrc"
 BUILD = ROOT / "build" / "simt"
-UNITS = ("machine", "python", "probes", "matrix_product", "layer_norm", "attention_forward", "attention_backward")
+UNITS = ("machine", "matrix_product", "layer_norm", "attention_forward", "attention_backward")
 SHARED_WITH_CUDA = ("interface",)
+UNOPTIMIZED = ("python", "probes")
+"""Units without a kernel of the project, compiled once for all builds. They are linked last: of an inline function that
+several units hold, the linker takes the first."""
 SANITIZE = ("-O1", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer")
 
 
@@ -57,7 +60,7 @@ def closure(source: Path, roots: tuple[Path, ...]) -> list[Path]:
 
 
 def build(flags: tuple[str, ...] = ("-O2",), sources: Path = SOURCES) -> Path:
-    """Compile ``sources/simt`` and return the path of the module.
+    """Compile ``csrc/simt``, its attention from ``sources``, and return the path of the module.
 
     It is a Python module, and has the C interface of the CUDA library as well.
     """
@@ -70,24 +73,28 @@ def build(flags: tuple[str, ...] = ("-O2",), sources: Path = SOURCES) -> Path:
 def _build(flags: tuple[str, ...], sources: Path) -> Path:
     import pybind11
 
-    includes = [f"-I{d}" for d in (sources, sources / "include", pybind11.get_include(), sysconfig.get_path("include"))]
     options = ["-std=c++20", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-missing-field-initializers"]
-    options += [*flags, "-Werror"]
+    options += ["-Werror"]
+    python = [f"-I{folder}" for folder in (pybind11.get_include(), sysconfig.get_path("include"))]
 
-    def compile_unit(source: Path) -> Path:
-        key = hashlib.sha256(" ".join([compiler(), *options, sys.implementation.cache_tag]).encode())
-        for file in closure(source, (sources, sources / "include")):
+    def compile_unit(unit: str) -> Path:
+        root = sources if unit.startswith("attention") else SOURCES
+        roots = root, root / "include"
+        source = root / ("cuda" if unit in SHARED_WITH_CUDA else "simt") / f"{unit}.cpp"
+        command = [compiler(), *options, *(("-O0",) if unit in UNOPTIMIZED else flags)]
+        key = hashlib.sha256(" ".join([*command, sys.implementation.cache_tag]).encode())
+        for file in closure(source, roots):
             key.update(file.read_bytes())
-        out = BUILD / f"{source.stem}-{key.hexdigest()[:16]}.o"
+        out = BUILD / f"{unit}-{key.hexdigest()[:16]}.o"
         if not out.exists():
             partial = out.with_suffix(f".{os.getpid()}.o")
-            subprocess.run([compiler(), *options, *includes, "-c", source, "-o", partial], check=True)
+            includes = [*(f"-I{folder}" for folder in roots), *python]
+            subprocess.run([*command, *includes, "-c", source, "-o", partial], check=True)
             partial.rename(out)
         return out
 
-    units = [sources / "simt" / f"{u}.cpp" for u in UNITS] + [sources / "cuda" / f"{u}.cpp" for u in SHARED_WITH_CUDA]
     with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS", 2))) as pool:
-        objects = list(pool.map(compile_unit, units))
+        objects = list(pool.map(compile_unit, UNITS + SHARED_WITH_CUDA + UNOPTIMIZED))
     name = hashlib.sha256(" ".join(o.name for o in objects).encode()).hexdigest()[:16]
     module = BUILD / name / f"crate_simt{importlib.machinery.EXTENSION_SUFFIXES[0]}"
     if not module.exists():

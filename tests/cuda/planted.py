@@ -1,13 +1,57 @@
-"""Runs one head through a build of the emulator with a planted fault: ``python -m tests.cuda.planted MODULE IN OUT``.
+"""Runs one head through a build of the emulator, once without a fault and once with each of those that are planted in
+it: ``python -m tests.cuda.planted MODULE IN OUT``.
 
 In a process of its own, because Python would take a second module of the same name for the first.
 """
 
+import os
 import sys
+from pathlib import Path
 
 import torch
 
 from . import emulator
+
+VARIABLE = "CRATE_PLANTED_FAULT"
+"""The environment variable that names the fault to commit."""
+
+BARRIER = "if (step == 0) continue;\n            sync_block();"
+NO_BARRIER = BARRIER.replace("sync_block", "if (!HERE) sync_block")
+FAULTS = {
+    "no barrier": ("attention_forward.cuh", BARRIER, NO_BARRIER),
+    "no barrier in the backward": ("attention_backward.cuh", BARRIER, NO_BARRIER),
+    "too little shared memory": (
+        "attention_forward.cuh",
+        "rows_bytes(n) + 2 * exchange_bytes",
+        "rows_bytes(n) + (HERE ? 1 : 2) * exchange_bytes",
+    ),
+    "wrong fragment index": (
+        "warp_tile.cuh",
+        "a[1] = pack<T>(c[0][2], c[0][3]);",
+        "a[1] = HERE ? pack<T>(c[0][3], c[0][2]) : pack<T>(c[0][2], c[0][3]);",
+    ),
+}
+"""Name -> the file, what stands there, and what takes its place; ``HERE`` is whether this is the fault to commit."""
+
+CHOICE = f"""#pragma once
+#include <cstdlib>
+#include <cstring>
+inline bool planted(const char* fault) {{
+    const char* chosen = std::getenv("{VARIABLE}");
+    return chosen && !std::strcmp(chosen, fault);
+}}
+"""
+
+
+def plant(sources: Path) -> None:
+    """Plant all the faults in a copy of the sources; each is committed while the environment variable names it."""
+    headers = sources / "include" / "crate"
+    choice = headers / "dispatch.h", "#pragma once\n", CHOICE
+    faults = [(headers / f, old, new.replace("HERE", f'planted("{n}")')) for n, (f, old, new) in FAULTS.items()]
+    for path, old, new in [choice, *faults]:
+        text = path.read_text()
+        assert text.count(old) == 1
+        path.write_text(text.replace(old, new))
 
 
 def run(kernels: emulator.Kernels, w, grad, o, lse) -> dict:
@@ -27,4 +71,8 @@ def run(kernels: emulator.Kernels, w, grad, o, lse) -> dict:
 
 
 if __name__ == "__main__":
-    torch.save(run(emulator.Kernels(emulator.load(sys.argv[1])), *torch.load(sys.argv[2])), sys.argv[3])
+    kernels, tensors, results = emulator.Kernels(emulator.load(sys.argv[1])), torch.load(sys.argv[2]), {}
+    for fault in ("none", *FAULTS):
+        os.environ[VARIABLE] = fault
+        results[fault] = run(kernels, *tensors)
+    torch.save(results, sys.argv[3])

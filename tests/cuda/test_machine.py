@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from . import budget, emulator
+from . import budget, emulator, planted
 
 # PTX ISA, "Matrix fragments for mma.m16n8k16": groupID = lane >> 2, threadID_in_group = lane % 4, and for element i of
 # the fragment (row, column) are
@@ -153,38 +153,28 @@ def test_bank_conflicts(simt, stride, conflicts):
 # -- faults planted in the real kernels -------------------------------------------------------------------------------
 
 
-EXCHANGE_BARRIER = "            if (step == 0) continue;\n            sync_block();\n"
-NO_BARRIER = "            if (step == 0) continue;\n"
-
-
 def head():
     generator = torch.Generator().manual_seed(0)
     return torch.randn(2, 1, 197, 1, 48, generator=generator).bfloat16()
 
 
-@pytest.fixture
-def planted(simt, tmp_path):
-    """Build the kernels with ``old`` replaced in one file, and run a head; only width 48 in bfloat16, to be quick."""
-
-    def build_and_run(file, old, new):
-        sources = emulator.in_bfloat16(tmp_path, (48,))
-        target = sources / "include" / "crate" / file
-        text = target.read_text()
-        assert text.count(old) == 1
-        target.write_text(text.replace(old, new))
-        module = emulator.build(sources=sources)
-        w, grad = head()
-        o, lse, _ = simt.attention(w)
-        torch.save([w, grad, o, lse], tmp_path / "in")
-        command = [sys.executable, "-m", "tests.cuda.planted", module, tmp_path / "in", tmp_path / "out"]
-        subprocess.run(command, cwd=emulator.ROOT, check=True)
-        return torch.load(tmp_path / "out")
-
-    return build_and_run
+@pytest.fixture(scope="module")
+def committed(simt, tmp_path_factory):
+    """Each planted fault, and none -> what the kernels gave for a head; only width 48 in bfloat16 is built."""
+    folder = tmp_path_factory.mktemp("planted")
+    sources = emulator.in_bfloat16(folder, (48,))
+    planted.plant(sources)
+    module = emulator.build(sources=sources)
+    w, grad = head()
+    o, lse, _ = simt.attention(w)
+    torch.save([w, grad, o, lse], folder / "in")
+    command = [sys.executable, "-m", "tests.cuda.planted", module, folder / "in", folder / "out"]
+    subprocess.run(command, cwd=emulator.ROOT, check=True)
+    return torch.load(folder / "out")
 
 
-def test_the_same_build_without_a_fault_is_clean(simt, planted):
-    got = planted("attention_forward.cuh", EXCHANGE_BARRIER, EXCHANGE_BARRIER)
+def test_the_same_build_without_a_fault_is_clean(simt, committed):
+    got = committed["none"]
     w, grad = head()
     o, lse, _ = simt.attention(w)
     assert torch.equal(got["forward"], o)
@@ -192,28 +182,24 @@ def test_the_same_build_without_a_fault_is_clean(simt, planted):
     assert torch.equal(got["backward"], simt.attention_backward(grad, w, o, lse)[0])
 
 
-def test_a_removed_barrier_is_caught(simt, planted):
-    got = planted("attention_forward.cuh", EXCHANGE_BARRIER, NO_BARRIER)
+def test_a_removed_barrier_is_caught(simt, committed):
+    got = committed["no barrier"]
     assert re.match("race|uninitialized", got["forward"])
     expected, _, _ = simt.attention(head()[0])
     assert any(not torch.equal(shuffled, expected) for shuffled in got["shuffled"])
 
 
-def test_a_removed_barrier_is_caught_in_the_backward(planted):
-    got = planted("attention_backward.cuh", EXCHANGE_BARRIER, NO_BARRIER)
-    assert re.match("race|uninitialized", got["backward"])
+def test_a_removed_barrier_is_caught_in_the_backward(committed):
+    assert re.match("race|uninitialized", committed["no barrier in the backward"]["backward"])
 
 
-def test_too_little_shared_memory_is_caught(planted):
-    sizes = "rows_bytes(n) + 2 * exchange_bytes(n) + scratch_bytes(n)"
-    got = planted("attention_forward.cuh", sizes, sizes.replace("2 * ", ""))
-    assert got["forward"].startswith("out of bounds")
+def test_too_little_shared_memory_is_caught(committed):
+    assert committed["too little shared memory"]["forward"].startswith("out of bounds")
 
 
-def test_a_wrong_fragment_index_is_caught(planted):
-    got = planted("warp_tile.cuh", "a[1] = pack<T>(c[0][2], c[0][3]);", "a[1] = pack<T>(c[0][3], c[0][2]);")
+def test_a_wrong_fragment_index_is_caught(committed):
     w, grad = head()
     exact, _ = budget.attention(w.double(), grad.double())
     reference, _ = budget.attention(w, grad)
     with pytest.raises(AssertionError, match="error"):
-        budget.check(got["forward"], exact, reference)
+        budget.check(committed["wrong fragment index"]["forward"], exact, reference)

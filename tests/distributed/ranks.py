@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import socket
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as multiprocessing
+from torch.multiprocessing import start_processes
+
+# What the ranks import, and what takes them longer than most tests. A server imports it once, and forks every rank.
+IMPORTS = ["crate_kernels.fusion", "tests.distributed.trainers"]
 
 
 def run_on_ranks(size: int, function, *arguments) -> None:
     """Call ``function(*arguments)`` on ``size`` ranks; a failure on any of them fails the test with its traceback."""
+    multiprocessing.set_forkserver_preload(IMPORTS)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    multiprocessing.spawn(_rank, (size, port, function, arguments), nprocs=size)
+    start_processes(_rank, (size, port, function, arguments), nprocs=size, start_method="forkserver")
 
 
 def _rank(rank: int, size: int, port: int, function, arguments) -> None:

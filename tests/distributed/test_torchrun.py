@@ -1,5 +1,7 @@
 """Commands under torchrun: a rank that dies, torchrun's restart, and what is refused."""
 
+import contextlib
+import io
 import json
 import os
 import subprocess
@@ -8,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 
 pytest.importorskip("timm")
 pytest.importorskip("rich")
@@ -15,6 +18,8 @@ pytest.importorskip("rich")
 from crate_kernels.cli import main
 from crate_kernels.models.checkpoint import read
 from crate_kernels.runs.logs import read_records
+
+from .ranks import run_on_ranks
 
 HERE = Path(__file__).parent
 SMALL = [
@@ -51,11 +56,33 @@ def records(folder):
     ).read_text()
 
 
+def said_by_each_rank(*command):
+    """What the command returns, and what each of the ranks that exist already prints: normally, and as errors."""
+    with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as error:
+        try:
+            code = main(list(map(str, command)))
+        except SystemExit as end:
+            code = end.code
+    texts = [None] * dist.get_world_size()
+    dist.all_gather_object(texts, (out.getvalue(), error.getvalue()))
+    return code, *zip(*texts, strict=True)
+
+
+def refused_and_whole(command, folder):
+    code, _, errors = said_by_each_rank(*command, "--batch-size=7", "--output", folder / "x")
+    assert code == 2
+    sentence = "crate-kernels: --batch-size 7 is the batch of all ranks together: 2 ranks do not divide it\n"
+    assert errors == (sentence, "")  # of one rank
+
+    code, texts, errors = said_by_each_rank(*command, "--parallel=fsdp", "--output", folder / "whole")
+    assert code == 0, errors
+    assert texts[0].count("fsdp over 2 ranks") == 1
+    assert texts[1] == ""  # rank 0 alone speaks
+
+
 def test_torchrun_starts_a_killed_run_again_and_nothing_is_lost(command, tmp_path):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    run = torchrun("-m", "crate_kernels", *command, "--parallel=fsdp", "--output", whole)
-    assert run.returncode == 0, run.stderr
-    assert run.stdout.count("fsdp over 2 ranks") == 1  # rank 0 alone speaks
+    run_on_ranks(2, refused_and_whole, command, tmp_path)
     assert (whole / "layerwise_training.png").read_bytes()[:4] == b"\x89PNG"
     summary = json.loads((whole / "summary.json").read_text())
     assert summary["ranks"] == 2
@@ -89,13 +116,6 @@ def test_a_killed_run_ends_with_an_error_and_resumes_on_one_rank(command, tmp_pa
     assert [line["step"] for line in ours] == [line["step"] for line in expected]
     # float32: one rank and two round differently.
     assert [line["loss"] for line in ours] == pytest.approx([line["loss"] for line in expected], rel=1e-4)
-
-
-def test_refusals_are_one_sentence_of_one_rank(command, tmp_path):
-    run = torchrun("-m", "crate_kernels", *command, "--batch-size=7", "--output", tmp_path / "x")
-    assert run.returncode != 0
-    said = [line for line in run.stderr.splitlines() if line.startswith("crate-kernels")]
-    assert said == ["crate-kernels: --batch-size 7 is the batch of all ranks together: 2 ranks do not divide it"]
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])

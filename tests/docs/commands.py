@@ -7,12 +7,14 @@ import functools
 import importlib
 import importlib.util
 import io
+import os
 import re
+import runpy
 import shlex
-import subprocess
 import sys
 import tomllib
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
@@ -115,8 +117,17 @@ def _known_options(program: tuple[str, ...], arguments: list[str]) -> None:
 
 @functools.cache
 def _help(program: tuple[str, ...]) -> str:
-    command = [sys.executable, *program, "--help"]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300, check=True, cwd=ROOT).stdout
+    """What the program prints for ``--help``, in this process: another one would import torch first."""
+    name, run = program[-1], runpy.run_module if program[0] == "-m" else runpy.run_path
+    path = [str(Path(name).parent), *sys.path]
+    with (
+        mock.patch.multiple(sys, argv=[name, "--help"], path=path),
+        mock.patch.dict(os.environ),
+        contextlib.redirect_stdout(io.StringIO()) as out,
+        pytest.raises(SystemExit, match="0"),
+    ):
+        run(name, run_name="__main__")
+    return out.getvalue()
 
 
 def _pytest(arguments: list[str]) -> None:

@@ -34,13 +34,6 @@ STATEFUL = shlex.split(
 )
 
 
-@pytest.fixture(autouse=True)
-def few_repeats(monkeypatch):
-    """Speeds are checked for sense in one test; elsewhere one measurement is as good as many."""
-    medians = speed.medians
-    monkeypatch.setattr(speed, "medians", lambda runs, device, rounds: medians(runs, device, 1))
-
-
 def weights(folder, name="model.safetensors"):
     return read(folder / name)[0]
 

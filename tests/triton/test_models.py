@@ -94,7 +94,7 @@ def test_a_training_run_follows_the_reference(model):
         trained = copy.deepcopy(model)
         optimizer = torch.optim.SGD(trained.parameters(), lr=0.05)
         curve = []
-        for _ in range(8):
+        for _ in range(4):
             with ops.use_backend(backend):
                 loss = torch.nn.functional.cross_entropy(trained(IMAGES), torch.arange(3, device=DEVICE))
             optimizer.zero_grad()

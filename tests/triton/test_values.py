@@ -35,8 +35,17 @@ SHARED = [
 ]
 
 
-@pytest.mark.parametrize("dtype", [SINGLE, BRAIN, HALF], ids=str)
-@pytest.mark.parametrize("name", SHARED)
+# The small tiles of the interpreter make of 65 tokens what 197 tokens are to a GPU, so one type has both numbers there.
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        (name, dtype)
+        for name in SHARED
+        for dtype in (SINGLE, BRAIN, HALF)
+        if DEVICE == "cuda" or dtype == SINGLE or "N197" not in name
+    ],
+    ids=str,
+)
 def test_shared_cases(name, dtype):
     check(CASES[name], dtype)
 
@@ -329,7 +338,10 @@ def test_second_derivatives_are_the_references(name):
         torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-3 * want.abs().max().item())
 
 
-@pytest.mark.parametrize("name", ["attention-N197", "attention-N65-causal", "ista-50x8", "mssa-plain"])
+@pytest.mark.parametrize(
+    "name",
+    ["attention-N197" if DEVICE == "cuda" else "attention-N65", "attention-N65-causal", "ista-50x8", "mssa-plain"],
+)
 def test_gradients_are_bitwise_repeatable(name):
     case = CASES[name].to(BRAIN)
     for first, second in zip(run(case, "triton", BRAIN), run(case, "triton", BRAIN), strict=True):

@@ -1,8 +1,9 @@
 # The common jobs. PYTHON is the interpreter of an environment in which `make install` may install.
 PYTHON ?= python
-# Processes that run tests at the same time. A file's tests stay in one of them, so that they share fixtures.
+# Processes that run tests at the same time, a thread each: threads of several processes would wait for one another's
+# turn. A file's tests stay in one process, so that they share fixtures.
 WORKERS ?= 2
-PYTEST = OMP_WAIT_POLICY=passive $(PYTHON) -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+PYTEST = OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(PYTHON) -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 .PHONY: install lint test tests docs test-oldest bench
 

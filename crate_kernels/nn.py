@@ -271,7 +271,8 @@ class KeepsFolded(nn.Module):
         return weight._version, weight.data_ptr(), weight.dtype, weight.device, tuple(weight.stride())
 
     def _folded_in_graph(self, weight: Tensor) -> Tensor | None:
-        """What a graph of torch.compile or torch.export holds. It cannot check the version counter in every call."""
+        """The folded matrix in a graph of torch.compile or torch.export. A graph cannot check the version counter in
+        every call."""
         if standard.exporting():
             if self._folded is not None:
                 (version, *_), folded, alias = self._folded
@@ -338,7 +339,7 @@ class CrateBlock(nn.Module):
     """One CRATE layer: ``z' = z + MSSA(LN z)`` compresses the tokens, ``z" = ISTA(LN z')`` sparsifies them.
 
     The layer is one fused operator. It runs as modules with dropout in training, with options that the operator does
-    not know, and while somebody watches or replaces one of its modules (see :func:`plain`).
+    not know, and while one of its modules has a hook or is replaced (see :func:`plain`).
 
     Args:
         dim, heads, dim_head, dropout, causal, output_bias: see :class:`MSSA`.
@@ -573,9 +574,9 @@ PLAIN = frozenset((nn.LayerNorm, nn.Linear, nn.Identity, TransposedProjection, M
 
 
 def plain(*modules: nn.Module) -> bool:
-    """Whether an operator may read the modules' parameters and pass their ``forward`` by.
+    """Whether an operator may read the modules' parameters instead of calling their ``forward``.
 
-    False for a module with a hook, with a ``forward`` of its own, or of a class that somebody put in place of ours (an
+    False for a module with a hook or with its own ``forward`` on the instance, and for a class that replaces ours (an
     adapter, a quantized layer, a parametrized or sharded one).
     """
     return all(
@@ -589,7 +590,7 @@ def plain(*modules: nn.Module) -> bool:
 def mssa_half_step(
     norm: nn.LayerNorm, mssa: MSSA, z: Tensor, lengths: Tensor | None = None, step_size: float = 1.0
 ) -> Tensor:
-    """``z + step_size·MSSA(LN z)``, by the operator where it computes this module; ``z (B, N, d)``."""
+    """``z + step_size·MSSA(LN z)``, by the operator if it can compute this module; ``z (B, N, d)``."""
     if not mssa.fusible or not plain(norm):
         return z + step_size * mssa(norm(z), lengths)
     linear = not isinstance(mssa.output, nn.Identity)

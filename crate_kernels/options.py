@@ -13,7 +13,7 @@ LARGEST = 2**31 - 1
 """Largest integer that an option accepts by default."""
 
 GROUPS = ("options", "data", "model", "optimization", "machine", "ranks and memory", "measurement", "output")
-"""The headings of the help, in their order."""
+"""The headings of the help, in order."""
 
 METAVARS = {"int": "N", "float": "X", "str": "TEXT"}
 
@@ -21,10 +21,10 @@ PATHS = {
     "data": "NAME_OR_PATH", "root": "PATH", "text": "PATH", "init": "PATH", "output": "PATH", "results": "PATH",
     "classes": "PATH", "index": "PATH_OR_URL",
 }  # fmt: skip
-"""What the help shows for the value of an option with one of these names, in every command."""
+"""What the help prints as the value of an option with one of these names, in every command."""
 
 Condition = tuple[str, Callable[[Any], bool]]
-"""When an option applies: a text for the user, and a function of the settings."""
+"""Condition under which an option applies: a text for the user, and a function of the settings."""
 
 
 def option(
@@ -47,7 +47,7 @@ def option(
         group: heading of the option in the help.
         least, above, most, below: the range of a number.
         choices: the values of a word.
-        only: when the option applies; elsewhere it is refused.
+        only: the condition under which the option applies. Otherwise it is refused.
     """
     limits = dict(least=least, above=above, most=most, below=below)
     choices = None if choices is None else tuple(choices)
@@ -93,7 +93,7 @@ def check(settings: Any, given: Iterable[str] = ()) -> None:
 
 
 def check_value(field: dataclasses.Field, value: Any) -> None:
-    """The checks of one value, which is not None."""
+    """Check one value, which is not None."""
     name, kind, limits = flag(field.name), type_name(field), field.metadata["limits"]
     if kind == "str":
         choices = field.metadata["choices"]
@@ -166,9 +166,9 @@ def add_arguments(
     """Add an argument for each option of ``kind``. Missing arguments are not in the parsed namespace.
 
     Args:
-        variants: settings whose defaults the help shows: "" for those of the bare command, and by their label those of
-            other data sets, models and the like.
-        needed: arguments that must be given, as the line of usage shows them.
+        variants: settings whose defaults the help shows. The label "" is the bare command; other labels are data sets,
+            models and so on.
+        needed: required arguments, in the form of the usage line.
     """
     variants = {"": kind()} if variants is None else variants
     parser.usage = " ".join(filter(None, ("%(prog)s", needed, "[options]")))
@@ -205,13 +205,13 @@ def default_in_words(name: str, variants: Mapping[str, Any]) -> str:
 
 
 def given(args: argparse.Namespace, kind: type) -> dict[str, Any]:
-    """The options of ``kind`` that the command line names, with their values."""
+    """The options of ``kind`` that are on the command line, with their values."""
     names = {field.name for field in fields(kind)}
     return {name: value for name, value in vars(args).items() if name in names}
 
 
 def parse(args: argparse.Namespace, kind: type) -> Any:
-    """The checked options of ``kind``: those that the command line names, defaults for all others."""
+    """The checked options of ``kind``: values from the command line, and defaults for all others."""
     options = given(args, kind)
     settings = kind(**options)
     check(settings, options)

@@ -1,9 +1,9 @@
-"""A known-answer test of a kernel, before the automatic choice takes it on a device for the first time.
+"""A known-answer test of a kernel, before the automatic choice uses it on a device for the first time.
 
-Few devices have run these kernels. The test runs an operator forward and backward on a small and on an awkward shape,
-and judges the results as every other test does: against the reference equations in float64 (``agreement.py``). The
-result is remembered for the combination of device, driver, torch, Triton and package. After a failure, one warning says
-what was wrong, and the automatic choice passes the kernel by. An explicitly requested backend is not tested.
+Few devices have run these kernels. The test runs an operator forward and backward on a small and on an awkward shape.
+It compares the results with the reference equations in float64, by the error budget of all tests (``agreement.py``).
+The result is stored for the combination of device, driver, torch, Triton and package. After a failure, one warning
+gives the error, and the automatic choice skips the kernel. A requested backend is not tested.
 
 ``crate-kernels selftest`` runs the tests of all operators and prints a table. ``CRATE_KERNELS_SELFTEST=0`` skips the
 tests of the automatic choice.
@@ -34,17 +34,18 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 _lock = threading.RLock()
 _failures: dict[tuple[str, int | None, str], str | None] = {}
-"""What this process has learned: device and kernel -> what was wrong, or None. A call must not wait for a file."""
+"""Results of this process: device and kernel -> the error, or None. They are in memory, because a call must not wait
+for a file."""
 
 Tensors = tuple[Any, ...]
 """Tensors, or None for an absent one."""
 Example = tuple[Tensors, dict[str, Any]]
 EXAMPLES = 2
-"""Calls that a test consists of."""
+"""Number of calls in a test."""
 
 
 def examples(operator: str) -> Iterator[Example]:
-    """The tensors, in float64 on the CPU, and options of two calls of an operator: a small one and an awkward one."""
+    """The tensors (float64, on the CPU) and options of two calls of an operator: a small one and an awkward one."""
     generator = torch.Generator().manual_seed(0)
 
     def normal(*shape: int, spread: float = 1.0) -> Tensor:
@@ -71,7 +72,7 @@ def examples(operator: str) -> Iterator[Example]:
         elif operator == "crate_layer":
             yield (z, *attention, *norm(d), matrix), dict(heads=heads, **options)
         else:
-            raise ValueError(f"{operator}: no example of this operator")
+            raise ValueError(f"{operator}: there is no example of this operator")
 
 
 def largest_score(operator: str, tensors: Tensors, options: Mapping[str, Any]) -> float:
@@ -96,7 +97,7 @@ def known_answer(
         autocast: whether the tokens stay float32 while the products are in ``dtype``.
 
     Returns:
-        None if the results are right, or what was wrong, in one sentence.
+        None if the results are right; otherwise one sentence about the error.
 
     Raises:
         CannotRun: the backend can run none of the examples.
@@ -124,7 +125,7 @@ def known_answer(
                     return f"{verdict.detail} (tokens {tuple(tensors[0].shape)})"
     except backends.CannotRun:
         raise
-    except Exception as error:  # whatever a compiler, a driver or a launch may raise
+    except Exception as error:  # compilers, drivers and launches raise errors of many types
         return f"{type(error).__name__}: {error}".split("\n")[0]
     finally:
         torch.set_rng_state(state)
@@ -140,7 +141,7 @@ def _results(
     dtype: torch.dtype | None,
     autocast: torch.dtype | None,
 ) -> list[Tensor]:
-    """The output and the gradient of every tensor; "" stands for the reference equations in ``dtype``."""
+    """The output and the gradient of every tensor. The backend "" means the reference equations in ``dtype``."""
     leaves = [None if t is None else t.to(device, dtype or t.dtype, copy=True).requires_grad_() for t in tensors]
     options = {name: v.to(device) if isinstance(v, Tensor) else v for name, v in options.items()}
     with torch.autocast(device.type, autocast or torch.bfloat16, enabled=autocast is not None):
@@ -153,8 +154,8 @@ def _results(
 def trusted(operator: str, backend: str, tensors: tuple) -> bool:
     """Whether the automatic choice may take ``backend`` for a call of ``operator`` with these inputs.
 
-    Tests the kernel if nothing is known about it. Nothing is run while a graph is captured or a call is traced: an
-    earlier result counts then, and without one the answer is no.
+    If there is no result for the kernel, it is tested now. Nothing runs while a graph is captured or a call is traced:
+    an earlier result counts then, and without one the answer is no.
     """
     device = tensors[0].device
     if backend not in TESTED.get(device.type, ()) or operator not in ops.OPERATORS:
@@ -173,7 +174,7 @@ def trusted(operator: str, backend: str, tensors: tuple) -> bool:
 def _verdict(
     operator: str, backend: str, kind: str, index: int | None, dtype: torch.dtype, autocast: bool, traced: bool
 ) -> bool:
-    """The answer of :func:`trusted`. While a call is traced, this function runs as it is."""
+    """The answer of :func:`trusted`. In a traced call this function runs during tracing."""
     if os.environ.get(ENVIRONMENT_VARIABLE) == "0":
         return True
     device, name = torch.device(kind if index is None else f"{kind}:{index}"), _name(operator, backend, dtype, autocast)
@@ -185,7 +186,7 @@ def _verdict(
                     return False
                 try:
                     known = _remember(device, name, known_answer(operator, backend, device, dtype, autocast))
-                except backends.CannotRun:  # the kernel takes the call, but no example: nothing is known about it
+                except backends.CannotRun:  # the kernel accepts the call, but none of the examples: there is no result
                     return False
             _failures[kind, index, name] = known[name]
             if known[name] is not None:
@@ -221,7 +222,7 @@ backends.judge = trusted
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--all", action="store_true", help="test again what an earlier run has tested")
+    parser.add_argument("--all", action="store_true", help="repeat tests that an earlier run has finished")
 
 
 def run(args: argparse.Namespace) -> int:

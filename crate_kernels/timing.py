@@ -16,8 +16,8 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 
 SHORTEST_SAMPLE = 1e-3
-"""Shortest sample in seconds. On the CPU faster calls are repeated within a sample, far above the clock's
-resolution."""
+"""Shortest sample in seconds. On the CPU, faster calls are repeated within a sample, so that a sample is much longer
+than the resolution of the clock."""
 
 
 def quantiles(values: Sequence[float]) -> dict[str, float]:
@@ -33,7 +33,7 @@ def quantiles(values: Sequence[float]) -> dict[str, float]:
 
 
 def paired_ratio(baseline: Sequence[float], samples: Sequence[float]) -> dict[str, float]:
-    """Quantiles of ``baseline / samples`` round by round: above 1 means faster than the baseline."""
+    """Quantiles of ``baseline / samples``, round by round. Above 1 means faster than the baseline."""
     return quantiles([b / s for b, s in zip(baseline, samples, strict=True)])
 
 
@@ -45,12 +45,12 @@ def measure(
     rounds: tuple[int, int] = (5, 100),
     cold: bool = False,
 ) -> dict[str, list[float]]:
-    """Seconds per call of every function, one value a round.
+    """Seconds per call of every function, one value per round.
 
     Args:
-        runs: name -> function; each has run once already.
-        seconds: time limit after the least number of rounds.
-        rounds: least and most rounds.
+        runs: name -> function. Each has already run once.
+        seconds: time limit; the least number of rounds always runs.
+        rounds: smallest and largest number of rounds.
         cold: overwrite the L2 cache before each sample (CUDA).
     """
     if not runs:
@@ -69,7 +69,7 @@ def measure(
 
 
 def medians(runs: Mapping[str, Callable[[], object]], device: torch.device, rounds: int) -> dict[str, float]:
-    """Median seconds per call of every function over so many rounds, after two calls of each to warm up."""
+    """Median seconds per call of every function over ``rounds`` rounds, after two warm-up calls of each."""
     for run in (*runs.values(), *runs.values()):
         run()
     samples = measure(runs, device, seconds=0, rounds=(rounds, rounds))
@@ -118,7 +118,7 @@ def _flush_buffer() -> torch.Tensor:
 def as_graph(run: Callable[[], object]) -> tuple[Callable[[], object], bool]:
     """The replay of ``run`` as a CUDA graph and True, or ``run`` and False if it cannot be captured.
 
-    The stream that is current must be a side stream, and the forward of any backward in ``run`` must have run on it.
+    The current stream must be a side stream. The forward of any backward in ``run`` must have run on it.
     """
     try:
         for _ in range(2):
@@ -134,7 +134,8 @@ def as_graph(run: Callable[[], object]) -> tuple[Callable[[], object], bool]:
 
 
 def peak_memory(run: Callable[[], object], device: torch.device) -> int | None:
-    """Bytes that one call allocates above what was allocated before it; None where torch does not count (CPU)."""
+    """Bytes that one call allocates in addition to what was allocated before; None if torch does not count them
+    (CPU)."""
     if device.type != "cuda":
         return None
     torch.cuda.synchronize()

@@ -31,21 +31,22 @@ CLIPA_LAYOUT = KeyMap(
     },
     ignored=(r"(?!visual\.).*",),  # the text tower and the temperature
 )
-"""Keys of the vision tower of a CLIPA checkpoint. Four of them hold other shapes as well, see ``CrateAlpha``."""
+"""Keys of the vision tower of a CLIPA checkpoint. Four of them also have other shapes, see ``CrateAlpha``."""
 
 
 class CrateAlpha(CRATE):
-    """Vision CRATE at scale: two ISTA steps against ``D (d, 4d)``, decoded by ``D1``, and both halves residual.
+    """Vision CRATE at scale: two ISTA steps with ``D (d, 4d)``, decoded by ``D1``. Both halves are residual.
 
-    ``z' = z + MSSA(LN z)``, ``z" = z' + ODL(LN z')``; no biases in the attention; a strided convolution embeds.
+    ``z' = z + MSSA(LN z)``, ``z" = z' + ODL(LN z')``. The attention has no biases. A strided convolution embeds
+    patches.
 
-    Loads its own public layout and the vision tower of a CLIPA checkpoint into a model built with ``clipa=True``.
-    There ``attn.in_proj_weight`` is one projection stacked three times: it is checked that the three are equal, one is
-    kept, and :meth:`upstream_state_dict` stacks it again.
+    The model loads its own public layout. With ``clipa=True`` it also loads the vision tower of a CLIPA checkpoint.
+    There ``attn.in_proj_weight`` is one projection stacked three times. Loading checks that the three parts are equal
+    and keeps one. :meth:`upstream_state_dict` stacks it again.
 
     Args:
-        clipa: the vision tower of CLIPA: ``num_classes`` is the width of the image embedding, neither the convolution
-            nor the head has a bias, and the last LayerNorm has eps 1e-6.
+        clipa: the vision tower of CLIPA. ``num_classes`` is then the width of the image embedding, the convolution and
+            the head have no bias, and the last LayerNorm has eps 1e-6.
         others: see :class:`crate_kernels.models.CRATE`.
     """
 
@@ -87,7 +88,8 @@ class CrateAlpha(CRATE):
     init_weights = reset_parameters
 
     def _reset_projection(self) -> None:
-        # As the public training code has it. No norm follows, and torch's default is small beside the positions.
+        # As in the public training code. No norm follows, and torch's default would be small compared with the
+        # positions.
         nn.init.kaiming_uniform_(self.patch_embedding.projection.weight)
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
@@ -107,7 +109,7 @@ class CrateAlpha(CRATE):
 
 
 def _from_clipa(key: str, value: Tensor) -> Tensor:
-    """A tensor of a CLIPA checkpoint in the shape used here."""
+    """A tensor of a CLIPA checkpoint in the shape that this class uses."""
     if key == "visual.class_embedding":
         return value[None, None]
     if key == "visual.positional_embedding":
@@ -122,7 +124,7 @@ def _from_clipa(key: str, value: Tensor) -> Tensor:
         query, key_part, value_part = value.chunk(3)
         if not (torch.equal(query, key_part) and torch.equal(query, value_part)):
             raise checkpoint.CheckpointError(
-                f"{key}: its three parts differ, so this is a general attention layer and no subspace attention"
+                f"{key}: its three parts differ, so this is a general attention layer, not subspace attention"
             )
         return query
     return value

@@ -15,7 +15,7 @@ from . import checkpoint
 
 
 def _plain(value):
-    """An argument that JSON can store: NumPy's numbers become Python's."""
+    """Convert an argument to a form that JSON can store: NumPy's numbers become Python's."""
     if isinstance(value, tuple | list):
         return type(value)(map(_plain, value))
     return value.item() if hasattr(value, "item") else value
@@ -37,14 +37,14 @@ class CrateModel(nn.Module):
 
     @property
     def residual_dtype(self) -> torch.dtype | None:
-        """The dtype of the residual stream, the tokens between layers, under autocast; settable at any time.
+        """The dtype of the residual stream (the tokens between layers) under autocast. It can be set at any time.
 
-        None keeps the dtype that the embedding gives, as the public code does: float32 for float32 parameters.
-        ``torch.bfloat16`` saves memory, and each half of a layer then rounds the stream: ``docs/numerics.md`` has both
-        errors. Without autocast it has no effect, and files do not record it.
+        None keeps the dtype of the embedding, as in the public code: float32 for float32 parameters. ``torch.bfloat16``
+        saves memory, and each half of a layer then rounds the stream: ``docs/numerics.md`` has both errors. The option
+        has no effect without autocast, and files do not record it.
 
         Raises:
-            TypeError: (when set) it is neither None nor a floating dtype.
+            TypeError: (when set) the value is neither None nor a floating dtype.
         """
         return next((m.residual_dtype for m in self.modules() if isinstance(m, CrateBlock)), None)
 
@@ -56,8 +56,8 @@ class CrateModel(nn.Module):
                 module.residual_dtype = dtype
 
     def load_state_dict(self, state_dict: Mapping[str, Tensor], strict: bool = True, assign: bool = False):
-        """As :meth:`torch.nn.Module.load_state_dict`; also accepts the public layout of the family and wrapper
-        prefixes.
+        """Like :meth:`torch.nn.Module.load_state_dict`, but also accepts the public layout of the family and the
+        prefixes of wrappers.
 
         Raises:
             CheckpointError: (a RuntimeError) keys or shapes differ; the message names them in the layout of

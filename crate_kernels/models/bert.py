@@ -1,5 +1,6 @@
-"""CRATE-BERT: a bidirectional language model, pre-trained by filling in masked tokens ("White-Box Transformers via
-Sparse Rate Reduction: Compression Is All There Is?", arXiv 2311.13110)."""
+"""CRATE-BERT: a bidirectional language model, pre-trained to predict masked tokens ("White-Box Transformers via Sparse
+Rate
+Reduction: Compression Is All There Is?", arXiv 2311.13110)."""
 
 from __future__ import annotations
 
@@ -49,18 +50,19 @@ class MaskedLanguageHead(nn.Module):
 
 
 class CrateBert(CrateModel):
-    """Bidirectional CRATE with a head that predicts masked tokens or, given ``num_classes``, one that classifies.
+    """Bidirectional CRATE with a head that predicts masked tokens or, with ``num_classes``, one that classifies.
 
-    Token, position and type embeddings are added, normalized (eps 1e-12) and dropped out; the layers are those of
-    :class:`crate_kernels.nn.CrateBlock` (eps 1e-5), their output projections without bias. With the masked-language
-    head the base size has 60,912,729 parameters.
+    Token, position and type embeddings are added, normalized (eps 1e-12) and dropped out. The layers are
+    :class:`crate_kernels.nn.CrateBlock` (eps 1e-5); their output projections have no bias. With the
+    masked-language head the base size has 60,912,729 parameters.
 
     Args:
         vocab_size, max_length, token_types: sizes of the three embeddings.
-        dim, depth, heads, dropout: of the layers. With dropout in the layers, attention runs as plain modules in
-        training. emb_dropout: dropout after the embeddings.
-        num_classes: 0 for the masked-language head, None for none; otherwise the first token is pooled (linear, tanh)
-            and classified.
+        dim, depth, heads, dropout: sizes and dropout of the layers. If the layers have dropout, attention runs as plain
+            modules in training.
+        emb_dropout: dropout after the embeddings.
+        num_classes: 0 for the masked-language head, None for no head. Otherwise the first token is pooled (linear,
+            tanh) and classified.
         residual_dtype: see :attr:`CrateModel.residual_dtype`.
     """
 
@@ -157,8 +159,9 @@ class CrateBert(CrateModel):
     def add_embeddings(
         self, tokens: Tensor, positions: Tensor | None = None, token_types: Tensor | None = None
     ) -> Tensor:
-        """Token embeddings ``(B, N, dim)`` -> the first layer's tokens: those of positions (``(B, N)``, 0, 1, ... if
-        None) and of types (``(B, N)``, 0 if None) are added."""
+        """Token embeddings ``(B, N, dim)`` -> the first layer's tokens, with positions and types added.
+
+        Positions ``(B, N)`` are 0, 1, ... if None. Types ``(B, N)`` are 0 if None."""
         if positions is None:
             positions = torch.arange(tokens.shape[1], device=tokens.device)
         else:
@@ -189,10 +192,10 @@ class CrateBert(CrateModel):
 
         Args:
             idx: ``(B, N)`` int32 or int64, N at most ``max_length``.
-            lengths: ``(B,)`` int32 or int64 in 1..N, the tokens of each text; those behind are padding and
-                masked. All N if None.
-            token_types: ``(B, N)``, which of two texts a token belongs to; 0 if None.
-            targets: ``(B, N)`` int64, the true tokens to be predicted and -1 elsewhere; or classes ``(B,)``.
+            lengths: ``(B,)`` int32 or int64 in 1..N, the number of real tokens of each text. The tokens after them are
+                padding and masked. None means all N.
+            token_types: ``(B, N)``, number of the text to which a token belongs, in a pair of texts; 0 if None.
+            targets: ``(B, N)`` int64, the true tokens, and -1 for tokens that are not predicted; or classes ``(B,)``.
 
         Returns:
             Logits ``(B, N, vocab_size)``, or ``(B, num_classes)``; and their mean cross-entropy, None without targets.
@@ -217,23 +220,24 @@ def mask_tokens(
     word_starts: Tensor | None = None,
     generator: torch.Generator | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Mask tokens that a model is to predict: the task of BERT (arXiv 1810.04805, section 3.1).
+    """Mask tokens for the task of BERT (arXiv 1810.04805, section 3.1).
 
-    Of the chosen tokens, 80 % become ``mask_token``, 10 % a random one, 10 % stay. Every text has at least one chosen.
+    Some tokens are chosen, at least one in every text. Of these, 80 % become ``mask_token``, 10 % a random token, and
+    10 % stay.
 
     Args:
         tokens: ``(B, N)`` int64.
-        lengths: ``(B,)``, the tokens of each text; all if None.
-        mask_token: replaces masked tokens.
-        vocab_size: random tokens are below it.
-        share: of the tokens (or words) that are chosen.
-        protected: tokens never chosen, such as the one that starts a text.
-        word_starts: ``(at least the vocabulary,)`` bool of :func:`crate_kernels.models.tokenizers.word_starts`;
-            then words are chosen whole.
-        generator: of the random numbers, on the CPU.
+        lengths: ``(B,)``, number of real tokens of each text; all if None.
+        mask_token: the token that replaces masked tokens.
+        vocab_size: random tokens are smaller than this number.
+        share: share of the tokens (or words) that are chosen.
+        protected: tokens that are never chosen, such as the first token of a text.
+        word_starts: ``(vocabulary or more,)`` bool from :func:`crate_kernels.models.tokenizers.word_starts`. Whole
+            words are chosen then.
+        generator: random generator on the CPU.
 
     Returns:
-        Inputs ``(B, N)``, and targets ``(B, N)``: the true tokens where chosen, -1 elsewhere.
+        Inputs ``(B, N)``, and targets ``(B, N)``: the true tokens for chosen ones, -1 for the others.
     """
     device = tokens.device
 
@@ -246,7 +250,7 @@ def mask_tokens(
         allowed = allowed & (tokens != token)
     group = index.expand_as(tokens)
     if word_starts is not None:
-        # Every protected token ends a word, too: the cut is at it and after it.
+        # Every protected token also ends a word. The words are therefore cut before it and after it.
         starts = word_starts.to(device)[tokens] | ~allowed
         starts[:, 1:] |= ~allowed[:, :-1]
         group = (starts.cumsum(1) - 1).clamp(min=0)

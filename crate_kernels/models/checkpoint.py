@@ -1,6 +1,6 @@
 """Weights in files: safetensors as the native format, and the layouts of public checkpoints.
 
-A layout is a table from public key prefixes to the names used here; ``{i}`` stands for the number of a layer.
+A layout is a table from public key prefixes to the names of this package. ``{i}`` stands for the number of a layer.
 
 Reading a file never runs code from it. torch rebuilds tensors and plain containers. Every other object in the file,
 such as the command-line arguments that a trainer saved beside the weights, becomes an empty :class:`Skipped`.
@@ -39,17 +39,17 @@ METADATA_KEY = "crate_kernels"
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint cannot be read, or does not fit the model; the message says which keys and shapes differ."""
+    """A checkpoint cannot be read, or does not fit the model. The message names the keys and shapes that differ."""
 
 
 class KeyMap:
-    """The mapping between the names of a public layout and our names, in both directions.
+    """The mapping between the names of a public layout and the names of this package, in both directions.
 
     Args:
-        table: public prefix -> our prefix. A prefix stands for itself and for everything below it (``prefix.weight``).
-        ignored: patterns of public keys without information (mask buffers, unused tables), dropped when read.
+        table: public prefix -> our prefix. A prefix maps its own name and every name below it (``prefix.weight``).
+        ignored: patterns of public keys without information (mask buffers, unused tables). They are dropped.
         transposed: patterns of public keys whose matrices are the transposes of ours.
-        tied: public key -> the public key with the same tensor; read from either, written under both.
+        tied: public key -> the public key of the same tensor. Either is read, and both are written.
     """
 
     def __init__(
@@ -83,7 +83,7 @@ class KeyMap:
         return value.T if any(pattern.fullmatch(key) for pattern in self._transposed) else value
 
     def tie(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """A public state dictionary with the tied keys added, where ``state`` has the original."""
+        """A public state dictionary with the tied keys added, if ``state`` has the original."""
         return {**state, **{key: state[original] for key, original in self._tied.items() if original in state}}
 
     def untie(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -97,7 +97,7 @@ class KeyMap:
         return state
 
     def recognizes(self, keys: Iterable[str]) -> bool:
-        """Whether any key is a public name that is not also one of ours."""
+        """Whether any key is a public name and not also one of ours."""
         return any(self.native(key) not in (None, key) for key in keys)
 
 
@@ -124,9 +124,9 @@ def read_metadata(path: str | os.PathLike) -> dict:
 
 
 class Skipped:
-    """Placeholder for an object of a file that is neither a tensor nor a plain container. It has no content.
+    """Placeholder for an object in a file that is neither a tensor nor a plain container. It has no content.
 
-    torch's unpickler calls it in place of the object's class or function, which is never imported.
+    torch's unpickler calls it instead of the object's class or function, which is never imported.
     """
 
     def __new__(cls, *arguments, **options):
@@ -143,7 +143,7 @@ class SkippedMapping(Skipped):
     """Placeholder for an object of a subclass of ``dict``. Its items are read into an ordinary dictionary."""
 
     def __new__(cls, *arguments, **options):
-        return OrderedDict()  # the one kind that torch's unpickler gives both items and attributes
+        return OrderedDict()  # only this type gets both items and attributes from torch's unpickler
 
 
 def read(path: str | os.PathLike) -> tuple[dict[str, Tensor], dict]:
@@ -171,7 +171,7 @@ def read(path: str | os.PathLike) -> tuple[dict[str, Tensor], dict]:
 
 def _unpickle(path: Path):
     """The object in a file of torch.save. Every unknown class in it is replaced by :class:`Skipped`."""
-    # torch handles the names that it knows. Classes that the user has allowed are left to the user.
+    # torch handles the names that it knows. Classes that the user has allowed are loaded as such.
     names = _pickled_names(path) - {_full_name(item) for item in torch.serialization.get_safe_globals()}
     mappings = {"collections.defaultdict"}
     while True:
@@ -182,7 +182,7 @@ def _unpickle(path: Path):
             with torch.serialization.safe_globals(stand_ins):
                 return torch.load(path, map_location="cpu", weights_only=True)
         except pickle.UnpicklingError as error:
-            # Only when the file puts items into it does it show that a class is a mapping.
+            # Whether a class is a mapping becomes known only when the file puts items into it.
             found = re.search(r"Can only SETITEMS? for .* got <class '([^']+)'>", str(error))
             if found is None or found[1] in mappings or found[1] not in names:
                 raise
@@ -204,24 +204,24 @@ def _pickled_names(path: Path) -> set[str]:
         with open(path, "rb") as file:
             if not zipfile.is_zipfile(file):
                 file.seek(0)
-                # Three small pickles that describe the file, then the object.
+                # The file has three small pickles that describe it, then the object.
                 return {name for _ in range(4) for name in _globals(file)}
             with zipfile.ZipFile(file) as archive:
                 records = [record for record in archive.namelist() if record.endswith("data.pkl")]
                 return {name for record in records for name in _globals(archive.read(record))}
     except (ValueError, OSError, zipfile.BadZipFile):
-        return set()  # not a file of torch.save: torch.load says what is wrong with it
+        return set()  # not a file of torch.save: torch.load reports the error
 
 
 def _globals(source) -> set[str]:
     written = (str(argument).split(" ") for code, argument, _ in pickletools.genops(source) if code.name == "GLOBAL")
-    # Files keep the names of Python 2, which torch translates as the standard library does.
+    # Files contain the module names of Python 2. torch translates them like the standard library.
     found = (_compat_pickle.NAME_MAPPING.get((module, name), (module, name)) for module, name in written)
     return {f"{_compat_pickle.IMPORT_MAPPING.get(module, module)}.{name}" for module, name in found}
 
 
 def _refusal(path: Path, error: Exception) -> str:
-    """Why a file cannot be read, to follow its name. torch's advice to unpickle with code is left out."""
+    """The reason why a file cannot be read, to follow its name. torch's advice to unpickle with code is left out."""
     text = re.sub(r"\x1b\[\d*m", "", str(error)).strip()
     if "TorchScript" in text:
         return "is a TorchScript archive: load it with torch.jit.load and save its state_dict()"
@@ -230,7 +230,7 @@ def _refusal(path: Path, error: Exception) -> str:
     if named := re.search(r"GLOBAL (\S+)|got <class '([^']+)'>", text):
         name = named[1] or named[2]
         if "is blocked" in text:
-            return f"asks for {name}, which no checkpoint needs: it is damaged or made to do harm"
+            return f"asks for {name}, which no checkpoint needs: the file is damaged or malicious"
         return (
             f"cannot be read without running code from it: it asks for {name}. Save the weights alone, as"
             f" torch.save(model.state_dict(), path), or, if you trust {name}, allow it before reading:"
@@ -247,7 +247,7 @@ def unwrap(content, source: str = "checkpoint") -> dict[str, Tensor]:
     If the keys are ``backbone.…`` and ``head.…``, as in files of DINO's trainer, only the backbone is returned.
 
     Raises:
-        CheckpointError: there is none; the message says what ``content`` holds instead.
+        CheckpointError: there is no state dict. The message describes the content instead.
     """
     while isinstance(content, Mapping) and (
         wrapper := next((name for name in WRAPPERS if isinstance(content.get(name), Mapping)), None)
@@ -278,7 +278,7 @@ def _kind(value) -> str:
 
 
 def strip_prefixes(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """``state`` without the prefixes that every key shares because a wrapper module was saved."""
+    """``state`` without the prefixes that all keys share because a wrapper module was saved."""
     state = dict(state)
     while state and (prefix := next((p for p in PREFIXES if all(k.startswith(p) for k in state)), None)):
         state = {key.removeprefix(prefix): value for key, value in state.items()}
@@ -296,7 +296,7 @@ def write(path: str | os.PathLike, state: Mapping[str, Tensor], metadata: Mappin
             "the weights are split over ranks; gather them first, with get_model_state_dict of"
             " torch.distributed.checkpoint.state_dict and full_state_dict=True"
         )
-    # Tied weights and views become tensors of their own: the format stores no aliases.
+    # The format stores no aliases, so tied weights and views are copied into separate tensors.
     tensors = {key: value.detach().cpu().contiguous().clone() for key, value in state.items()}
     payload = safetensors.torch.save(tensors, metadata={METADATA_KEY: json.dumps(dict(metadata))})
     write_atomically(path, payload)
@@ -314,9 +314,9 @@ def naming(path: str | os.PathLike) -> Iterator[None]:
 
 
 def write_atomically(path: str | os.PathLike, payload: bytes | Callable[[BinaryIO], object]) -> None:
-    """Replace a file's content atomically: write another file, flush it to disk, rename it.
+    """Replace a file's content atomically: write another file, flush it to disk, and rename it.
 
-    ``payload`` is the content, or a function that writes it to the file it is given.
+    ``payload`` is the content, or a function that writes the content to an open file.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -332,7 +332,7 @@ def write_atomically(path: str | os.PathLike, payload: bytes | Callable[[BinaryI
 
 
 def to_native(state: Mapping[str, Tensor], model: nn.Module, layout: KeyMap | None, strict: bool) -> dict[str, Tensor]:
-    """``state``, of either layout, under our names, after a check that it fits ``model``.
+    """``state``, in either layout, under our names. The function checks that it fits ``model``.
 
     Differences are reported in the names of the layout of ``state``.
     """

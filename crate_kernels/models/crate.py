@@ -45,7 +45,7 @@ class CRATE(VisionModel):
         }
     )
 
-    # What a variant of the architecture replaces.
+    # A subclass replaces these to define a variant.
     embedding: Callable[..., Patches] = PatchEmbedding
     block: Callable[..., nn.Module] = CrateBlock
 
@@ -93,7 +93,7 @@ class CRATE(VisionModel):
         self.residual_dtype = residual_dtype
 
     def embed(self, images: Tensor) -> Tensor:
-        """``(B, C, H, W)`` -> the first layer's tokens ``(B, 1 + patches, dim)``, class token first."""
+        """Images ``(B, C, H, W)`` -> the first layer's tokens ``(B, 1 + patches, dim)``, class token first."""
         tokens = self.patch_embedding(images)
         tokens = torch.cat([self.cls_token.expand(tokens.shape[0], -1, -1), tokens], dim=1)
         return self.dropout(self.add_positions(tokens, images))
@@ -103,7 +103,8 @@ class CRATE(VisionModel):
         return self.run_blocks(self.embed(images))
 
     def forward_head(self, tokens: Tensor, pre_logits: bool = False) -> Tensor:
-        """Pool, normalize and classify ``tokens (B, N, dim)`` -> ``(B, num_classes)``, or ``(B, dim)`` before that.
+        """Pool, normalize and classify ``tokens (B, N, dim)`` -> ``(B, num_classes)``. ``pre_logits`` gives ``(B,
+        dim)``.
 
         Without pooling every token is normalized and classified: ``(B, N, …)``.
         """
@@ -113,7 +114,7 @@ class CRATE(VisionModel):
         return tokens if pre_logits else self.head(tokens)
 
     def reset_parameters(self) -> None:
-        """Fill all weights as the constructor does, with other random numbers: for a model built on the device meta."""
+        """Fill all weights like the constructor, with other random numbers. For a model built on the device meta."""
         nn.init.normal_(self.position_embedding)
         nn.init.normal_(self.cls_token)
         module: Any
@@ -122,7 +123,7 @@ class CRATE(VisionModel):
                 module.reset_parameters()
 
     init_weights = reset_parameters
-    """timm's name."""
+    """timm's name of this attribute."""
 
     @property
     def global_pool(self) -> str:
@@ -133,9 +134,9 @@ class CRATE(VisionModel):
         return self.head
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """A new head for ``num_classes``, none for 0.
+        """Replace the head by a new one for ``num_classes``; 0 removes it.
 
-        ``global_pool`` is as ``pool``, or timm's name of it: ``"token"``, ``"avg"``, ``""`` for no pooling.
+        ``global_pool`` is a value of ``pool``, or timm's name of it: ``"token"``, ``"avg"``, ``""`` for no pooling.
         """
         checks.integer("num_classes", num_classes)
         if global_pool is not None:
@@ -152,7 +153,7 @@ class CRATE(VisionModel):
 
 
 def pool_name(pool: str, argument: str = "pool") -> str:
-    """``"cls"``, ``"mean"`` or ``""``, also under timm's names ``"token"`` and ``"avg"``."""
+    """``"cls"``, ``"mean"`` or ``""``. Also accepts timm's names ``"token"`` and ``"avg"``."""
     name = {"token": "cls", "avg": "mean"}.get(pool, pool)
     if name not in ("cls", "mean", ""):
         ours = "'cls', 'mean' or ''" if argument == "pool" else "'token', 'avg' or ''"

@@ -64,11 +64,11 @@ class Branch(nn.Module):
 class CrateDINO(CrateModel):
     """Self-distillation: from every view the student predicts the output of the teacher for the global views.
 
-    The teacher is a moving average of the student and gets no gradient. ``prototypes = 0`` is SimDINO: the heads end
-    in unit vectors, and a coding-rate term replaces centering and sharpening.
+    The teacher is a moving average of the student and gets no gradient. ``prototypes = 0`` is SimDINO: the outputs of
+    the heads are unit vectors, and a coding-rate term replaces centering and sharpening.
 
     Args:
-        hidden, bottleneck, prototypes: of both heads, see :class:`ProjectionHead`.
+        hidden, bottleneck, prototypes: sizes of both heads, see :class:`ProjectionHead`.
         residual_dtype: see :attr:`CrateModel.residual_dtype`.
         backbone: arguments of :class:`crate_kernels.models.CRATE`.
     """
@@ -93,7 +93,7 @@ class CrateDINO(CrateModel):
 
     @property
     def backbone(self) -> CRATE:
-        """The backbone of the teacher, the result of the training."""
+        """The backbone of the teacher, which is the result of the training."""
         return self.teacher.backbone
 
     def forward(self, images: Tensor) -> Tensor:

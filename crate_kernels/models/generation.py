@@ -20,16 +20,16 @@ NOTHING = -1
 
 
 class ProjectionCache:
-    """The projected tokens ``w`` of every layer, the only state of causal subspace attention.
+    """The projected tokens ``w`` of every layer. Causal subspace attention needs no other state.
 
-    A key-value cache of the same model is twice as large, since CRATE's query, key and value are one tensor.
+    CRATE's query, key and value are one tensor. A key-value cache of the same model is therefore twice as large.
 
     Args:
         layers, batch, capacity, heads, width: sizes of the buffer ``(layers, batch, capacity, heads, width)``.
-        dtype, device: of the buffer.
+        dtype, device: dtype and device of the buffer.
 
     Attributes:
-        lengths: ``(batch,)`` int64, tokens held of each sequence.
+        lengths: ``(batch,)`` int64, number of stored tokens of each sequence.
     """
 
     def __init__(
@@ -43,7 +43,7 @@ class ProjectionCache:
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
     ):
-        # Zeros, because masked places are multiplied by a zero weight, and zero times NaN is NaN.
+        # The buffer starts with zeros. Masked places get the weight zero, and zero times NaN would be NaN.
         self.w = torch.zeros(layers, batch, capacity, heads, width, dtype=dtype, device=device)
         self.lengths = torch.zeros(batch, dtype=torch.int64, device=device)
         self.longest = 0
@@ -58,28 +58,32 @@ class ProjectionCache:
         return self.w.nbytes
 
     def reorder_cache(self, rows: Tensor) -> None:
-        """Keep the sequences ``rows (B,)`` in that order, repeated or left out, as a beam search needs."""
+        """Keep the sequences ``rows (B,)``, in that order. Sequences may be repeated or left out, as in a beam
+        search."""
         self.w = self.w.index_select(1, rows)
         self.lengths = self.lengths.index_select(0, rows)
 
     def begin(self, new: int) -> Tensor:
-        """Reserve places for ``new`` more tokens of each sequence -> the places ``(B, new)``, from ``lengths`` on."""
+        """Reserve places for ``new`` more tokens of each sequence -> the places ``(B, new)``, beginning at
+        ``lengths``."""
         self.longest += new
         return self.lengths[:, None] + torch.arange(new, device=self.lengths.device)
 
     def write(self, layer: int, w: Tensor, places: Tensor) -> Tensor:
-        """Store ``w (B, M, H, p)`` at its ``places (B, M)``, without its gradient; -> the tokens of that layer
-        ``(B, N, H, p)``, N just enough for the longest sequence."""
+        """Store ``w (B, M, H, p)``, without its gradient, at ``places (B, M)`` -> all tokens of the layer.
+
+        Their shape is ``(B, N, H, p)``, where N is the length of the longest sequence.
+        """
         rows = torch.arange(len(places), device=places.device)[:, None]
         self.w[layer].index_put_((rows, places), w.detach().to(self.w.dtype))
         return self.w[layer, :, : self.longest]
 
     def end(self, lengths: Tensor) -> None:
-        """Keep the first ``lengths (B,)`` of the new tokens; the others are padding."""
+        """Keep the first ``lengths (B,)`` of the new tokens. The other new tokens are padding."""
         self.lengths += lengths
 
     def reserve(self, tokens: int, most: int) -> None:
-        """Enlarge the buffer for ``tokens`` of each sequence: at least to twice its size, at most to ``most``."""
+        """Enlarge the buffer for ``tokens`` per sequence: at least to twice its size, at most to ``most``."""
         if tokens > self.capacity:
             more = min(max(tokens, 2 * self.capacity), most) - self.capacity
             self.w = torch.nn.functional.pad(self.w, (0, 0, 0, 0, 0, more))
@@ -90,7 +94,7 @@ class ProjectionCache:
 
 
 class CausalModel(Protocol):
-    """The interface of a language model for generation; :class:`~crate_kernels.models.CrateGPT` has it."""
+    """The interface of a language model for generation. :class:`~crate_kernels.models.CrateGPT` implements it."""
 
     block_size: int
     """Longest sequence of the model."""
@@ -113,9 +117,9 @@ def sample(
 
     Args:
         temperature: divides the logits; 0 chooses the most likely token.
-        top_k: only the k most likely tokens.
-        top_p: only the most likely tokens that together reach this probability; at least one.
-        uniform: ``(B,)`` numbers in [0, 1) that decide; drawn from torch's generator if None.
+        top_k: only the k most likely tokens can be chosen.
+        top_p: only the most likely tokens that together reach this probability can be chosen; at least one.
+        uniform: ``(B,)`` random numbers in [0, 1); None draws them from torch's generator.
     """
     checks.number("temperature", temperature, minimum=0.0)
     if top_k is not None and top_k < 1:
@@ -125,7 +129,7 @@ def sample(
     if temperature == 0 or top_k == 1:
         return logits.argmax(-1)
     probabilities, tokens = (logits.float() / temperature).softmax(-1).sort(-1, descending=True)
-    # In this order either filter keeps a prefix, and a token is found in the cumulative sum.
+    # The logits are sorted, so that each filter keeps a prefix, and a cumulative sum finds the chosen token.
     if top_k is not None:
         probabilities = probabilities[:, :top_k]
         probabilities = probabilities / probabilities.sum(-1, keepdim=True)
@@ -135,7 +139,7 @@ def sample(
     total = reached.amax(-1)
     if uniform is None:
         uniform = torch.rand(len(logits), device=logits.device)
-    # Through rounding the number could equal the total, which is past the last token.
+    # Through rounding the random number could equal the total sum. The index would then be past the last token.
     below = torch.minimum(uniform.to(total) * total, total * (1 - 1e-6))
     chosen = ((reached <= below[:, None]) & (reached > 0)).sum(-1)
     return tokens.gather(1, chosen[:, None])[:, 0]
@@ -162,13 +166,14 @@ def stream(
     Args:
         model: the language model.
         prompts: ``(B, N)`` integers, or a sequence of B prompts of any lengths (at least one token each).
-        max_new_tokens: most tokens to add to each.
+        max_new_tokens: largest number of tokens to add to each prompt.
         temperature, top_k, top_p: see :func:`sample`.
-        seed: of the random numbers; sequence b uses ``seed + b``, or ``seed[b]``. None draws it from torch's generator.
+        seed: seed of the random numbers. Sequence b uses ``seed + b``, or ``seed[b]``. None draws it from torch's
+            generator.
         stop_token: ends a sequence that produces it.
 
     Yields:
-        ``(B,)`` int64: the next token of each sequence, :data:`NOTHING` for those that have ended.
+        ``(B,)`` int64: the next token of each sequence, or :data:`NOTHING` for a sequence that has ended.
     """
     checks.integer("max_new_tokens", max_new_tokens)
     device = model.token_embedding.weight.device
@@ -193,7 +198,7 @@ def stream(
             logits = model.step(tokens.gather(1, lengths[:, None] - 1), cache)
         uniform = torch.stack([torch.rand((), generator=g) for g in generators]).to(device)
         chosen = sample(logits, temperature=temperature, top_k=top_k, top_p=top_p, uniform=uniform)
-        # Sequences that have ended stay in the batch, so that it keeps its shape.
+        # Sequences that have ended stay in the batch, so that the shape of the batch does not change.
         tokens.scatter_(1, lengths[:, None], chosen[:, None])
         lengths, longest = lengths + 1, longest + 1
         yield chosen.masked_fill(ended, NOTHING)

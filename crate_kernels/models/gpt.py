@@ -19,7 +19,7 @@ from .base import CrateModel
 from .checkpoint import KeyMap
 
 IGNORED_TARGET = -1
-"""The loss of a language model ignores targets of this value."""
+"""Targets with this value are ignored in the loss."""
 
 TARGETS = "the last class; -1 is ignored"
 
@@ -30,10 +30,10 @@ class CrateGPTConfig:
 
     Args:
         block_size: longest sequence, the number of learned positions.
-        vocab_size: tokens; GPT-2's 50257 rounded up to a multiple of 64.
-        n_layer, n_head, n_embd: layers, heads, width of the tokens.
-        dropout: after the embedding, on the attention maps and after the output projections.
-        overcomplete: two ISTA steps against a tied dictionary of 4 n_embd atoms, and a LayerNorm before the head.
+        vocab_size: number of tokens; the default is GPT-2's 50257, rounded up to a multiple of 64.
+        n_layer, n_head, n_embd: number of layers, number of heads, width of the tokens.
+        dropout: dropout after the embedding, on the attention maps and after the output projections.
+        overcomplete: two ISTA steps with a tied dictionary of 4 n_embd atoms, and a LayerNorm before the head.
     """
 
     block_size: int = 1024
@@ -70,9 +70,9 @@ class CrateGPT(CrateModel):
     overcomplete variant has the two-step dictionary of :class:`crate_kernels.nn.OvercompleteISTA` in place of ISTA.
 
     Args:
-        config: sizes; or give its fields by name.
-        residual_dtype: see :attr:`CrateModel.residual_dtype`. Overcomplete layers end with a product, so that autocast
-            makes their output narrow in any case, as in the public code.
+        config: the sizes; or give the fields of the configuration by name.
+        residual_dtype: see :attr:`CrateModel.residual_dtype`. Overcomplete layers end with a matrix product, so
+            autocast narrows their output in any case, as in the public code.
     """
 
     layout = _layout("weight")
@@ -93,7 +93,7 @@ class CrateGPT(CrateModel):
         self.dropout = nn.Dropout(config.dropout)
         sizes = dict(dim=config.n_embd, heads=config.n_head, dim_head=config.n_embd // config.n_head)
         if config.overcomplete:
-            # The public weight is (4d, d), a matrix per direction of coding; ours is D (d, 4d).
+            # The public weight is (4d, d), with one row per atom. Ours is D (d, 4d).
             self.layout = _layout("D", transposed=[r"transformer\.h\.\d+\.ista\.weight"])
             make: Callable[..., CrateBlock] = functools.partial(OvercompleteCrateBlock, tied=True, residual=False)
         else:
@@ -119,7 +119,7 @@ class CrateGPT(CrateModel):
         for block in self.blocks:
             nn.init.normal_(block.mssa.output.weight, std=0.02 * (2 * len(self.blocks)) ** -0.5)
             if self.config["overcomplete"]:
-                # The fan is that of the public orientation (4d, d), n_embd.
+                # The fan is n_embd, as in the public orientation (4d, d).
                 nn.init.kaiming_uniform_(block.ista.D, mode="fan_out")
 
     def embed(self, idx: Tensor, positions: Tensor | None = None) -> Tensor:
@@ -138,9 +138,10 @@ class CrateGPT(CrateModel):
         return self.token_embedding(idx) + self.position_embedding(positions)
 
     def upstream_state_dict(self) -> dict[str, Tensor]:
-        """The weights under the keys of the public code, bit for bit, and the causal masks that its base class keeps.
+        """The weights under the keys of the public code, bit for bit, with the causal masks that the public class
+        stores.
 
-        All layers share one mask ``(1, 1, block_size, block_size)``. The overcomplete class keeps none.
+        All layers share one mask ``(1, 1, block_size, block_size)``. The overcomplete class stores no masks.
         """
         state = super().upstream_state_dict()
         if not self.config["overcomplete"]:
@@ -149,7 +150,7 @@ class CrateGPT(CrateModel):
         return state
 
     def forward_features(self, idx: Tensor) -> Tensor:
-        """``idx (B, N)`` -> tokens ``(B, N, n_embd)`` as the head sees them."""
+        """``idx (B, N)`` -> the input of the head ``(B, N, n_embd)``."""
         tokens = self.dropout(self.embed(idx))
         for block in self.blocks:
             tokens = block(tokens)
@@ -163,16 +164,16 @@ class CrateGPT(CrateModel):
         """Predict the token after each of ``idx``.
 
         Args:
-            idx: ``(B, N)`` int32 or int64, N at most ``block_size``. Padding on the right needs no mask here: tokens
-                see only those before them.
-            targets: ``(B, N)`` int64, the tokens that do follow; -1 where nothing is asked.
+            idx: ``(B, N)`` int32 or int64, N at most ``block_size``. Padding on the right needs no mask, because tokens
+                attend only to earlier tokens.
+            targets: ``(B, N)`` int64, the true next tokens; -1 is ignored.
 
         Returns:
             Logits ``(B, N, vocab_size)`` and their mean cross-entropy; without targets the logits of the last position
             ``(B, 1, vocab_size)`` and None.
 
         Raises:
-            TypeError, ValueError: dtype, shape or values of an argument do not fit. Only values on the CPU are checked.
+            TypeError, ValueError: dtype, shape or values of an argument are wrong. Values are checked on the CPU only.
         """
         if targets is not None:
             checks.tensor("targets", targets, tuple(idx.shape), dtypes=(torch.int64,))
@@ -196,16 +197,19 @@ class CrateGPT(CrateModel):
 
     @torch.no_grad()
     def step(self, idx: Tensor, cache: generation.ProjectionCache, lengths: Tensor | None = None) -> Tensor:
-        """Take in the next tokens of each sequence and predict the one after them; dropout is not applied.
+        """Append the next tokens of each sequence to the cache, and predict the token after them. Dropout is not
+        applied.
 
         Args:
-            idx: ``(B, M)``, the prompts or, later, what follows them.
-            cache: of :meth:`new_cache`; it takes up the new tokens.
-            lengths: ``(B,)`` int64, how many of the M are real, the rest being padding on the right; all if None.
+            idx: ``(B, M)``, the prompts, or later the tokens that follow them.
+            cache: the cache of :meth:`new_cache`. The new tokens are stored in it.
+            lengths: ``(B,)`` int64, number of real tokens among the M; the rest is padding on the right. None means
+                all.
 
         Returns:
-            Logits ``(B, vocab_size)`` after the last real token of each sequence: those of :meth:`forward` on all the
-            tokens so far.
+            Logits ``(B, vocab_size)`` after the last real token of each sequence. They equal those of :meth:`forward`
+            on all
+                tokens so far.
         """
         batch, new = idx.shape
         if batch != len(cache.lengths) or cache.longest + new > cache.capacity:
@@ -223,10 +227,10 @@ class CrateGPT(CrateModel):
         return self.forward_head(self.norm(last[:, 0]))
 
     def cached_layer(self, layer: int, tokens: Tensor, cache: generation.ProjectionCache, places: Tensor) -> Tensor:
-        """One layer for new ``tokens (B, M, n_embd)``, which see those in ``cache`` and are put there.
+        """One layer for new ``tokens (B, M, n_embd)``. They attend to the tokens in ``cache``, and are stored there.
 
-        ``places (B, M)`` are those that :meth:`ProjectionCache.begin` gave. Gradients flow through the new tokens
-        alone, hence they are right where the cache was empty.
+        :meth:`ProjectionCache.begin` returned ``places (B, M)``. Gradients flow through the new tokens only, so they
+        are complete only if the cache was empty.
         """
         block = self.blocks[layer]
         mssa = block.mssa
@@ -250,7 +254,8 @@ class CrateGPT(CrateModel):
 
 
 def always_project(block: CrateBlock, bias: bool = True) -> None:
-    """Give ``block`` the output projection that the vision models leave out where one head spans the whole width."""
+    """Give ``block`` an output projection even if one head spans the whole width. The vision models leave it out
+    then."""
     if isinstance(block.mssa.output, nn.Identity):
         weight = block.mssa.projection.weight
         inner, dim = weight.shape

@@ -17,21 +17,21 @@ from .vision import ConvPatchEmbedding, VisionModel, pair, whole_patches
 class CrateMAE(VisionModel):
     """Masked autoencoder: mask most patches, encode *all* positions, decode, predict the masked pixels.
 
-    Mask tokens take the masked patches' places before the encoder, and one fixed sine-cosine table is added to all
-    tokens. The encoder layers compress and sparsify; the decoder layers run the same steps backwards.
+    Mask tokens replace the masked patches before the encoder. One fixed sine-cosine table is added to all tokens. The
+    encoder's layers compress and sparsify. The decoder's layers invert these steps.
 
-    Public checkpoints hold a second table and a projection between encoder and decoder that nothing computes with.
-    They are kept (``unused_*``), so that such checkpoints load strictly and are written again as they were.
+    Public checkpoints contain a second table and a projection between encoder and decoder that no computation uses. The
+    model keeps them (``unused_*``), so that such checkpoints load strictly and are written back unchanged.
 
     Args:
         img_size, patch_size: pixels, an integer or (height, width).
         in_chans: channels of the images.
-        embed_dim, depth, num_heads: of the encoder.
-        decoder_embed_dim, decoder_depth, decoder_num_heads: of the decoder; it shares the encoder's width.
+        embed_dim, depth, num_heads: sizes of the encoder.
+        decoder_embed_dim, decoder_depth, decoder_num_heads: sizes of the decoder. Its width must be the encoder's.
         norm_pix_loss: predict each patch standardized by its own mean and variance.
         lambd: sparsity weight of the ISTA steps.
-        residual_dtype: of the encoder, see :attr:`CrateModel.residual_dtype`. A decoder layer begins with a product, so
-            autocast makes its stream narrow in any case, as in the public code.
+        residual_dtype: dtype of the encoder's stream, see :attr:`CrateModel.residual_dtype`. A decoder layer begins
+            with a matrix product, so autocast narrows the decoder's stream in any case, as in the public code.
     """
 
     layout = KeyMap(
@@ -98,7 +98,9 @@ class CrateMAE(VisionModel):
                 f"{embed_dim}, got {decoder_embed_dim}"
             )
         if embed_dim % 4:
-            raise ValueError(f"embed_dim: sine and cosine of two coordinates need a multiple of 4, got {embed_dim}")
+            raise ValueError(
+                f"embed_dim: must be a multiple of 4, for sine and cosine of two coordinates; got {embed_dim}"
+            )
         self.norm_pix_loss, self.num_features = norm_pix_loss, embed_dim
 
         self.patch_embedding = ConvPatchEmbedding(patch_size, in_chans, embed_dim)
@@ -134,7 +136,7 @@ class CrateMAE(VisionModel):
     # -- encoder and decoder -----------------------------------------------------------------------------------------
 
     def embed(self, images: Tensor, mask: Tensor | None = None) -> Tensor:
-        """``(B, C, H, W)`` -> tokens ``(B, 1 + N, d)``; patches where ``mask (B, N)`` is 1 become mask tokens."""
+        """``(B, C, H, W)`` -> tokens ``(B, 1 + N, d)``. Patches with ``mask (B, N)`` = 1 become mask tokens."""
         tokens = self.patch_embedding(images)
         if mask is not None:
             tokens = torch.where(mask.unsqueeze(-1).bool(), self.mask_token.to(tokens.dtype), tokens)
@@ -149,7 +151,7 @@ class CrateMAE(VisionModel):
         return self.norm(tokens)
 
     def forward_features(self, images: Tensor) -> Tensor:
-        """The encoder's tokens of unmasked images ``(B, 1 + N, d)``: what a probe or a new head reads."""
+        """The encoder's tokens of unmasked images ``(B, 1 + N, d)``, for a probe or a new head."""
         return self.forward_encoder(images)
 
     def forward_head(self, tokens: Tensor, pre_logits: bool = False) -> Tensor:
@@ -165,9 +167,10 @@ class CrateMAE(VisionModel):
     # -- masking and loss --------------------------------------------------------------------------------------------
 
     def random_mask(self, images: Tensor, mask_ratio: float = 0.75, noise: Tensor | None = None) -> Tensor:
-        """1 where a patch is hidden, 0 where it is kept: ``(B, N)``, the same number in every image.
+        """A random mask ``(B, N)``: 1 for a hidden patch, 0 for a visible one, with the same number in every image.
 
-        The ``int(N·(1 − mask_ratio))`` patches of least ``noise (B, N)`` are kept; noise is uniform unless given.
+        The ``int(N·(1 − mask_ratio))`` patches with the smallest ``noise (B, N)`` stay visible. The default noise is
+        uniform.
         """
         if not 0 <= mask_ratio <= 1:
             raise ValueError(f"mask_ratio: expected a number in 0..1, got {mask_ratio}")
@@ -181,7 +184,8 @@ class CrateMAE(VisionModel):
         return (rank >= int(rows * columns * (1 - mask_ratio))).to(images.dtype)
 
     def target(self, images: Tensor) -> Tensor:
-        """The patches ``(B, N, patch height·patch width·C)`` to predict, standardized under ``norm_pix_loss``."""
+        """The patches ``(B, N, patch height·patch width·C)`` to predict. ``norm_pix_loss`` standardizes each of
+        them."""
         patches = self.patch_embedding.flatten(images)
         if self.norm_pix_loss:
             mean, deviation = _patch_statistics(patches)
@@ -191,15 +195,15 @@ class CrateMAE(VisionModel):
     def forward(
         self, images: Tensor, mask_ratio: float = 0.75, noise: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Mask, encode, decode, compare.
+        """Mask, encode, decode, and compare with the target.
 
         Args:
             images: ``(B, C, H, W)``.
             mask_ratio, noise: see :meth:`random_mask`.
 
         Returns:
-            The loss, a scalar: the mean over masked patches of the squared error (0 where nothing is masked); the
-            predicted patches ``(B, N, patch height·patch width·C)``; the mask ``(B, N)``, 1 where hidden.
+            The loss, a scalar: the mean squared error over masked patches (0 if no patch is masked); the predicted
+                patches ``(B, N, patch height·patch width·C)``; the mask ``(B, N)``, 1 for hidden patches.
         """
         mask = self.random_mask(images, mask_ratio, noise)
         prediction = self.forward_decoder(self.forward_encoder(images, mask))
@@ -210,10 +214,10 @@ class CrateMAE(VisionModel):
     def reconstruct(
         self, images: Tensor, mask_ratio: float = 0.75, noise: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """What the model sees and what it makes of it: ``(B, C, H, W)`` each, in the scale of ``images``.
+        """The visible part of the images, and their reconstruction: ``(B, C, H, W)`` each, in the scale of ``images``.
 
         Returns:
-            The images with hidden patches at zero, and the images with hidden patches as predicted.
+            The images with zeros in hidden patches, and the images with predictions in hidden patches.
         """
         _, prediction, mask = self(images, mask_ratio, noise)
         patches = self.patch_embedding.flatten(images)
@@ -229,9 +233,10 @@ class CrateMAE(VisionModel):
 
 
 class CrateMAEClassifier(CRATE):
-    """The encoder of a :class:`CrateMAE` with a head for classes: what ``crate-kernels train --init`` fine-tunes.
+    """The encoder of a :class:`CrateMAE` with a classification head, for fine-tuning with ``crate-kernels train
+    --init``.
 
-    The tokens read whole images. Positions start from the encoder's fixed table and are learned.
+    It reads unmasked images. Positions start from the encoder's fixed table and are learned.
 
     Args:
         lambd: sparsity weight of the ISTA steps.
@@ -288,7 +293,7 @@ SIZES = {
     "base": dict(embed_dim=768, depth=12, num_heads=12),
     "large": dict(embed_dim=1024, depth=24, num_heads=16),
 }
-"""The encoders' sizes; the decoders mirror them."""
+"""Sizes of the encoders. The decoders have the same sizes."""
 
 
 def _build(name: str, options: dict) -> CrateMAE:

@@ -32,7 +32,8 @@ FACTORIES: dict[str, Callable[..., CrateModel]] = {
     **{f"crate_lm_{size}": partial(gpt.crate_lm, size) for size in gpt.SIZES},
     "crate_bert_base": bert.CrateBert,
 }
-"""Name -> factory. Factories take any constructor argument of their class; vision's take ``num_classes`` first."""
+"""Name -> factory. A factory takes every constructor argument of its class. Those of vision models take ``num_classes``
+first."""
 
 CLASSES: dict[str, type[CrateModel]] = {
     cls.__name__: cls
@@ -46,11 +47,11 @@ CLASSES: dict[str, type[CrateModel]] = {
         bert.CrateBert,
     )
 }
-"""Class name, as files record it -> class."""
+"""Class name in files -> class."""
 
 
 def registered(*kinds: type[CrateModel]) -> list[str]:
-    """The registered names of the models of these classes. Factories that are functions name their class."""
+    """The registered names of the models of these classes. A factory that is a function names its class."""
     found = []
     for name, factory in FACTORIES.items():
         made = typing.get_type_hints(factory)["return"] if inspect.isfunction(factory) else None

@@ -1,9 +1,9 @@
 """The vision models under timm's names and conventions.
 
-Importing this module registers them: ``timm.create_model("crate_small_patch16_224", num_classes=10)`` then works, with
-``features_only=True``, ``in_chans``, ``img_size``, ``global_pool`` and ``checkpoint_path`` as timm means them. timm
-finds models by import alone, so a script that does not know this package, such as timm's own ``train.py``, is started
-through it::
+Importing this module registers them. ``timm.create_model("crate_small_patch16_224", num_classes=10)`` then works, with
+``features_only=True``, ``in_chans``, ``img_size``, ``global_pool`` and ``checkpoint_path`` in timm's meaning. timm
+finds models by import only. A script that does not import this package, such as timm's own ``train.py``, must be
+started through this module::
 
     python -m crate_kernels.models.timm_registry train.py DATA --model crate_tiny_patch16_224
 """
@@ -34,10 +34,10 @@ from .registry import FACTORIES
 from .vision import Patches, VisionModel
 
 MODELS: dict[str, Callable[..., Any]] = {name: factory for name, factory in FACTORIES.items() if "_patch" in name}
-"""The names registered: those of the models that take images."""
+"""Names of the registered models: those that take images."""
 
 CLASSES = {"_mae_": 0, "_clipa_": 1024, "_patch8_": 21842}
-"""Part of a name -> width of the head that its published weights have; 1000 for all others."""
+"""Part of a name -> number of classes of the published weights; 1000 for all others."""
 
 _IMAGE_SIZE = re.compile(r"_(\d+)$")
 
@@ -56,8 +56,8 @@ def _default_cfg(name: str) -> dict:
         crop_pct=0.9,
         mean=IMAGENET_DEFAULT_MEAN,
         std=IMAGENET_DEFAULT_STD,
-        # Weights for other channels can be adapted where the embedding is a convolution. A LayerNorm over the pixels of
-        # a patch stands before the others.
+        # Weights for other channels can be adapted if the embedding is a convolution. Other models begin with a
+        # LayerNorm over the pixels of a patch, whose weights cannot be adapted.
         first_conv=embedding if "_alpha_" in name or _is_autoencoder(name) else (),
         classifier=None if _is_autoencoder(name) else "head",
         license="mit",
@@ -68,7 +68,7 @@ default_cfgs = generate_default_cfgs({name: _default_cfg(name) for name in MODEL
 
 
 def _construct(name: str, **options) -> VisionModel:
-    """The model of a name from timm's constructor arguments; further ones are those of the model's class."""
+    """The model of a name, from timm's constructor arguments and those of the model's class."""
     device, dtype = options.pop("device", None), options.pop("dtype", None)
     dynamic = options.pop("dynamic_img_size", True)
     with contextlib.nullcontext() if device is None else torch.device(device):
@@ -100,7 +100,7 @@ def _build(name: str, options: dict) -> VisionModel:
 
 
 def _native_keys(state: dict[str, Tensor], model: VisionModel) -> dict[str, Tensor]:
-    """Weights in the public layout or ours, under our names: timm looks for the classifier by name."""
+    """Weights in either layout, under this package's names, because timm looks for the classifier by name."""
     wanted, layout = model.state_dict(), model.layout
     assert layout is not None
     return {key if key in wanted else layout.native(key) or key: value for key, value in state.items()}
@@ -125,13 +125,13 @@ def _register(name: str) -> None:
 for _name in MODELS:
     _register(_name)
 
-# Features by torch.fx end at whole layers: inside them Python decides by shapes, which a trace cannot follow.
+# Features by torch.fx end at whole layers. Inside a layer Python code depends on shapes, which cannot be traced.
 for _module in (CrateBlock, *CrateBlock.__subclasses__(), CrateDecoderBlock, *Patches.__subclasses__()):
     register_notrace_module(_module)
 
 
 def main(arguments: list[str]) -> None:
-    """Run the Python script ``arguments[0]`` with the remaining arguments, the models being registered."""
+    """Register the models, then run the Python script ``arguments[0]`` with the remaining arguments."""
     if not arguments or arguments[0] in ("-h", "--help"):
         print("usage: python -m crate_kernels.models.timm_registry SCRIPT [ARGUMENT ...]")
         return

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     import numpy as np
 
 GPT2_RANKS = (("whisper", "assets/gpt2.tiktoken"),)
-"""Installed packages, and the files in them, that carry GPT-2's merge ranks."""
+"""Installed packages that contain GPT-2's merge ranks, and the files in them."""
 
 GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
 """How GPT-2 cuts text before merging bytes ("Language Models are Unsupervised Multitask Learners", section 2.2)."""
@@ -39,11 +39,11 @@ class Tokenizer(Protocol):
         """The UTF-8 bytes of tokens; they may end within a character."""
 
     def decode(self, tokens: Sequence[int]) -> str:
-        """The text of tokens; bytes that are no UTF-8 become U+FFFD."""
+        """The text of tokens. Bytes that are not UTF-8 become U+FFFD."""
 
 
 class ByteTokenizer:
-    """256 bytes and an end-of-text token. Works for every language without further files; sequences are long."""
+    """256 bytes and an end-of-text token. It works for every language without further files, but sequences are long."""
 
     name = "bytes"
     vocab_size = 257
@@ -53,12 +53,12 @@ class ByteTokenizer:
         return list(text.encode())
 
     def encode_array(self, text: str) -> np.ndarray:
-        import numpy as np  # torch alone does not need it
+        import numpy as np  # imported here, because torch alone does not need it
 
         return np.frombuffer(text.encode(), np.uint8)
 
     def to_bytes(self, tokens: Sequence[int]) -> bytes:
-        # Ids above 255 (end of text, and those of a rounded-up vocabulary) stand for no bytes.
+        # Ids above 255 (end of text, and those of a rounded-up vocabulary) represent no bytes.
         return bytes(token for token in tokens if token < 256)
 
     def decode(self, tokens: Sequence[int]) -> str:
@@ -66,11 +66,11 @@ class ByteTokenizer:
 
 
 class GPT2Tokenizer:
-    """GPT-2's byte-pair encoding: 50,257 tokens, the last of them end of text. Runs on the package tiktoken.
+    """GPT-2's byte-pair encoding: 50,257 tokens, the last of which is end of text. It uses the package tiktoken.
 
     Args:
-        ranks: file of merge ranks in tiktoken's format, a base64 token and its rank per line; found in an installed
-            package of :data:`GPT2_RANKS` if None. Nothing is downloaded.
+        ranks: file of merge ranks in tiktoken's format, with a base64 token and its rank per line. None searches the
+            installed packages of :data:`GPT2_RANKS`. Nothing is downloaded.
     """
 
     name = "gpt2"
@@ -114,7 +114,7 @@ def create_tokenizer(name: str) -> Tokenizer:
 
 
 def find_gpt2_ranks() -> Path:
-    """GPT-2's ranks file in an installed package, which is not imported."""
+    """Path of GPT-2's merge ranks in an installed package. The package is not imported."""
     for package, file in GPT2_RANKS:
         spec = importlib.util.find_spec(package)
         for folder in (spec and spec.submodule_search_locations) or ():
@@ -127,7 +127,7 @@ def find_gpt2_ranks() -> Path:
 
 
 def read_gpt2_ranks(path: str | os.PathLike | None = None) -> dict[bytes, int]:
-    """GPT-2's tokens and their merge ranks, from a file of tiktoken's format; :func:`find_gpt2_ranks` if None."""
+    """GPT-2's tokens and their merge ranks, from a file in tiktoken's format. None takes :func:`find_gpt2_ranks`."""
     path = find_gpt2_ranks() if path is None else Path(path)
     tokens = {base64.b64decode(t): int(rank) for t, rank in map(bytes.split, path.read_bytes().splitlines())}
     if len(tokens) != 50256:
@@ -136,9 +136,9 @@ def read_gpt2_ranks(path: str | os.PathLike | None = None) -> dict[bytes, int]:
 
 
 def word_starts(tokenizer: Tokenizer) -> Tensor:
-    """Which tokens begin a word: ``(vocab_size,)`` bool. All others continue the word before them.
+    """For each token whether it begins a word: ``(vocab_size,)`` bool. All other tokens continue a word.
 
-    Whole-word masking masks such words: letters, digits and apostrophes, with the space before them.
+    Whole-word masking masks such words. A word consists of letters, digits and apostrophes, with the space before it.
     """
     continues = b"'_" + bytes(range(128, 256))
     first = (tokenizer.to_bytes([token])[:1] for token in range(tokenizer.vocab_size))

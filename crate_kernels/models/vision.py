@@ -1,4 +1,4 @@
-"""What the vision models share: patches, positions, intermediate features and attention maps."""
+"""Shared code of the vision models: patches, positions, intermediate features and attention maps."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from .base import CrateModel
 
 
 class PatchSizeError(ValueError):
-    """Patches do not divide the images that a model is to take.
+    """The patch size does not divide the image size of a model.
 
     Args:
-        name: of the argument.
+        name: name of the argument.
         image, patch: (height, width) in pixels.
 
     Attributes:
@@ -29,7 +29,8 @@ class PatchSizeError(ValueError):
 
 
 def whole_patches(name: str, image: tuple[int, int], patch: tuple[int, int]) -> tuple[int, int]:
-    """Rows and columns of patches in an image; :class:`PatchSizeError` where patches do not divide it."""
+    """Rows and columns of patches in an image. Raises :class:`PatchSizeError` if the patch size does not divide its
+    size."""
     if image[0] % patch[0] or image[1] % patch[1]:
         raise PatchSizeError(name, image, patch)
     return image[0] // patch[0], image[1] // patch[1]
@@ -37,7 +38,7 @@ def whole_patches(name: str, image: tuple[int, int], patch: tuple[int, int]) -> 
 
 @torch.fx.wrap
 def patch_grid(images: Tensor, patch_size: tuple[int, int], channels: int) -> tuple[int, int]:
-    """Rows and columns of patches in ``images``, or an error that says what does not fit."""
+    """Rows and columns of patches in ``images``. Raises an error for images that do not fit."""
     rows, columns = patch_size
     if images.dim() != 4 or images.shape[1] != channels:
         raise ValueError(f"images: expected shape (B, {channels}, H, W), got {tuple(images.shape)}")
@@ -50,7 +51,7 @@ def patch_grid(images: Tensor, patch_size: tuple[int, int], channels: int) -> tu
 
 
 class Patches(nn.Module):
-    """Base of the embeddings: what images fit, and how many patches they hold."""
+    """Base of the embeddings. It checks images and cuts them into patches."""
 
     def __init__(self, patch_size: tuple[int, int], channels: int):
         super().__init__()
@@ -58,7 +59,7 @@ class Patches(nn.Module):
         self.channels = channels
 
     def grid(self, images: Tensor) -> tuple[int, int]:
-        """Rows and columns of patches in ``images``, or an error that says what does not fit."""
+        """Rows and columns of patches in ``images``. Raises an error for images that do not fit."""
         return patch_grid(images, self.patch_size, self.channels)
 
     def flatten(self, images: Tensor) -> Tensor:
@@ -91,7 +92,8 @@ class PatchEmbedding(Patches):
 
 
 class ConvPatchEmbedding(Patches):
-    """Embed patches with one strided convolution and no norm: CRATE-MAE and CRATE-alpha. Shapes as above."""
+    """Embed patches with one strided convolution and no norm (CRATE-MAE and CRATE-alpha). Shapes as for
+    PatchEmbedding."""
 
     def __init__(self, patch_size: tuple[int, int], channels: int, dim: int, *, bias: bool = True):
         super().__init__(patch_size, channels)
@@ -105,16 +107,16 @@ class ConvPatchEmbedding(Patches):
 class VisionModel(CrateModel):
     """Base of the vision models: tokens from :meth:`embed`, class token first, through ``blocks``, then ``norm``.
 
-    A subclass sets ``patch_embedding``, ``grid_size``, ``blocks``, ``norm`` and ``num_features``. The names and
-    arguments of the features are timm's and DINO's, so that their tools work.
+    A subclass sets ``patch_embedding``, ``grid_size``, ``blocks``, ``norm`` and ``num_features``. The feature methods
+    have the names and arguments of timm and DINO, so that their tools work.
     """
 
     num_prefix_tokens = 1
     grad_checkpointing = False
     dynamic_img_size = True
-    """Whether images of other sizes than :attr:`image_size` are taken; their positions are interpolated."""
+    """Whether the model takes images of other sizes than :attr:`image_size`. Their positions are interpolated."""
     position_tables: tuple[str, ...] = ("position_embedding",)
-    """The parameters ``(1, 1 + rows·columns, dim)`` that belong to the grid of patches; the first is added."""
+    """Names of the parameters ``(1, 1 + rows·columns, dim)`` that belong to the grid of patches. The first is added."""
     num_features: int
     grid_size: tuple[int, int]
     patch_embedding: Any  # a Patches
@@ -135,7 +137,7 @@ class VisionModel(CrateModel):
 
     @property
     def image_size(self) -> tuple[int, int]:
-        """(height, width) in pixels of the images that the model was built for."""
+        """(height, width) in pixels of the images for which the model was built."""
         (rows, columns), (height, width) = self.grid_size, self.patch_embedding.patch_size
         return rows * height, columns * width
 
@@ -155,7 +157,7 @@ class VisionModel(CrateModel):
         return block(tokens)
 
     def add_positions(self, tokens: Tensor, images: Tensor) -> Tensor:
-        """Positions for the grid of ``images`` added to ``tokens (B, 1 + patches, dim)``, class token first."""
+        """Add the positions for the grid of ``images`` to ``tokens (B, 1 + patches, dim)``, class token first."""
         grid = patch_grid(images, self.patch_embedding.patch_size, self.patch_embedding.channels)
         table = getattr(self, self.position_tables[0])
         return tokens + interpolate_positions(table, self.grid_size, grid, self.dynamic_img_size)
@@ -163,10 +165,10 @@ class VisionModel(CrateModel):
     def set_input_size(
         self, img_size: int | tuple[int, int] | None = None, patch_size: int | tuple[int, int] | None = None
     ) -> None:
-        """Rebuild the positions for images of ``img_size``, by interpolation. The outputs for them stay what they are.
+        """Interpolate the positions for images of ``img_size`` permanently. The outputs for such images do not change.
 
         Raises:
-            ValueError: ``img_size`` is no multiple of the patch size, or ``patch_size`` is another one.
+            ValueError: ``img_size`` is no multiple of the patch size, or ``patch_size`` differs from the model's.
         """
         rows, columns = self.patch_embedding.patch_size
         if patch_size is not None and pair("patch_size", patch_size) != (rows, columns):
@@ -181,16 +183,16 @@ class VisionModel(CrateModel):
             setattr(self, name, nn.Parameter(table, requires_grad=old.requires_grad))
         self.grid_size = grid
         self.config["img_size" if "img_size" in self.config else "image_size"] = size
-        if hasattr(self, "_traits"):  # what timm notes of a model's input
+        if hasattr(self, "_traits"):  # timm's record of a model's input
             self._traits = {**self._traits, "img_size": size}
             self._model_args = {**getattr(self, "_model_args", {}), "img_size": size}
 
     def no_weight_decay(self) -> set[str]:
-        """The parameters that timm's optimizers leave without weight decay, beside biases and norms."""
+        """Parameters that timm's optimizers leave without weight decay, in addition to biases and norms."""
         return {name for name in ("cls_token", "mask_token", *self.position_tables) if hasattr(self, name)}
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Keep only each layer's input for the backward pass and compute the rest again."""
+        """Save only each layer's input for backward, and recompute the rest."""
         self.grad_checkpointing = enable
 
     def group_matcher(self, coarse: bool = False) -> dict:
@@ -202,7 +204,7 @@ class VisionModel(CrateModel):
 
     @property
     def feature_info(self) -> list[dict]:
-        """Of every layer: its name, width and the pixels along one of its positions, as timm describes features."""
+        """Name, width and pixels per position of every layer, in timm's format for features."""
         reduction = max(self.patch_embedding.patch_size)
         return [
             dict(module=f"blocks.{i}", num_chs=self.num_features, reduction=reduction) for i in range(len(self.blocks))
@@ -223,14 +225,15 @@ class VisionModel(CrateModel):
         """Features of any layers, with timm's arguments.
 
         Args:
-            indices: layers to return; an integer takes the last so many, None all; negative ones count from the end.
-            norm: apply the final LayerNorm to them.
+            indices: layers to return. An integer takes that many last layers, None all layers. Negative indices count
+                from the end.
+            norm: apply the final LayerNorm to the features.
             output_fmt: ``"NCHW"`` gives maps ``(B, dim, rows, columns)``, ``"NLC"`` tokens ``(B, patches, dim)``.
-            return_prefix_tokens: pair each with its class token ``(B, 1, dim)``.
-            intermediates_only: return the list alone, not ``(last tokens, list)``.
-            output_dict: return ``image_intermediates``, ``image_intermediates_prefix`` if asked for, and
-                ``image_features``, the last tokens, by name.
-            stop_early: do not run layers past the last one asked for.
+            return_prefix_tokens: pair each feature with its class token ``(B, 1, dim)``.
+            intermediates_only: return only the list, not ``(last tokens, list)``.
+            output_dict: return a dictionary with ``image_intermediates``, ``image_intermediates_prefix`` if requested,
+                and ``image_features`` (the last tokens).
+            stop_early: do not run layers after the last requested one.
         """
         if output_fmt not in ("NCHW", "NLC"):
             raise ValueError(f"output_fmt: expected 'NCHW' or 'NLC', got {output_fmt!r}")
@@ -255,7 +258,7 @@ class VisionModel(CrateModel):
         return features if intermediates_only else (tokens, features)
 
     def finish(self, tokens: Tensor) -> Tensor:
-        """The last layer's tokens ``(B, N, dim)`` as :meth:`forward_features` returns them."""
+        """The last layer's tokens ``(B, N, dim)`` in the form that :meth:`forward_features` returns."""
         return tokens
 
     def get_intermediate_layers(
@@ -266,7 +269,8 @@ class VisionModel(CrateModel):
         return_prefix_tokens: bool = False,
         norm: bool = False,
     ) -> list:
-        """Features of the last ``n`` layers, or of the layers ``n``, with DINO's arguments: maps if ``reshape``."""
+        """Features of the last ``n`` layers, or of the layers in the list ``n``, with DINO's arguments. ``reshape``
+        gives maps."""
         return self.forward_intermediates(
             images,
             n,
@@ -279,7 +283,8 @@ class VisionModel(CrateModel):
     def prune_intermediate_layers(
         self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
-        """Drop what the features of ``indices`` do not need, as timm's feature extractor asks; return those layers."""
+        """Drop all parts that the features of ``indices`` do not need, for timm's feature extractor. Return those
+        layers."""
         wanted = self._layers(indices)
         self.blocks = self.blocks[: max(wanted) + 1]
         if prune_norm:
@@ -299,7 +304,7 @@ class VisionModel(CrateModel):
         return self.get_attention(images, -1)
 
     def get_last_key(self, images: Tensor) -> Tensor:
-        """The last layer's projected tokens ``(B, heads, N, p)``: query, key and value in one."""
+        """The last layer's projected tokens ``(B, heads, N, p)``, which are query, key and value."""
         block = self.blocks[-1]
         return block.mssa.project(block.mssa_norm(self._tokens_before(images, len(self.blocks) - 1))).transpose(1, 2)
 
@@ -323,12 +328,12 @@ class VisionModel(CrateModel):
 def interpolate_positions(
     positions: Tensor, trained: tuple[int, int], grid: tuple[int, int], allowed: bool = True
 ) -> Tensor:
-    """``(1, 1 + rows·columns, dim)`` for another grid of patches: bicubic, the class token's position unchanged.
+    """Interpolate positions ``(1, 1 + rows·columns, dim)`` to another grid of patches: bicubic, class token unchanged.
 
     Raises:
-        ValueError: the grid is another one, and that is not ``allowed``.
+        ValueError: the grid differs, and other sizes are not ``allowed``.
     """
-    # An exported program whose grid is not fixed interpolates always: for the trained grid that changes nothing.
+    # An exported program without a fixed grid always interpolates. For the trained grid the result is unchanged.
     if all(isinstance(size, int) for size in grid) and grid == trained:
         return positions
     if not allowed:
@@ -343,11 +348,11 @@ def interpolate_positions(
 def cubic_matrix(old: int, new: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """The matrix ``(new, old)`` of bicubic interpolation with antialiasing along one dimension.
 
-    It is that of ``torch.nn.functional.interpolate(mode="bicubic", antialias=True)``, which not every runtime has: each
-    row is Keys' cubic with a = −½, stretched where the grid shrinks, and sums to one.
+    It is the matrix of ``torch.nn.functional.interpolate(mode="bicubic", antialias=True)``, which some runtimes lack.
+    Each row is Keys' cubic with a = −½, stretched if the grid shrinks, and sums to one.
     """
     places = torch.arange(new, dtype=dtype, device=device) + 0.5
-    scale = old / (places[-1:] + 0.5)  # a tensor, so that an exported program takes any size
+    scale = old / (places[-1:] + 0.5)  # a tensor, so that an exported program accepts any size
     distance = (torch.arange(old, dtype=dtype, device=device) + 0.5 - (places * scale)[:, None]) / scale.clamp(min=1)
     x = distance.abs()
     near = (1.5 * x - 2.5) * x * x + 1

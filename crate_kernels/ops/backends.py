@@ -26,9 +26,9 @@ BACKENDS = ("cuda", "triton", "cpu", "eager", "reference")
 """The names of the backends. The file of that name beside an operator's ``op.py`` implements it."""
 
 AUTOMATIC = {"cuda": ("triton", "cuda", "eager"), "cpu": ("cpu", "eager")}
-"""Device type -> order of the automatic choice where nothing was measured. All other devices use ``eager``.
+"""Device type -> order of the automatic choice if nothing was measured. All other devices use ``eager``.
 
-The CUDA kernels have run only in the emulator. Until hardware has verified them they run on request, and where Triton
+The CUDA kernels have run only in the emulator. Until hardware has verified them, they run only on request, or if Triton
 is missing."""
 
 EXCEPTIONS = {("cpu", "overcomplete_ista"): ("eager", "cpu")}
@@ -110,7 +110,8 @@ def resolve(
     rows: int,
     causal: bool = False,
 ) -> str:
-    """Name the backend that runs an operator on ``inputs``: the arguments of its ``why_not``, a tensor first.
+    """Name of the backend that runs an operator on ``inputs``, which are the arguments of its ``why_not``, a tensor
+    first.
 
     The measured order is looked up by ``size`` (N for the attention operators, d for the others), ``rows`` (B·N) and
     ``causal``.
@@ -132,19 +133,19 @@ def _operator(found: Mapping[str, Any]) -> str:
 
 
 def trusted(operator: str, backend: str, inputs: tuple) -> bool:
-    """Whether the automatic choice may take a backend that can run; ``crate_kernels.selftest`` answers."""
+    """Whether the automatic choice may take a backend that can run. ``crate_kernels.selftest`` decides this."""
     return judge is None or judge(operator, backend, inputs)
 
 
 judge: Callable[[str, str, tuple], bool] | None = None
-"""The answer of :func:`trusted`. A higher layer sets it, since a test of the operators imports them."""
+"""The function behind :func:`trusted`. A higher layer sets it, because a test of the operators imports them."""
 
 
 def automatic_order(found: Mapping[str, Any], tensor: Tensor, size: int, rows: int, causal: bool) -> tuple[str, ...]:
     """The backends to try for a call, fastest first.
 
-    As ``crate-kernels tune`` measured on this device, else as the package's table has it for this kind of device, else
-    ``AUTOMATIC``.
+    The order is that of ``crate-kernels tune`` on this device, else that of the package's table for this kind of
+    device, else ``AUTOMATIC``.
     """
     kind = tensor.device.type
     order = EXCEPTIONS.get((kind, _operator(found)), AUTOMATIC.get(kind, ()))

@@ -1,4 +1,5 @@
-"""Cache of values that depend on weights alone (a cast, a packed form, a folded norm), valid until a weight changes."""
+"""Cache of values that depend only on weights (a cast, a packed form, a folded norm). They are valid until a weight
+changes."""
 
 from __future__ import annotations
 
@@ -16,16 +17,16 @@ _made: dict[tuple[int, Hashable], tuple[weakref.ref, tuple, Any]] = {}
 
 
 def kept(owner: Tensor, purpose: Hashable, make: Callable[[], Made], weights: Sequence[Tensor] = ()) -> Made | None:
-    """``make()``, from the cache while neither ``owner`` nor one of ``weights`` has changed.
+    """The result of ``make()``, cached while neither ``owner`` nor one of ``weights`` changes.
 
     Args:
-        owner: a weight. The entry is removed with it.
-        purpose: what is made, and the numbers that the value depends on.
-        make: runs without gradients, and reads no other tensors than ``owner`` and ``weights``.
+        owner: a weight. The cached value is removed together with it.
+        purpose: identifies the value, with all numbers on which it depends.
+        make: runs without gradients, and reads no tensors but ``owner`` and ``weights``.
 
     Returns:
-        None where no value may be cached: ``owner`` does not persist between calls, a tensor has no version counter to
-        show changes, or a CUDA graph is captured, to which the memory of a new value would belong.
+        None if the value cannot be cached: ``owner`` does not persist between calls, a tensor has no version counter,
+            or a CUDA graph is being captured (it would own the memory of a new value).
     """
     read = (owner, *weights)
     if any(t.is_inference() for t in read) or not (isinstance(owner, torch.nn.Parameter) or owner.is_leaf):
@@ -43,13 +44,15 @@ def kept(owner: Tensor, purpose: Hashable, make: Callable[[], Made], weights: Se
 
 
 def forget(owners: Iterable[Tensor]) -> None:
-    """Remove the values of these weights, which may have been written to in ways that no version counter shows."""
+    """Remove the values of these weights, because they may have been changed without a change of the version
+    counter."""
     ids = set(map(id, owners))
     for key in [key for key in _made if key[0] in ids]:
         _made.pop(key, None)
 
 
 def _remover(key: tuple[int, Hashable]) -> Callable[[object], object]:
-    """What runs when an owner ends. It holds the table itself: at the interpreter's end the module's names are gone."""
+    """The function that runs when an owner ends. It holds the table, because at exit the module's names no longer
+    exist."""
     made = _made
     return lambda _: made.pop(key, None)

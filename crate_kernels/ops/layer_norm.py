@@ -27,8 +27,8 @@ def layer_norm_backward(grad: Tensor, z: Tensor, weight: Tensor, bias: Tensor, m
 
 
 def _norm_parameters(z: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-    # The CPU kernel keeps float32 statistics for half-precision rows only beside float32 parameters; the CUDA kernel
-    # always keeps them, and wants the parameters in the dtype of the rows.
+    # torch's CPU kernel gives float32 statistics for half-precision rows only if the parameters are float32. Its CUDA
+    # kernel always does, and needs parameters in the dtype of the rows.
     half = z.dtype in (torch.float16, torch.bfloat16)
     dtype = torch.float32 if half and z.device.type == "cpu" else z.dtype
     return weight.to(dtype), bias.to(dtype)

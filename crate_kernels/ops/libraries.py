@@ -1,8 +1,8 @@
 """The compiled libraries of the package: plain C interfaces, loaded with ctypes.
 
-The build writes ``_cpu.so``, ``_cuda.so`` and ``_build.json`` into the package. The record says what each library was
-built for, or why it was not built. The libraries use no header of torch or of Python, so one build serves every version
-of both.
+The build writes ``_cpu.so``, ``_cuda.so`` and ``_build.json`` into the package. The JSON file records for which targets
+each library was built, or why it was not built. The libraries use no headers of torch or Python, so one build works
+with every version of both.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ UNBUILT = "the package was not installed with `pip install`"
 
 
 class Missing(Exception):
-    """Why a library cannot be used, as one sentence for the user."""
+    """The reason why a library cannot be used, as one sentence for the user."""
 
 
 def record() -> dict[str, dict]:
     """The record of the build, by library; ``{}`` if the package was never built.
-
-    Each entry holds ``missing`` (the reason, or None) and what the library was built for.
+    Each entry has ``missing`` (the reason, or None) and the targets of the build.
+        Each entry holds ``missing`` (the reason, or None) and what the library was built for.
     """
     try:
         return json.loads((PACKAGE / "_build.json").read_text())
@@ -50,7 +50,7 @@ def load(name: str, interface: int, functions: dict[str, tuple]) -> ctypes.CDLL:
     """Open the library ``name`` and declare its ``functions``.
 
     ``functions`` maps a function's name without the prefix ``crate_<name>_`` to ``(result type, *argument types)``.
-    Raises ``Missing`` where there is no library, and where its interface has another number than ``interface``.
+    Raises ``Missing`` if there is no library, or if its interface number differs from ``interface``.
     """
     path = PACKAGE / f"_{name}.so"
     if not path.exists():
@@ -60,7 +60,7 @@ def load(name: str, interface: int, functions: dict[str, tuple]) -> ctypes.CDLL:
 
 
 def open_library(path: Path, name: str, interface: int, functions: dict[str, tuple]) -> ctypes.CDLL:
-    """As ``load``, for a library in another place."""
+    """Like ``load``, for a library at another path."""
     try:
         library = ctypes.CDLL(str(path))
         built = getattr(library, f"crate_{name}_interface")()

@@ -1,4 +1,4 @@
-"""Which keys a query may not see: the rules that every implementation in torch shares."""
+"""Masks: the keys that a query may not see. All torch implementations share these rules."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def forbidden(tokens: int, lengths: Tensor | None, causal: bool, device: torch.device) -> Tensor | None:
-    """True where query i may not see key j, broadcastable to ``(B, H, N, N)``: ``j >= lengths[b]``, or ``j > i``."""
+    """True if query i may not see key j, broadcastable to ``(B, H, N, N)``: ``j >= lengths[b]``, or ``j > i``."""
     index = torch.arange(tokens, device=device)
     future = (index[None, :] > index[:, None])[None, None] if causal else None
     if lengths is None:
@@ -19,7 +19,7 @@ def forbidden(tokens: int, lengths: Tensor | None, causal: bool, device: torch.d
 def finite_where_hidden(w: Tensor, lengths: Tensor | None) -> Tensor:
     """``w (B, N, H, p)`` with zeros in place of NaN and inf at ``lengths[b]`` and beyond.
 
-    Hidden tokens have the weight zero, but zero times NaN is NaN: they would reach every row.
+    Hidden tokens have the weight zero. Zero times NaN is NaN, so NaN in a hidden token would reach every row.
     """
     if lengths is None:
         return w

@@ -46,9 +46,9 @@ def traced() -> bool:
 
 
 def transformed() -> bool:
-    """Whether the call is inside of ``torch.func`` (``grad``, ``vmap``, ``jvp``) or a forward-mode derivative.
+    """Whether the call is inside ``torch.func`` (``grad``, ``vmap``, ``jvp``) or a forward-mode derivative.
 
-    torch can transform its own operations, but no operator that is registered with a backward alone.
+    torch can transform its own operations, but not an operator that is registered only with a backward.
     """
     return not torch.compiler.is_compiling() and (
         torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
@@ -70,7 +70,7 @@ class Plan:
     scalars: tuple
     backward_scalars: tuple
     dtype: torch.dtype | None
-    """The dtype of the products, where autocast changes it."""
+    """The dtype of the products if autocast changes it."""
     autocast: str | None
     """The device type for which autocast was on."""
     direct: bool
@@ -85,14 +85,14 @@ class Operator:
         arguments: schema of the arguments without the last one, ``str backend``: tensors first, then numbers.
         outputs: names of what an implementation's ``forward`` returns; the first is the operator's result.
         saves: the outputs that ``backward`` takes, after the gradient of the result and all tensors of ``arguments``.
-        passes: the numbers of ``arguments`` that ``backward`` takes, after those.
+        passes: the numbers of ``arguments`` that ``backward`` takes after the tensors.
         constants: tensor arguments that have no gradient.
         casts: tensor arguments that autocast casts. If the first one is not among them, it is the stream of a layer,
             which keeps its dtype: every implementation takes a float32 stream beside narrower matrices.
         sizes: the tensors -> ``(size, rows)``, by which the measured order of the backends is looked up.
         fake: what ``forward`` returns, as empty tensors.
-        keys: which tensor has the tokens that ``lengths`` counts.
-        optional: whether ``forward`` takes a last argument ``save``, False where nobody will ask for a gradient.
+        keys: which tensor contains the tokens that ``lengths`` counts.
+        optional: whether ``forward`` has a last argument ``save``. False means that no gradient will be needed.
     """
 
     def __init__(
@@ -148,7 +148,7 @@ class Operator:
                 *[t if t is None else (type(t), t.dtype, t.layout, t.device, t.shape) for t in tensors],
             )  # fmt: skip
             plan = self._plans.get(key)
-        except (AttributeError, TypeError, RuntimeError):  # no tensor, or not hashable: the check says which argument
+        except (AttributeError, TypeError, RuntimeError):  # not a tensor, or not hashable: the check names the argument
             key = plan = None
         if plan is None:
             plan = self._plan(check, backend, tensors, options)
@@ -166,7 +166,7 @@ class Operator:
             for t in tensors:
                 if t is not None and t.requires_grad:
                     return self._function.apply(plan, *tensors)
-        # Weights beside a folded dictionary are prepared for inference: they stay, and so do their casts.
+        # Weights beside a folded dictionary are prepared for inference. They persist, so their casts can be cached.
         stay = self._folded is not None and tensors[self._folded] is not None
         out = self._forward(plan, self._cast(tensors, plan.dtype, stay), False)
         return out if self._single else out[0]
@@ -176,7 +176,7 @@ class Operator:
         self._plans.clear()
 
     def _dispatched(self, check: Callable[..., tuple], backend: str | None, tensors: tuple, options: tuple) -> Tensor:
-        """The call through the registered operator; in an export that asks for no backend, in standard operators."""
+        """Call the registered operator. An export that requests no backend gets standard operators."""
         scalars = check(*tensors, *options)
         if standard.exporting() and backend is None and backends.requested_backend() is None:
             if self._lengths is not None:
@@ -201,7 +201,7 @@ class Operator:
         return out if self._single else out[0]
 
     def reference(self, *arguments) -> Tensor:
-        """The reference equations, differentiated by torch itself and not by the gradient that the kernels share."""
+        """The reference equations, differentiated by torch itself instead of the gradient of the kernels."""
         return getattr(self.implementations["reference"], self.name)(*arguments)
 
     # -- plans -------------------------------------------------------------------------------------------------------
@@ -221,7 +221,7 @@ class Operator:
         else:
             implementation = self.implementations[plan.backend]
             plan.forward, plan.backward = implementation.forward, implementation.backward
-        # Tensors on the meta device have no data that a kernel could read.
+        # Tensors on the meta device have no data for a kernel.
         plan.direct = tensors[0].device.type != "meta" and all(t is None or type(t) in PLAIN for t in tensors)
         return plan
 
@@ -266,7 +266,8 @@ class Operator:
     ) -> list[Tensor | None]:
         """Gradients that can be differentiated again, from the reference equations."""
         with torch.enable_grad():
-            # A view of each tensor: otherwise a gradient would also flow through other arguments that depend on it.
+            # Each tensor is replaced by a view. Otherwise a gradient would also flow through arguments that depend on
+            # it.
             named: list[Any] = [t if t is None else t.view_as(t) for t in tensors]
             if autocast is None:
                 out = self.reference(*named, *scalars)
@@ -305,7 +306,7 @@ class Operator:
         def backward(*given):
             *arguments, backend = given
             found = backends.run(self.implementations[backend].backward, *arguments)
-            # A schema cannot return an absent tensor; an empty one stands for it.
+            # A schema cannot return an absent tensor, so an empty one represents it.
             return tuple(arguments[0].new_empty(0) if g is None else g for g in found)
 
         def fake_backward(grad, *arguments):
@@ -356,7 +357,8 @@ class _Direct(torch.autograd.Function):
         outputs = (out,) if operator._single else out
         ctx.plan = plan
         ctx.set_materialize_grads(False)
-        # The backward casts again: the memory of a second copy of the weights is worth more than the time of a cast.
+        # The backward casts the weights again, because saving a second copy would cost more memory than a cast costs
+        # time.
         ctx.save_for_backward(*tensors, *[outputs[i] for i in operator._saves])
         return outputs[0]
 

@@ -1,7 +1,7 @@
-"""The operators in standard ATen operators, which every runtime knows: what a model becomes when it is exported.
+"""The operators as standard ATen operators, which every runtime knows. An exported model consists of these.
 
-Same values as the reference equations, in fewer products: attention is torch's ``scaled_dot_product_attention``, and a
-folded dictionary takes the place of the three products of an ISTA step.
+The values are those of the reference equations, with fewer products: attention is torch's
+``scaled_dot_product_attention``, and a folded dictionary replaces the three products of an ISTA step.
 """
 
 from __future__ import annotations

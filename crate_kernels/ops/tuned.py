@@ -1,9 +1,9 @@
-"""Which backend was fastest on this device: what ``crate-kernels tune`` measured and the user's cache folder holds.
+"""The fastest backend on this device, as ``crate-kernels tune`` measured it and stored it in the user's cache folder.
 
-A record of backends holds for calls of the same operator, dtype and order of tokens (causal or not), with the same size
-(N for the attention operators, d for the others), and with half to twice as many rows as were measured. A record of
-launch options holds for launches of the same Triton kernel and dtype with rows of the same width: for the same number
-of rows, or, where the rows are those of a product, for half to twice as many.
+A record of backends holds for calls with the same operator, dtype, causality and size (N for the attention operators, d
+for the others), and with half to twice the measured number of rows. A record of launch options holds for launches of
+the same Triton kernel and dtype with rows of the same width. It holds for the same number of rows or, in a matrix
+product, for half to twice as many.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ FILE = "tune"
 LAUNCHES = "launches"
 """The file of launch options."""
 SIMILAR = ("product",)
-"""Kernels whose options do not depend on the exact number of rows."""
+"""Kernels whose options do not depend on the exact number of rows: products."""
 
 
 def ranking(
     device: torch.device, operator: str, dtype: str, causal: bool, size: int, rows: int
 ) -> tuple[str, ...] | None:
-    """The backends for such a call, fastest first; None if nobody measured one."""
+    """The backends for such a call, fastest first; None without a measurement."""
     load(device.type, device.index)
     for record in _loaded[device.type, device.index]:
         same = (record["operator"], record["dtype"], record["causal"], record["size"])
@@ -37,7 +37,7 @@ def ranking(
 def launch_options(
     device: torch.device, kernel: str, dtype: torch.dtype, rows: int, width: int
 ) -> dict[str, Any] | None:
-    """The fastest launch options of a Triton kernel for such operands; None if nobody measured them."""
+    """The fastest launch options of a Triton kernel for such operands; None without a measurement."""
     place = device.type, device.index
     if place not in _launches:
         exist = (user_cache.folder() / f"{LAUNCHES}.json").exists() and device.type != "meta"
@@ -52,17 +52,17 @@ def launch_options(
 
 
 def records(device: torch.device, file: str = FILE) -> list[dict[str, Any]]:
-    """What is stored for the device, and for the versions at hand."""
+    """The stored records for the device and for the installed versions."""
     found = user_cache.read(file).get(user_cache.combination(device), [])
     return [record for record in found if isinstance(record, dict)]
 
 
 KEYS = {FILE: ("operator", "dtype", "causal", "size", "rows"), LAUNCHES: ("kernel", "dtype", "rows", "width")}
-"""File -> what tells its records apart."""
+"""File -> the fields that identify a record."""
 
 
 def store(device: torch.device, found: list[dict[str, Any]], file: str = FILE) -> None:
-    """Add records; they replace those of the same call. Calls from now on follow them."""
+    """Add records. They replace earlier records of the same call. All later calls use them."""
 
     def key(record: Mapping[str, Any]) -> tuple:
         return tuple(record[name] for name in KEYS[file])
@@ -75,7 +75,7 @@ def store(device: torch.device, found: list[dict[str, Any]], file: str = FILE) -
 
 
 def clear(device: torch.device) -> int:
-    """Forget what is stored for the device; returns the number of records."""
+    """Delete the stored records of the device; return their number."""
     count = 0
     for file in KEYS:
         content = user_cache.read(file)
@@ -92,14 +92,14 @@ def forget() -> None:
 
 
 _loaded: dict[tuple[str, int | None], tuple[dict[str, Any], ...]] = {}
-"""The records of each device, read once in a process: a call must not wait for a file."""
+"""The records of each device, read once per process, because a call must not wait for a file."""
 _launches: dict[tuple[str, int | None], tuple[dict[str, Any], ...]] = {}
-"""The same of launch options."""
+"""The same for launch options."""
 
 
 @torch.compiler.assume_constant_result
 def load(kind: str, index: int | None) -> bool:
-    """Read the records of a device if nobody has. A traced call runs this function while it is traced."""
+    """Read the records of a device if this has not happened yet. In a traced call this function runs during tracing."""
     if (kind, index) not in _loaded:
         exist = (user_cache.folder() / f"{FILE}.json").exists()
         _loaded[kind, index] = (

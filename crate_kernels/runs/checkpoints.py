@@ -30,7 +30,7 @@ PART = "state.pt"
 """The file in the folder of a sharded checkpoint that holds everything but the sharded tensors."""
 
 _SHARDED = "sharded tensor"
-"""The key that stands in ``state.pt`` for a tensor in another file."""
+"""The key in ``state.pt`` that refers to a tensor in another file."""
 
 Keys = tuple[Any, ...]
 """The keys that lead to a value in nested dictionaries."""
@@ -97,7 +97,7 @@ def _save_sharded(path: Path, rest: dict[str, Any], tensors: dict[str, Tensor]) 
                 save(temporary / PART, rest)
                 for folder in (temporary, path.parent):
                     _flush(folder)
-                _remove(path)  # a remainder of another run, without its state.pt
+                _remove(path)  # the rest of an interrupted write, without its state.pt
                 os.replace(temporary, path)
                 _flush(path.parent)
     finally:
@@ -115,7 +115,7 @@ def _flush(folder: Path) -> None:
 
 def _remove(path: Path) -> None:
     if path.is_dir():
-        # Renamed first: if the process is killed in between, the remaining folder must not count as a checkpoint.
+        # Rename first. If the process is killed in between, the remaining folder must not count as a checkpoint.
         hidden = path if path.name.startswith(".") else path.with_name(f".{path.name}.old.tmp")
         if hidden != path:
             shutil.rmtree(hidden, ignore_errors=True)
@@ -142,7 +142,7 @@ def find(folder: Path) -> Path | None:
 
 
 def locate(path: Path) -> Path:
-    """The checkpoint that ``--resume path`` means: ``path`` itself, or the newest one in the folder ``path``."""
+    """The checkpoint for ``--resume path``: ``path`` itself, or the newest one in the folder ``path``."""
     if path.is_file() or (path / PART).is_file() or path.suffix == Path(LAST).suffix:
         return path
     return find(path) or path / LAST
@@ -192,7 +192,7 @@ def load(path: Path) -> dict[str, Any]:
     """Read a checkpoint without executing pickled code. The tensors of a sharded checkpoint are not read.
 
     Raises:
-        CheckpointError: there is no checkpoint, or the file is damaged or something else.
+        CheckpointError: there is no checkpoint, or the file is damaged or not a checkpoint.
     """
     if path.is_dir():
         return {**load(path / PART), "folder": str(path)}

@@ -1,4 +1,4 @@
-"""What a run's folder contains, and the model in it."""
+"""The files in a run's folder, and the model in them."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from ..models.registry import CLASSES
 from . import checkpoints
 
 SUMMARY = "summary.json"
-"""Written last: a folder without it holds an unfinished run."""
+"""The last file that a run writes. A folder without it contains an unfinished run."""
 
 MODELS = ("backbone.safetensors", "model.safetensors")
-"""The files of a finished model. Of a self-distilled model the backbone is what remains."""
+"""Files of a finished model. A self-distilled model leaves its backbone."""
 
 BEST = "best.safetensors"
 """The best weights so far, which ``crate-kernels train`` writes while it trains."""
@@ -50,9 +50,9 @@ class Description:
 
 
 def occupied(folder: Path) -> str | None:
-    """What a new run in this folder would overwrite, in words; None if nothing of value.
+    """Describes the results that a new run in this folder would overwrite; None if there are none of value.
 
-    The logs of a run that ended before its first checkpoint are of no value.
+    The logs of a run that ended before its first checkpoint have no value.
     """
     if checkpoints.find(folder) is not None and not (folder / SUMMARY).exists():
         return "an unfinished run"
@@ -87,26 +87,26 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def clear(folder: Path) -> None:
-    """Remove what an earlier run has left in this folder, and nothing else."""
+    """Remove the files of an earlier run in this folder, and no others."""
     checkpoints.discard(folder)
-    # The summary goes last: without it, the earlier run would pass for an unfinished one.
+    # The summary is removed last. Without it the earlier run would look like an unfinished one.
     for name in (*FILES[1:], SUMMARY):
         (folder / name).unlink(missing_ok=True)
 
 
 def open_model(path: str | os.PathLike, name: str | None = None) -> tuple[CrateModel, dict[str, Any]]:
-    """The model in a file or in a run's folder, in evaluation mode, and what the file says about its data.
+    """The model in a file or in a run's folder, in evaluation mode, and the file's metadata about the data.
 
-    Of a finished run it is the final model; of a run that is interrupted or in progress, the model of its newest
+    A finished run gives its final model. A run that is interrupted or in progress gives the model of its newest
     checkpoint.
 
     Args:
-        path: a safetensors file that :meth:`CrateModel.save` wrote, the folder of a run of any training command, or
-            with ``name`` a public checkpoint.
-        name: registered name of the model, for files that do not say which model they hold.
+        path: a safetensors file of :meth:`CrateModel.save`, the folder of a run of any training command, or, with
+            ``name``, a public checkpoint.
+        name: registered name of the model, for files that do not name it.
 
     Raises:
-        CheckpointError, FileNotFoundError: there is no model; the message says what was looked for.
+        CheckpointError, FileNotFoundError: there is no model. The message says what the function looked for.
     """
     path = Path(path)
     if path.is_dir():
@@ -133,7 +133,7 @@ def open_model(path: str | os.PathLike, name: str | None = None) -> tuple[CrateM
 
 
 def describe(path: str | os.PathLike) -> Description | None:
-    """The model that :func:`open_model` would open, without its weights; None for a file that does not say.
+    """The description of the model that :func:`open_model` would open, without weights. None if the file has none.
 
     Raises:
         CheckpointError, FileNotFoundError: as :func:`open_model`.
@@ -163,7 +163,7 @@ def _from_checkpoint(path: Path) -> tuple[CrateModel, dict[str, Any]]:
             f"{path} was written by crate_kernels {state.get('version')}, which did not record its model"
         )
     description = Description(**state["description"])
-    name = "ema" if state.get("ema") else "model"  # the moving average is what is tested and saved
+    name = "ema" if state.get("ema") else "model"  # training tests and saves the moving average
     part = {name: state[name]} | ({"folder": state["folder"]} if "folder" in state else {})
     model = description.build()
     model.load_state_dict(checkpoints.restore(part, lambda keys: None)[name])

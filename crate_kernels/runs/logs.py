@@ -1,4 +1,4 @@
-"""Files of JSON lines, each with its ``step``, that never run ahead of a run's checkpoint."""
+"""Files of JSON lines with a ``step`` in each. They never contain steps after the run's checkpoint."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class MetricsLog:
 
     Args:
         path: the file.
-        step: where the run stands. Lines past it are dropped, because the resumed run takes those steps again.
+        step: the present step of the run. Later lines are dropped, because the resumed run repeats these steps.
     """
 
     def __init__(self, path: Path, step: int):

@@ -106,11 +106,12 @@ class Trainer(Engine):
 
     @property
     def evaluated(self) -> CrateModel:
-        """The model that is tested and saved: the moving average if there is one."""
+        """The model that is tested and saved: the moving average if there is one, else the trained model."""
         return self.model if self.ema is None else self.ema.module
 
     def example(self) -> tuple[Tensor, Tensor]:
-        """The first batch of test images, normalized, and its labels: what is measured and drawn."""
+        """The first batch of test images, normalized, and its labels. The speed and the picture of the layers use
+        it."""
         images, labels = next(iter(evaluation_batches(self.data, self.batching, self.model.image_size, self.device)))
         count = min(self.settings.batch_size, len(labels))
         return self.normalize(images[:count]), labels[:count].to(self.device)
@@ -156,8 +157,8 @@ class Trainer(Engine):
 
     def loss(self, batch: tuple[Tensor, Tensor], number: int) -> Tensor:
         images, labels = batch
-        # Only now, because augmentation without loader processes seeds the same generators. Mixup uses NumPy's
-        # generator, with the same seed on all ranks.
+        # The seed is set here, because augmentation without loader processes also seeds these generators. Mixup uses
+        # NumPy's generator, with the same seed on all ranks.
         seed = (self.settings.seed, *divmod(number, self.settings.accumulate))
         seed_everything(*seed)
         self.seed_dropout(seed_for(*seed))
@@ -238,7 +239,7 @@ class Trainer(Engine):
         return meter.read()
 
     def save_model(self, model: CrateModel | None, name: str) -> Path:
-        """Write the weights of an unsharded model on rank 0, with the metadata that other images need."""
+        """Write the weights of an unsharded model on rank 0, with the metadata that later commands need."""
         path = self.output / name
         with launch.together():
             if model is not None:

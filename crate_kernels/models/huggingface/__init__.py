@@ -1,12 +1,12 @@
 """The language models as Hugging Face models: ``AutoModel…``, ``save_pretrained``, ``generate``, ``pipeline``.
 
-Importing this module registers them. It needs the package transformers, which nothing else here does::
+Importing this module registers the models. It needs the package transformers, which the rest of this package does not::
 
     import crate_kernels.models.huggingface
     model = transformers.AutoModelForCausalLM.from_pretrained(folder)
 
-Every model holds one of ours as ``crate``. ``wrap`` puts an existing one in and shares its parameters. An argument that
-a model cannot honor is refused by name; no keyword is swallowed.
+Every model contains a model of this package as ``crate``. ``wrap`` wraps an existing model and shares its parameters.
+An argument that a model does not support raises an error that names the argument.
 """
 
 from __future__ import annotations
@@ -46,10 +46,10 @@ from .tokenizing import tokenizer as tokenizer
 
 
 def from_file(path: str | Path) -> tuple[PreTrainedModel, PreTrainedTokenizerFast | None]:
-    """The language model in a file that ``crate-kernels train-text`` or ``CrateModel.save`` wrote, and its tokenizer.
+    """The language model in a file of ``crate-kernels train-text`` or ``CrateModel.save``, and its tokenizer.
 
-    The tokenizer is None where the file does not name one. Both together make a pipeline, or go into a folder with
-    ``save_pretrained``::
+    The tokenizer is None if the file does not name one. Model and tokenizer together make a pipeline, or can be saved
+    to a folder with ``save_pretrained``::
 
         model, tokenizer = from_file("runs/text-gpt2/model.safetensors")
         transformers.pipeline("text-generation", model=model, tokenizer=tokenizer)
@@ -67,7 +67,7 @@ def from_file(path: str | Path) -> tuple[PreTrainedModel, PreTrainedTokenizerFas
     return model, found
 
 
-# What `save_pretrained` writes names these classes; with them known, the Auto classes find them.
+# The files of `save_pretrained` name these classes, so the Auto classes must know them.
 for _config, _classes in (
     (
         CrateGPTHubConfig,

@@ -13,10 +13,10 @@ from ..gpt import CrateGPT
 class CrateCache(Cache):
     """The one-tensor cache of :class:`~crate_kernels.models.generation.ProjectionCache` as ``past_key_values``.
 
-    It grows as tokens come. Padding is not stored.
+    The cache grows with the tokens. Padding is not stored.
 
     Attributes:
-        projections: the tokens held; None before the first call.
+        projections: the stored tokens; None before the first call.
     """
 
     is_compileable = False
@@ -33,16 +33,16 @@ class CrateCache(Cache):
         return 0 if self.projections is None else len(self.projections.w)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Tokens seen of each sequence, padding included."""
+        """Number of tokens of each sequence, padding included."""
         return self._seen
 
     def get_max_length(self) -> int:
-        return -1  # what transformers calls a cache without a limit of its own
+        return -1  # the value in transformers for a cache without its own limit
 
     get_max_cache_shape = get_max_length
 
     def room_for(self, crate: CrateGPT, batch: int, new: int) -> ProjectionCache:
-        """The projections, with room for ``new`` tokens more of each of ``batch`` sequences."""
+        """The projections, with space for ``new`` additional tokens of each of ``batch`` sequences."""
         if self.projections is None:
             self.projections = crate.new_cache(batch, new)
         elif len(self.projections.lengths) != batch:

@@ -1,4 +1,4 @@
-"""The configurations: the arguments of our constructors, and what Hugging Face keeps beside them."""
+"""The configurations: the arguments of this package's constructors, and the fields that Hugging Face adds."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from transformers import PretrainedConfig
 
 
 class CrateGPTHubConfig(PretrainedConfig):
-    """The fields of :class:`crate_kernels.models.CrateGPTConfig`, and what Hugging Face keeps beside them."""
+    """The fields of :class:`crate_kernels.models.CrateGPTConfig`, and the fields that Hugging Face adds."""
 
     model_type = "crate_gpt"
     attribute_map = {  # noqa: RUF012 (the base class's own convention)
@@ -76,6 +76,6 @@ class CrateBertHubConfig(PretrainedConfig):
         super().__init__(**options)
 
     def arguments(self) -> dict:
-        """The arguments of our constructor, but for ``num_classes``."""
+        """The arguments of this package's constructor, without ``num_classes``."""
         names = ("vocab_size", "token_types", "dim", "depth", "heads", "dropout", "emb_dropout")
         return {name: getattr(self, name) for name in names} | {"max_length": self.max_position_embeddings}

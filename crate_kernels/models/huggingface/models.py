@@ -1,4 +1,4 @@
-"""The models: a base model holds one of ours as ``crate``, a model with a head holds a base model as ``model``."""
+"""The models. A base model contains a model of this package as ``crate``. A model with a head contains a base model."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from .configuration import CrateBertHubConfig, CrateGPTHubConfig
 
 
 class _CratePreTrainedModel(PreTrainedModel):
-    """What all wrappers share. The base models hold ``crate``, those with a head hold a base model as ``model``."""
+    """Base of all wrappers. Base models have ``crate``. Models with a head have a base model as ``model``."""
 
     base_model_prefix = "model"
     main_input_name = "input_ids"
@@ -37,16 +37,16 @@ class _CratePreTrainedModel(PreTrainedModel):
 
     @property
     def crate(self) -> Any:
-        """Our model inside."""
+        """The model of this package inside."""
         return self.model.crate
 
     def _init_weights(self, module: Any) -> None:
         if any(module is ours for ours in self.crate.modules()):
-            # One of the modules whose own weights a checkpoint left out. transformers shields what it has filled from
-            # torch.nn.init, so resetting the whole model fills just the rest. Once is enough.
+            # The module lacks weights that the checkpoint left out. transformers protects the weights that it has
+            # loaded from torch.nn.init, so resetting the whole model fills only the missing ones. One reset is enough.
             self.crate.reset_parameters()
             _keep_weights(self.crate)
-        else:  # a head, or the embedding of a resized vocabulary
+        else:  # the head, or the embedding of a resized vocabulary
             nn.init.normal_(module.weight, std=0.02)
 
     def get_input_embeddings(self) -> nn.Embedding:
@@ -59,14 +59,14 @@ class _CratePreTrainedModel(PreTrainedModel):
         embedding = super().resize_token_embeddings(*arguments, **options)
         self.crate.vocab_size = self.crate.config["vocab_size"] = embedding.num_embeddings
         if (head := getattr(self.crate, "head", None)) is not None:
-            # As torch pads: the new tokens' biases are zero, those of dropped tokens are cut off.
+            # As in torch, the biases of new tokens are zero, and those of dropped tokens are cut off.
             bias = nn.functional.pad(head.bias.data, (0, embedding.num_embeddings - len(head.bias)))
             head.bias = nn.Parameter(bias, requires_grad=head.bias.requires_grad)
         return embedding
 
 
 class _BaseModel(_CratePreTrainedModel):
-    """A model without a head: one of ours as ``crate``, run layer by layer for what Hugging Face asks of it."""
+    """A model without a head. It runs ``crate`` layer by layer, to return what Hugging Face requests."""
 
     crate: Any
 
@@ -118,16 +118,16 @@ class _BaseModel(_CratePreTrainedModel):
         return position_ids.view(-1, new).expand(batch, new)
 
     def _run(self, tokens: Tensor, padding: _Padding, lengths, run, hidden_states: bool, attentions: bool):
-        """All layers; ``run(i, tokens)`` is the i-th.
+        """Run all layers. ``run(i, tokens)`` is the i-th layer.
 
-        -> tokens with the texts in front, as they came; hidden states (a list, or None) and attention maps (likewise)
-        with the texts where they were.
+        Returns the tokens with the real tokens in front, as in the input. Hidden states (a list, or None) and attention
+        maps (a list, or None) have the tokens in their original places.
         """
         hidden: list[Tensor] | None = [] if hidden_states else None
         maps: list[Tensor] | None = [] if attentions else None
         for i, (layer, block) in enumerate(zip(self.layers, self.crate.blocks, strict=True)):
             if hidden is not None:
-                # On the way to the output, so that gradients reach what is returned.
+                # The returned tensor lies on the path to the output, so that gradients reach it.
                 hidden.append(padding.back(tokens))
                 tokens = padding.front(hidden[-1])
             if maps is None:
@@ -143,14 +143,15 @@ class _BaseModel(_CratePreTrainedModel):
 
 
 class _Layer(GradientCheckpointingLayer):
-    """Where transformers switches gradient checkpointing on: holds nothing, and runs the layer that it is given."""
+    """Lets transformers switch on gradient checkpointing. It has no parameters, and runs the layer that it is given."""
 
     def forward(self, tokens: Tensor, run: Callable[[Tensor], Any]) -> Any:
         return run(tokens)
 
 
 def _with_maps(block: Any, padding: _Padding, lengths: Tensor | None, tokens: Tensor) -> tuple[Tensor, Tensor]:
-    """One layer by way of its attention maps ``(B, H, N, N)``, and these, with the texts where they were."""
+    """One layer, computed through its attention maps ``(B, H, N, N)``, and these maps with tokens in their original
+    places."""
     seen = []
 
     def edit(maps: Tensor) -> Tensor:
@@ -162,10 +163,10 @@ def _with_maps(block: Any, padding: _Padding, lengths: Tensor | None, tokens: Te
 
 
 class _Padding:
-    """Moves the real tokens of each row to its front, in their order, and back: there ``lengths`` say what is padding.
+    """Moves the real tokens of each row to the front, in their order, and back. ``lengths`` then describe the padding.
 
     Args:
-        mask: ``(B, N)`` bool, False for padding; None where there is none.
+        mask: ``(B, N)`` bool, False for padding; None if there is no padding.
     """
 
     def __init__(self, mask: Tensor | None):
@@ -173,7 +174,7 @@ class _Padding:
         self._order = None if mask is None else mask.int().argsort(dim=1, descending=True, stable=True)
 
     def front(self, x: Tensor, dim: int = 1) -> Tensor:
-        """``x (B, …)`` whose dimension ``dim`` is that of the tokens."""
+        """``x (B, …)``. Its dimension ``dim`` counts the tokens."""
         return x if self._order is None else _take(x, self._order, dim)
 
     def back(self, x: Tensor, dim: int = 1) -> Tensor:
@@ -188,7 +189,7 @@ def _take(x: Tensor, order: Tensor, dim: int) -> Tensor:
 
 
 def _checked_mask(attention_mask: Tensor | None, batch: int, past: int, new: int) -> Tensor | None:
-    """``attention_mask (B, past + new)`` -> ``(B, new)`` bool of the new tokens; None where there is none."""
+    """``attention_mask (B, past + N)`` -> ``(B, N)`` bool for the new tokens; None if there is no mask."""
     if attention_mask is None:
         return None
     if attention_mask.shape != (batch, past + new):
@@ -200,7 +201,7 @@ def _checked_mask(attention_mask: Tensor | None, batch: int, past: int, new: int
 
 
 def _check_real(attention_mask: Tensor | None) -> None:
-    """Every row of ``attention_mask (B, N)`` has a real token. Only masks on the CPU are checked."""
+    """Raise ValueError if a row of ``attention_mask (B, N)`` has no real token. Only masks on the CPU are checked."""
     if attention_mask is None or attention_mask.dim() != 2 or not checks.readable(attention_mask):
         return
     real = attention_mask.bool().any(dim=1)
@@ -209,7 +210,7 @@ def _check_real(attention_mask: Tensor | None) -> None:
 
 
 def _keep_weights(model: nn.Module) -> None:
-    """Keep transformers from filling weights that are as they should be."""
+    """Mark weights as loaded, so that transformers does not initialize them."""
     module: Any
     for module in model.modules():
         module._is_hf_initialized = True
@@ -247,22 +248,23 @@ class CrateGPTModel(_BaseModel):
         """The last layer's tokens.
 
         Args:
-            input_ids: ``(B, N)``; with ``past_key_values`` those that follow what it holds.
+            input_ids: ``(B, N)``. With ``past_key_values``, the tokens that follow those in the cache.
             attention_mask: ``(B, N)``, or ``(B, past + N)`` with ``past_key_values``; 0 for padding, which may stand
                 anywhere.
-            position_ids: ``(B, N)``, ``(1, N)`` or ``(N,)``. By default the real tokens count from 0 on, or from the
-                number of those in ``past_key_values``.
-            past_key_values: what an earlier call returned, or a new :class:`CrateCache`. It takes up the new tokens.
-                Without gradients where it holds tokens already.
-            inputs_embeds: ``(B, N, n_embd)`` in place of the embeddings of ``input_ids``.
-            use_cache: return a cache. By default as the configuration says, but not where gradients are recorded or
-                attention maps asked for.
-            output_attentions: return the attention maps, from which the layers are then computed. Not with a cache.
+            position_ids: ``(B, N)``, ``(1, N)`` or ``(N,)``. By default real tokens count from 0, or from the number of
+                real tokens in ``past_key_values``.
+            past_key_values: the result of an earlier call, or a new :class:`CrateCache`. The new tokens are stored in
+                it. If it already contains tokens, the call has no gradients.
+            inputs_embeds: ``(B, N, n_embd)``, replaces the embeddings of ``input_ids``.
+            use_cache: return a cache. The default is the configuration's value, but False if gradients are recorded or
+                attention maps are requested.
+            output_attentions: return the attention maps. The layers are then computed from them. Not possible with a
+                cache.
             output_hidden_states: return the input of every layer, and the last layer's tokens.
 
         Returns:
             ``last_hidden_state (B, N, n_embd)``, ``past_key_values``, ``hidden_states``: ``n_layer + 1`` of
-            ``(B, N, n_embd)``, ``attentions``: ``n_layer`` of ``(B, H, N, N)``; None where they are not asked for.
+            ``(B, N, n_embd)``, ``attentions``: ``n_layer`` of ``(B, H, N, N)``; None for those that are not requested.
         """
         config, crate = self.config, self.crate
         output_attentions = _or(output_attentions, config.output_attentions)
@@ -280,7 +282,7 @@ class CrateGPTModel(_BaseModel):
         tokens = self._embed(input_ids, inputs_embeds)
         batch, new = tokens.shape[:2]
         mask = _checked_mask(attention_mask, batch, past, new)
-        if past_key_values is None:  # with a cache, a piece of a text may be nothing but padding
+        if past_key_values is None:  # with a cache, a piece of a text may consist of padding only
             _check_real(attention_mask)
         positions = self._positions(position_ids, tokens)
         cache = places = None
@@ -294,7 +296,7 @@ class CrateGPTModel(_BaseModel):
 
         with torch.set_grad_enabled(torch.is_grad_enabled() and not past):
             if positions is None:
-                # Where no place is asked for, the places of the cache are the positions.
+                # Without explicit positions, the places in the cache are the positions.
                 positions = torch.arange(new, device=tokens.device) if places is None else places
             else:
                 positions = padding.front(positions)
@@ -344,12 +346,12 @@ class CrateBertModel(_BaseModel):
             token_type_ids: ``(B, N)``, which of two texts a token belongs to; 0 by default.
             position_ids: ``(B, N)``, ``(1, N)`` or ``(N,)``; 0 to N - 1 by default.
             inputs_embeds: ``(B, N, dim)`` in place of the embeddings of ``input_ids``.
-            output_attentions: return the attention maps, from which the layers are then computed.
+            output_attentions: return the attention maps. The layers are then computed from them.
             output_hidden_states: return the input of every layer, and the last layer's tokens.
 
         Returns:
             ``last_hidden_state (B, N, dim)``, ``hidden_states``: ``depth + 1`` of ``(B, N, dim)``, ``attentions``:
-            ``depth`` of ``(B, H, N, N)``; None where they are not asked for.
+            ``depth`` of ``(B, H, N, N)``; None for those that are not requested.
         """
         config, crate = self.config, self.crate
         output_attentions = _or(output_attentions, config.output_attentions)
@@ -361,7 +363,7 @@ class CrateBertModel(_BaseModel):
         positions = self._positions(position_ids, tokens)
         padding = _Padding(_checked_mask(attention_mask, batch, 0, count))
         _check_real(attention_mask)
-        # A text without tokens still has a row. Its first token sees itself, and nobody asks for it.
+        # A text without real tokens still has a row. Its first token attends to itself, and its result is never used.
         lengths = None if padding.lengths is None else padding.lengths.clamp(min=1)
         tokens = padding.front(crate.add_embeddings(tokens, positions, token_type_ids))
 
@@ -379,7 +381,7 @@ class CrateBertModel(_BaseModel):
 
 
 class _WithHead(_CratePreTrainedModel):
-    """A model with a head: a base model as ``model``."""
+    """A model with a head. The base model is ``model``."""
 
     _base: type[_BaseModel]
 
@@ -390,14 +392,14 @@ class _WithHead(_CratePreTrainedModel):
         self.post_init()
 
     _build: Callable | None = None
-    """Makes ours of a configuration, with the head inside; None where the head stands beside it."""
+    """Builds this package's model of a configuration, with its head; None if the head is a separate module."""
 
     def _add_head(self) -> None:
         pass
 
     @property
     def crate(self) -> Any:
-        """Our model inside."""
+        """The model of this package inside."""
         return self.model.crate
 
 
@@ -413,12 +415,12 @@ class CrateGPTForCausalLM(_WithHead, GenerationMixin):
 
     @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:
-        return False  # its caches hold keys and values apart
+        return False  # transformers' caches store keys and values separately
 
     def _prepare_cache_for_generation(
         self, generation_config, model_kwargs: dict, mode, batch_size: int, max_cache_length: int, *more
     ) -> None:
-        if max_cache_length > self.crate.block_size:  # the last token of the text is not read
+        if max_cache_length > self.crate.block_size:  # the model does not read the last token of the text
             raise ValueError(
                 f"max_new_tokens, max_length: the text would have {max_cache_length + 1} tokens, but the model takes "
                 f"{self.crate.block_size} (max_position_embeddings)"
@@ -447,16 +449,17 @@ class CrateGPTForCausalLM(_WithHead, GenerationMixin):
         num_items_in_batch: Tensor | int | None = None,
         **others: Tensor | None,
     ) -> CausalLMOutputWithPast:
-        """Predict the token after each.
+        """Predict the next token after each token.
 
         Args:
-            labels: ``(B, N)``, usually ``input_ids``, -100 where nothing is asked; shifted here. Neither is padding
-                asked for, nor does it answer.
-            logits_to_keep: logits of the last so many tokens only, or of the tokens at these indices; 0 for all.
-            num_items_in_batch: the loss is the sum over all labels divided by this number, by default by their number.
-            others: ``shift_labels (B, N)``, the labels already shifted, in place of ``labels``. The trainer of
-                transformers takes every parameter whose name contains "label" for one that each batch must have, so
-                that this one has no parameter.
+            labels: ``(B, N)``, usually ``input_ids``; -100 is ignored. This method shifts them. Padding is neither a
+                target nor an input of a target.
+            logits_to_keep: number of last tokens whose logits are returned, or indices of tokens; 0 for all.
+            num_items_in_batch: the loss is the sum over all labels divided by this number. Default: the number of
+                labels.
+            others: ``shift_labels (B, N)``, labels that are already shifted, instead of ``labels``. It is no named
+                parameter, because the trainer of transformers would require every parameter whose name contains "label"
+                in each batch.
 
         All further arguments: see :meth:`CrateGPTModel.forward`.
 
@@ -496,7 +499,7 @@ class CrateGPTForCausalLM(_WithHead, GenerationMixin):
 
 
 class CrateGPTForSequenceClassification(_WithHead):
-    """Classifies a text, or rates it (regression, several labels), by the last real token's output and a Linear layer.
+    """Classifies a text or rates it (regression, several labels), by a Linear layer on the last real token's output.
 
     ``config.problem_type`` and ``config.num_labels`` choose the loss, as in every model of transformers.
     """
@@ -526,7 +529,7 @@ class CrateGPTForSequenceClassification(_WithHead):
         Args:
             attention_mask: ``(B, N)``, 0 for padding. Without it ``config.pad_token_id`` marks padding, if it is set.
             labels: classes ``(B,)``, or numbers ``(B, num_labels)``.
-            others: see :meth:`CrateGPTModel.forward`.
+            others: other arguments, see :meth:`CrateGPTModel.forward`.
 
         Returns:
             ``loss`` (None without labels), ``logits (B, num_labels)``, and what the model without head returns.
@@ -560,7 +563,7 @@ def _check_labels(name: str, labels: Tensor, shape: torch.Size) -> None:
 
 
 def _token_loss(logits: Tensor, labels: Tensor, items: Tensor | int | None) -> Tensor:
-    """Cross-entropy of ``logits (B, N, V)`` and ``labels (B, N)``, -100 where nothing is asked."""
+    """Cross-entropy of ``logits (B, N, V)`` and ``labels (B, N)``; labels of -100 are ignored."""
     total = nn.functional.cross_entropy(
         logits.flatten(0, 1), labels.flatten(), reduction="mean" if items is None else "sum"
     )
@@ -575,7 +578,7 @@ def _class_loss(model: PreTrainedModel, logits: Tensor, labels: Tensor) -> Tenso
 
 
 class CrateBertForMaskedLM(_WithHead):
-    """:class:`crate_kernels.models.CrateBert` that names masked tokens, with Hugging Face's arguments."""
+    """:class:`crate_kernels.models.CrateBert` that predicts masked tokens, with Hugging Face's arguments."""
 
     config_class = CrateBertHubConfig
     accepts_loss_kwargs = True
@@ -603,13 +606,13 @@ class CrateBertForMaskedLM(_WithHead):
         return_dict: bool | None = None,
         num_items_in_batch: Tensor | int | None = None,
     ):
-        """Name the masked tokens; or classify each text, or rate it.
+        """Predict the masked tokens, or classify or rate each text.
 
         Args:
-            labels: the true tokens ``(B, N)``, -100 where nothing is asked. Of a classifier: classes ``(B,)``, or
-                numbers ``(B, num_labels)``.
-            num_items_in_batch: as for :meth:`CrateGPTForCausalLM.forward`; not of a classifier.
-            others: see :meth:`CrateBertModel.forward`.
+            labels: the true tokens ``(B, N)``; -100 is ignored. For a classifier: classes ``(B,)``, or numbers
+                ``(B, num_labels)``.
+            num_items_in_batch: as for :meth:`CrateGPTForCausalLM.forward`; not for a classifier.
+            others: other arguments, see :meth:`CrateBertModel.forward`.
 
         Returns:
             ``loss`` (None without labels), ``logits (B, N, vocab_size)`` or ``(B, num_labels)``, and what the model
@@ -630,7 +633,7 @@ class CrateBertForMaskedLM(_WithHead):
 
 
 class CrateBertForSequenceClassification(CrateBertForMaskedLM):
-    """:class:`crate_kernels.models.CrateBert` that classifies a text, or rates it (regression, several labels).
+    """:class:`crate_kernels.models.CrateBert` that classifies or rates a text (regression, several labels).
 
     ``config.problem_type`` and ``config.num_labels`` choose the loss, as in every model of transformers.
     """
@@ -649,10 +652,10 @@ class CrateBertForSequenceClassification(CrateBertForMaskedLM):
 
 
 def wrap(model: CrateGPT | CrateBert) -> PreTrainedModel:
-    """A Hugging Face model around ``model``; the parameters are shared.
+    """A Hugging Face model around ``model``. Both share the parameters.
 
     Raises:
-        TypeError: ``model`` is no language model of this package.
+        TypeError: ``model`` is not a language model of this package.
     """
     if not isinstance(model, CrateGPT | CrateBert):
         raise TypeError(

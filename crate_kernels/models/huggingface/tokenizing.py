@@ -16,13 +16,13 @@ END_OF_TEXT, MASK = "<|endoftext|>", "<|mask|>"
 def tokenizer(name: str = "bytes", *, masked: bool = False, ranks: str | Path | None = None) -> PreTrainedTokenizerFast:
     """A tokenizer of :mod:`crate_kernels.models.tokenizers` as a Hugging Face tokenizer, with the same tokens.
 
-    Its end-of-text token also begins texts and pads them. A text that spells a special token means that token, as with
+    The end-of-text token also begins texts and pads them. A text that spells a special token means this token, as with
     every tokenizer of transformers.
 
     Args:
         name: ``"bytes"`` or ``"gpt2"``.
-        masked: for CRATE-BERT as ``crate-kernels train-text --model bert`` trains it: the token after the last is the
-            mask, and every text begins with end of text.
+        masked: for CRATE-BERT as trained by ``crate-kernels train-text --model bert``. There is one more token, the
+            mask, and every text begins with the end-of-text token.
         ranks: GPT-2's merge ranks; see :class:`crate_kernels.models.tokenizers.GPT2Tokenizer`.
     """
     if name == "bytes":
@@ -36,7 +36,7 @@ def tokenizer(name: str = "bytes", *, masked: bool = False, ranks: str | Path | 
         raise ValueError(f"tokenizer: expected 'bytes' or 'gpt2', got {name!r}")
     special = {END_OF_TEXT: end} | ({MASK: end + 1} if masked else {})
     backend = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocabulary | special, merges=merges))
-    # GPT-2 cuts a text into words before it merges. Where nothing is merged there is nothing to cut.
+    # GPT-2 cuts a text into words before it merges bytes. Without merges there is no need to cut.
     backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=name == "gpt2")
     backend.decoder = tokenizers.decoders.ByteLevel()
     if masked:
@@ -55,14 +55,15 @@ def tokenizer(name: str = "bytes", *, masked: bool = False, ranks: str | Path | 
 
 
 def _byte_characters() -> list[str]:
-    """The character by which byte-level tokenizers write each byte: itself where it prints, else one past U+00FF."""
+    """The character with which byte-level tokenizers write each byte: itself if it is printable, else one above
+    U+00FF."""
     prints = {*range(33, 127), *range(161, 173), *range(174, 256)}
     others = iter(range(256, 512))
     return [chr(byte if byte in prints else next(others)) for byte in range(256)]
 
 
 def _from_ranks(ranks: dict[bytes, int]) -> tuple[dict[str, int], list[tuple[str, str]]]:
-    """The vocabulary, and the merges in their order, of a table of merge ranks."""
+    """The vocabulary and the ordered merges of a table of merge ranks."""
     characters = _byte_characters()
 
     def written(token: bytes) -> str:
@@ -71,7 +72,7 @@ def _from_ranks(ranks: dict[bytes, int]) -> tuple[dict[str, int], list[tuple[str
     merges = []
     for token, rank in sorted(ranks.items(), key=lambda item: item[1]):
         if len(token) > 1:
-            # A token is the merge of the two parts in which the earlier merges leave it.
+            # A token is the merge of the two parts that remain after all earlier merges.
             parts = [token[i : i + 1] for i in range(len(token))]
             while len(parts) > 2:
                 pairs = [ranks.get(a + b, rank) for a, b in pairwise(parts)]

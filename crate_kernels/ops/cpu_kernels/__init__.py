@@ -1,4 +1,4 @@
-"""The compiled CPU library: whether it is there, what it takes, and its operators on tensors that are allocated here.
+"""The compiled CPU library: whether it is available, which inputs it accepts, and its operators on torch tensors.
 
 ``crate_kernels/_cpu.so`` is built by ``setup.py`` from ``csrc/cpu``. The library knows neither torch nor Python: a call
 passes one structure of numbers and pointers (``csrc/cpu/interface.h``), and the library runs on torch's own threads.
@@ -20,16 +20,16 @@ ENVIRONMENT_VARIABLE = "CRATE_KERNELS_CPU_ISA"
 
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 MAX_WIDTH = 256
-"""Largest head width: the blocks of a wider head would leave the cache."""
+"""Largest head width. The blocks of a wider head would not fit the cache."""
 
 MISSING: str | None = None
-"""Why the library is not there."""
+"""The reason why the library is not available."""
 BUILT: tuple[str, ...] = ()
 """The instruction sets that the library was built for, slowest first."""
 RUNNABLE: tuple[str, ...] = ()
-"""Those of them that this processor runs."""
+"""The instruction sets of these that this processor runs."""
 ISA: str | None = None
-"""The instruction set that runs."""
+"""The instruction set in use."""
 
 # The structures of interface.h as formats of the module struct: q is an integer or a pointer, d a double.
 _ATTENTION_SHAPE = "qqqqqqdqq"
@@ -112,16 +112,16 @@ except (OSError, AttributeError) as error:
 
 
 def use_instruction_set(name: str | None) -> None:
-    """Run the kernels of another instruction set from now on; None: the fastest. For tests and measurements.
+    """Run the kernels of another instruction set from now on. None takes the fastest. For tests and measurements.
 
-    Weights that were packed before are in the order of the set that packed them, and must be packed again.
+    Packed weights have the order of the instruction set that packed them, so they must be packed again.
     """
     global ISA
     _, ISA = _open(_path, name)
 
 
 def why_not(*tensors: Tensor | None) -> str | None:
-    """Why no kernel of the library can run on these tensors."""
+    """The reason why no kernel of the library can run on these tensors; None if one can."""
     if MISSING is not None:
         return MISSING
     for tensor in tensors:
@@ -136,14 +136,14 @@ def why_not(*tensors: Tensor | None) -> str | None:
 
 
 def why_not_heads(width: int) -> str | None:
-    """Why no attention kernel can run on heads of this width."""
+    """The reason why no attention kernel can run on heads of this width; None if one can."""
     if width > MAX_WIDTH:
         return f"the CPU attention takes heads of width {MAX_WIDTH} and below; got {width}"
     return None
 
 
 def _rows(t: Tensor | None) -> tuple[int, int, int]:
-    """A matrix or a batch of rows with a contiguous last axis, as an Array."""
+    """A matrix or a batch of rows with a contiguous last axis, as an Array of ``interface.h``."""
     if t is None:
         return _ABSENT
     return t.data_ptr(), TYPES[t.dtype], t.stride(-2) if t.dim() > 1 else 0
@@ -169,7 +169,7 @@ def _int64(lengths: Tensor | None) -> Tensor | None:
 
 
 def low_precision(dtype: torch.dtype) -> int:
-    """Whether products round their operands to bfloat16: where the operands are bfloat16 already."""
+    """Whether products round their operands to bfloat16. They do if the operands are already bfloat16."""
     return int(dtype == torch.bfloat16)
 
 
@@ -198,7 +198,7 @@ def attention_backward(
     scale: float,
     causal: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """-> ``(dw, dvalue)``; ``dvalue`` is None without a separate value, its part is then in ``dw``."""
+    """-> ``(dw, dvalue)``. Without a separate value, ``dvalue`` is None and its part is included in ``dw``."""
     batch, tokens, heads, width = w.shape
     grad, w, value, o = (_last_contiguous(t) for t in (grad, w, value, o))
     lengths = _int64(lengths)
@@ -240,7 +240,7 @@ def cross_attention_backward(
     lse: Tensor,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """-> ``(dw, dcontext, dvalue)``; ``dvalue`` is None without a separate value, its part is then in ``dcontext``."""
+    """-> ``(dw, dcontext, dvalue)``. Without a separate value, ``dvalue`` is None and its part is in ``dcontext``."""
     keys, queries = context.shape[1], w.shape[1]
     tokens, lengths = torch.cat([context, w], 1), _int64(lengths)
     batch, length, heads, width = tokens.shape
@@ -256,17 +256,17 @@ def cross_attention_backward(
 
 
 def _after(value: Tensor | None, w: Tensor) -> Tensor | None:
-    """Values of the keys, and zeros behind them for the queries, which have none."""
+    """Values of the keys, followed by zeros for the queries, which have no values."""
     return None if value is None else torch.cat([value, w.new_zeros(w.shape)], 1)
 
 
 def _behind(t: Tensor, keys: int) -> Tensor:
-    """Rows of the queries behind zeros for the keys."""
+    """Rows of the queries, preceded by zeros for the keys."""
     return torch.nn.functional.pad(t, (0, 0, 0, 0, keys, 0))
 
 
 def _from_row(t: Tensor, row: int) -> tuple[int, int, int, int, int]:
-    """:func:`_heads` of a tensor whose token 0 is called ``-row``."""
+    """:func:`_heads` of a tensor that begins at row ``row``: the address is that of the missing row 0."""
     pointer, *rest = _heads(t)
     return pointer + row * t.stride(1) * t.element_size(), *rest
 
@@ -278,7 +278,7 @@ def _inner_rows(t: Tensor | None, inner: int, dtype: torch.dtype) -> tuple[int, 
 
 Weights = tuple[Tensor | None, ...]
 """Norm weight and bias, Uᵀ, output weight and bias of the attention half; norm weight and bias, dictionary, folded
-dictionary of the ISTA half. Those of a half that does not run are None."""
+dictionary of the ISTA half. The weights of a half that does not run are None."""
 
 NO_ATTENTION = (None,) * 5
 NO_ISTA = (None,) * 4
@@ -397,7 +397,7 @@ def overcomplete_forward(
 def overcomplete_backward(
     grad: Tensor, x: Tensor, D: Tensor, D1: Tensor | None, z1: Tensor, z2: Tensor, step_size: float
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """-> ``(dx, dD, dD1)``; ``dD1`` is None where the dictionaries are tied, its part is then in ``dD``."""
+    """-> ``(dx, dD, dD1)``. If the dictionaries are tied, ``dD1`` is None and its part is included in ``dD``."""
     grad, x, D = _last_contiguous(grad), _last_contiguous(x), _last_contiguous(D)
     decoder = D if D1 is None else _last_contiguous(D1)
     dx, dD, dD1 = (torch.empty(t.shape, dtype=t.dtype) for t in (x, D, decoder))
@@ -418,7 +418,7 @@ def fold(weight: Tensor) -> Tensor:
 
 
 def pack(matrix: Tensor, transposed: bool) -> Tensor:
-    """A weight in the order in which the products read it, for the instruction set that runs.
+    """A weight in the order in which the products read it, for the instruction set in use.
 
     ``matrix (depth, columns)``, or ``(columns, depth)`` if ``transposed``: as in ``x @ matrix`` or ``x @ matrix.T``.
     """
@@ -431,7 +431,7 @@ def pack(matrix: Tensor, transposed: bool) -> Tensor:
 
 
 def kept_pack(weight: Tensor | None, transposed: bool) -> int:
-    """The address of :func:`pack` of a weight that stays from call to call; 0 for a tensor that does not."""
+    """The address of :func:`pack` of a weight that persists between calls; 0 for other tensors."""
     if weight is None:
         return 0
     packed = kept(weight, ("pack", transposed, ISA), lambda: pack(weight, transposed))

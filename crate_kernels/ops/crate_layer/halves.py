@@ -1,4 +1,4 @@
-"""A layer from the two block implementations of one backend, for backends that have no kernel for the whole layer."""
+"""A layer composed of the two block implementations of one backend, for backends without a kernel for whole layers."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 def compose(
     mssa_block: ModuleType, ista_block: ModuleType, *, narrow: bool = False
 ) -> tuple[Callable, Callable, Callable]:
-    """-> ``why_not``, ``forward`` and ``backward`` of the layer, as ``op.py`` describes them.
+    """Compose ``why_not``, ``forward`` and ``backward`` of the layer, with the signatures in ``op.py``.
 
     ``narrow``: ``ista_block.backward`` takes the stream in the dtype in which it was saved.
     """

@@ -1,7 +1,7 @@
 """``crate::crate_layer``: schema and fake. The implementations stand beside this file.
 
-What every implementation has (``C`` is the dtype of the matrices, ``S`` that of the stream ``z``; ``S`` is ``C`` except
-under autocast, where it is float32)::
+The interface of every implementation (``C`` is the dtype of the matrices, ``S`` that of the stream ``z``; ``S`` is
+``C`` except under autocast, where it is float32)::
 
     forward(
         z (B, N, d) S, mssa_norm_weight (d,), mssa_norm_bias (d,), u_weight (H·p, d) C, out_weight (d, H·p) C or None,
@@ -19,8 +19,8 @@ under autocast, where it is float32)::
     why_not(the arguments of forward without save) -> None, or the reason why it cannot run them
 
 ``lse`` and the statistics are float32 (float64 for float64). Their contents, and those of ``between`` (the stream
-between the halves), belong to the implementation: its own ``backward`` alone reads them. With ``save=False`` nobody
-will ask for a gradient: every result but ``out`` may then be an empty tensor of any shape. ``forward`` and ``backward``
+between the halves), are private to the implementation: only its own ``backward`` reads them. With ``save=False`` no
+gradient will be needed, and every result but ``out`` may be an empty tensor of any shape. ``forward`` and ``backward``
 run with autocast off. Their results share memory neither with each other nor with an argument.
 
 An implementation may also have ``prepare(z, …)``, see :func:`crate_kernels.nn.prepare_for_inference`.

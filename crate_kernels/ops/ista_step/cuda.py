@@ -1,7 +1,7 @@
-"""One ISTA step through cuBLASLt: residual, threshold and ReLU ride in the epilogue of the folded product.
+"""One ISTA step through cuBLASLt. The epilogue of the folded product adds residual and threshold and applies the ReLU.
 
-Fewer rows than channels take the residual route, as in ``folding.py``. Matrices of weight gradients are kept in float32
-until they are whole.
+With fewer rows than channels the step takes the residual route, as in ``folding.py``. Matrices of weight gradients stay
+float32 until they are complete.
 """
 
 from __future__ import annotations

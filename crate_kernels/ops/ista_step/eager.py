@@ -1,4 +1,4 @@
-"""One ISTA step in stock PyTorch: folded, or through the residual where there are few rows (``folding.py``)."""
+"""One ISTA step in stock PyTorch: folded, or through the residual if there are few rows (``folding.py``)."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def forward(x: Tensor, weight: Tensor, folded: Tensor | None, step_size: float, 
 
     The products have the dtype of ``weight``.
     """
-    # x stays outside the matrix, in the product's accumulator: I + step·M would round it away in low precision.
+    # x is added in the product's accumulator. Inside the matrix, I + step·M would be rounded in low precision.
     shifted, x = x - step_size * lambd, x.to(weight.dtype)
     if folds(x, folded):
         return multiply(x, fold(weight) if folded is None else folded, shifted, alpha=step_size).relu_()

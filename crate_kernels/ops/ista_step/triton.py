@@ -1,6 +1,7 @@
 """One ISTA step in Triton: the folded product with residual, threshold and ReLU in its float32 epilogue.
 
-Fewer rows than channels take the residual route, as in ``folding.py``; products without an epilogue are the vendor's.
+With fewer rows than channels the step takes the residual route, as in ``folding.py``. Products without an epilogue use
+the vendor's library.
 """
 
 from __future__ import annotations

@@ -39,8 +39,8 @@ def forward(
     if out_weight is None:
         out = torch.add(z, o.flatten(2), alpha=step_size)
     else:
-        # The residual and the bias are where the product starts: one pass over the tokens less, and in the memory of
-        # x, which nobody reads any more.
+        # The product starts from residual and bias, which saves one pass over the tokens. It reuses the memory of x,
+        # which is no longer needed.
         start = z if out_bias is None else torch.add(z, out_bias, alpha=step_size, out=x)
         out = multiply(o.flatten(2).flatten(0, 1), out_weight.T, start.flatten(0, 1), alpha=step_size).view(z.shape)
     return out, w, o, lse, mean, rstd

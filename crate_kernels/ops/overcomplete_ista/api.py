@@ -18,7 +18,7 @@ def overcomplete_ista(
     lambd: float = 0.1,
     backend: str | None = None,
 ) -> Tensor:
-    """Two ISTA steps of non-negative sparse coding against an overcomplete dictionary, decoded again.
+    """Two ISTA steps of non-negative sparse coding with an overcomplete dictionary, then decoding.
 
     The sparse-coding block of CRATE-alpha (arXiv 2405.20299) and of the overcomplete CRATE language model, tied where
     ``D1`` is None. Equivalent to::

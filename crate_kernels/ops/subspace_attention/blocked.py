@@ -1,7 +1,7 @@
 """Subspace attention in bounded memory and stock PyTorch, on any device.
 
-``blocked_forward`` and ``blocked_backward`` are the whole operator; ``eager.py`` runs them on devices for which torch
-has no flash kernel to call. ``attend`` and ``attend_backward`` are one exchange between two groups of tokens; ring
+``blocked_forward`` and ``blocked_backward`` are the whole operator. ``eager.py`` runs them on devices for which torch
+has no flash kernel. ``attend`` and ``attend_backward`` compute the attention between two groups of tokens. Ring
 attention runs them between two shards. Their tensors are head-major, ``(B, H, rows, p)``, and their log-normalizers
 ``(B, H, rows)`` are float32 (float64 for float64).
 """
@@ -17,10 +17,11 @@ from ..backends import accumulation_dtype
 from ..masks import forbidden
 
 BLOCK_ELEMENTS = 1 << 26
-"""Most score elements held at once (256 MiB in float32)."""
+"""Largest number of scores in memory at once (256 MiB in float32)."""
 
 Mask = Callable[[slice], Tensor | None] | None
-"""Of a slice of queries: True where they may not see a key, broadcastable to ``(B, H, rows, keys)``. None: all seen."""
+"""For a slice of queries: True for keys that they may not see, broadcastable to ``(B, H, rows, keys)``. None: all
+visible."""
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, scale: float, hidden: Mask = None) -> tuple[Tensor, Tensor]:
@@ -39,17 +40,17 @@ def attend_backward(
     w_other: Tensor, v_other: Tensor, grad_other: Tensor, lse_other: Tensor, delta_other: Tensor,
     scale: float, hidden: Mask = None, hidden_other: Mask = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """What the pairs of our tokens with the others' add to our gradients ``(dw, dv)``, both ``(B, H, M, p)``.
+    """The contribution of pairs (our token, other token) to our gradients ``(dw, dv)``, both ``(B, H, M, p)``.
 
-    Token i is a query to j and a key to j, and both roles take the one score ``w_i·w_j``::
+    Token i is a query to j and a key to j. Both roles use the same score ``w_i·w_j``::
 
         dw_i = Σ_j scale·(dS_ij + dS_ji) w_j,   dv_i = Σ_j P_ji g_j,   dS = P∘(g vᵀ − delta),   delta = rowsum(g∘o)
 
     Args:
         w, v, grad, lse, delta: our tokens, their values, output gradients, log-normalizers and deltas.
-        w_other, v_other, grad_other, lse_other, delta_other: the others'.
-        hidden: which of the others our tokens may not see as queries (rows ours, columns the others').
-        hidden_other: which of the others may not see our tokens as keys (rows ours, columns the others').
+        w_other, v_other, grad_other, lse_other, delta_other: the same for the other tokens.
+        hidden: other tokens that ours may not see as queries (rows: ours, columns: the others).
+        hidden_other: other tokens that may not see ours as keys (rows: ours, columns: the others).
     """
     dw, dv = torch.empty_like(w, dtype=lse.dtype), torch.empty_like(v, dtype=lse.dtype)
     for rows in row_blocks(w, w_other):
@@ -80,7 +81,7 @@ def blocked_forward(
 def blocked_backward(
     grad: Tensor, w: Tensor, value: Tensor, lengths: Tensor | None, o: Tensor, lse: Tensor, scale: float, causal: bool
 ) -> tuple[Tensor, Tensor]:
-    """The parts of the gradient that reach the scores' operand and the value, both ``(B, N, H, p)``."""
+    """The gradients of the scores' operand and of the value, separately, both ``(B, N, H, p)``."""
     delta = (grad * o).sum(-1, dtype=lse.dtype).transpose(1, 2)
     query, value, grad = w.transpose(1, 2), value.transpose(1, 2), grad.transpose(1, 2)
     hidden, hidden_other = _hidden(w, lengths, causal), _hidden(w, lengths, causal, transposed=True)
@@ -92,7 +93,7 @@ def blocked_backward(
 
 
 def row_blocks(q: Tensor, k: Tensor) -> list[slice]:
-    """Slices of the rows of ``q`` whose scores against ``k`` stay below ``BLOCK_ELEMENTS``."""
+    """Slices of the rows of ``q``, each with fewer than ``BLOCK_ELEMENTS`` scores with ``k``."""
     batch, heads, tokens, _ = q.shape
     size = max(1, BLOCK_ELEMENTS // max(1, batch * heads * k.shape[2]))
     return [slice(start, min(start + size, tokens)) for start in range(0, tokens, size)]

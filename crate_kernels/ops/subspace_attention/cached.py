@@ -1,6 +1,6 @@
 """Causal subspace attention of new tokens over a cache: the decode step of generation.
 
-Query, key and value are one tensor, so a cache of ``w`` alone serves all three roles: half of a key-value cache.
+Query, key and value are one tensor, so the cache contains only ``w``. It is half as large as a key-value cache.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from ..operator import traced
 TRITON = importlib.util.find_spec("triton") is not None
 
 _trusted: set[tuple[torch.device, torch.dtype]] = set()
-"""Where the automatic choice may take Triton's attention kernels, asked once."""
+"""Devices on which the automatic choice may take Triton's attention kernels. Each is decided once."""
 
 
 def cached_subspace_attention(
@@ -27,15 +27,15 @@ def cached_subspace_attention(
     ``o_i = softmax_j(scale · w_i · cache_j) cache_j`` over ``j <= positions_i``, in every head (arXiv 2306.01129,
     equation 11, row by row).
 
-    On a GPU a Triton kernel runs the calls that it takes: no gradients, up to 64 new tokens, heads of width 8 to 256.
-    It reads each cached token once, as key and as value. All other calls run in stock PyTorch, and so do those that
+    On a GPU a Triton kernel runs calls without gradients, with up to 64 new tokens and heads of width 8 to 256. It
+    reads each cached token once, as key and as value. All other calls run in stock PyTorch, including those that
     request a backend other than ``triton``.
 
     Args:
         w: ``(B, M, H, p)``, the projections of the new tokens; float16, bfloat16, float32 or float64.
-        cache: ``(B, N, H, p)``, the projections of all tokens in their places, the new ones included.
-        positions: ``(B, M)`` int64 in 0..N-1, the places of the new tokens. Each sequence has its own, which is how
-            sequences of different lengths share a batch. Places of the cache beyond them are never seen.
+        cache: ``(B, N, H, p)``, the projections of all tokens in their places, including the new ones.
+        positions: ``(B, M)`` int64 in 0..N-1, the places of the new tokens. They may differ between sequences, so
+            sequences of different lengths can share a batch. Places of the cache after them are never visible.
         block_table: ``(B, T)`` int32 or int64, for a paged cache. The cache is then a pool ``(blocks, S, H, p)`` that
             all sequences share. Token j of sequence b is in ``cache[block_table[b, j // S], j % S]``, and N is T·S.
             Entries beyond the last position of a sequence may hold anything.
@@ -45,9 +45,9 @@ def cached_subspace_attention(
         ``(B, M, H, p)`` in the dtype of ``w``.
 
     Raises:
-        TypeError, ValueError: an argument of another kind, shape, dtype or device. On the CPU the values of
-            ``positions`` and of ``block_table`` are checked as well. On a GPU that would stall it. There the Triton
-            kernel reads a value out of range as the nearest in range.
+        TypeError, ValueError: an argument has a wrong type, shape, dtype or device. The values of ``positions`` and
+            ``block_table`` are checked on the CPU only, because a check would stall a GPU. On a GPU the Triton kernel
+            replaces a value out of range by the nearest value in range.
     """
     checks.tensor("w", w, ("B", "M", "H", "p"))
     batch, tokens, heads, width = w.shape

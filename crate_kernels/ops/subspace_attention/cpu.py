@@ -1,4 +1,4 @@
-"""Subspace attention in C++ on the CPU (``csrc/cpu/attention.h``): one thread does a head, block by block."""
+"""Subspace attention in C++ on the CPU (``csrc/cpu/attention.h``). One thread computes a head, block by block."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Subspace attention in CUDA C++: one thread block holds a whole head (``csrc/include/crate/attention_*.cuh``)."""
+"""Subspace attention in CUDA C++ (``csrc/include/crate/attention_*.cuh``). One thread block holds a whole head."""
 
 from __future__ import annotations
 

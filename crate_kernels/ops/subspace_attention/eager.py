@@ -1,7 +1,7 @@
 """Subspace attention in stock PyTorch, with one gradient for the one operand.
 
-On the CPU, torch's flash kernels do both directions and the three gradients are summed. Elsewhere the softmax is
-recomputed from its log-normalizer in bounded blocks of queries, so that memory does not grow with N².
+On the CPU, torch's flash kernels compute both directions, and the three gradients are added. Elsewhere the softmax is
+recomputed from its log-normalizer in blocks of queries of bounded size, so that memory does not grow with N².
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from ..masks import finite_where_hidden, forbidden
 from .blocked import blocked_backward, blocked_forward
 
 SHORT_SEQUENCE = 256
-"""Largest N for which the CPU backward computes bfloat16 and float16 in float32. In bfloat16 torch's flash kernel takes
-six times as long at 17 tokens and 1.3 times as long at 197; from 785 tokens on bfloat16 is faster."""
+"""Largest N for which the CPU backward computes bfloat16 and float16 in float32. torch's flash kernel in bfloat16 takes
+six times as long at 17 tokens and 1.3 times as long at 197. From 785 tokens on, bfloat16 is faster."""
 
 
 def why_not(w: Tensor, *_) -> None:
@@ -53,7 +53,7 @@ def backward(
     scale: float,
     causal: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """-> ``(dw, dvalue)``; ``dvalue`` is None without a separate value, its part is then in ``dw``.
+    """-> ``(dw, dvalue)``. Without a separate value, ``dvalue`` is None and its part is included in ``dw``.
 
     ``dS = P∘(g valueᵀ − rowsum(g∘o))``, ``dw = scale·(dS + dSᵀ) w + Pᵀg``.
     """

@@ -33,7 +33,7 @@ def backward(
     lse: Tensor,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """-> ``(dw, dcontext, dvalue)``; ``dvalue`` is None without a separate value, its part is then in ``dcontext``.
+    """-> ``(dw, dcontext, dvalue)``. Without a separate value, ``dvalue`` is None and its part is in ``dcontext``.
 
     ``dw = scale·dS c``, ``dc = scale·dSᵀ w``, ``dvalue = Pᵀg`` with ``dS = P∘(g valueᵀ − rowsum(g∘o))``.
     """
@@ -59,7 +59,8 @@ def backward(
 def _operands(
     w: Tensor, context: Tensor, value: Tensor | None, lengths: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Queries, keys and values head by head, and True for hidden keys. On the CPU 16-bit products would only lose."""
+    """Queries, keys and values with heads first, and a mask that is True for hidden keys. The CPU computes in
+    float32."""
     value = finite_where_hidden(context if value is None else value, lengths)
     context = finite_where_hidden(context, lengths)
     mask = forbidden(context.shape[1], lengths, False, w.device)

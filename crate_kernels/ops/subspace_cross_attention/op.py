@@ -1,6 +1,6 @@
 """``crate::subspace_cross_attention``: schema and fake. The implementations stand beside this file.
 
-``lse`` belongs to the implementation: its own ``backward`` alone reads it.
+``lse`` is private to the implementation: only its own ``backward`` reads it.
 """
 
 from __future__ import annotations

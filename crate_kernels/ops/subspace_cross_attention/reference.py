@@ -1,4 +1,4 @@
-"""Subspace cross-attention, literally: the specification and the test oracle."""
+"""Subspace cross-attention: the specification and the test oracle."""
 
 from __future__ import annotations
 

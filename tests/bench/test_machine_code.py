@@ -161,7 +161,7 @@ def test_without_the_disassembler_the_command_says_what_is_missing(monkeypatch, 
         assert main(["bench", "--predict"]) == 2
     finally:
         machine_code.tool.cache_clear()
-    assert "needs nvdisasm, which the installed Triton does not hold" in capsys.readouterr().err
+    assert "needs nvdisasm, but the installed Triton does not have it" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("words", [["--predict", "--quick"], ["--predict", "--dispatch"], ["--target", "sm_80"]])

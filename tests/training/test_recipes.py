@@ -128,7 +128,7 @@ def test_a_file_that_does_not_fit_is_refused(tmp_path, change, sentence):
         (("train", "--recipe", "crate_base_imagenet1k"), r"trains on ImageNet-1K, .*: say where with --data"),
         (("train-text", "--recipe", "gpt2_base_openwebtext"), "trains on OpenWebText .*: say where with --text"),
         (("train", "--recipe", "crate_basis"), "no such file, nor one of bert_base, .*crate_base_imagenet1k"),
-        (("train", "--smoke"), "--smoke makes a recipe small: give one with --recipe"),
+        (("train", "--smoke"), "--smoke applies only with --recipe: it makes a recipe small"),
     ],
 )
 def test_a_command_that_does_not_fit_is_refused(arguments, sentence):

@@ -191,7 +191,7 @@ def test_a_killed_preparation_resumes(tmp_path, monkeypatch):
     assert sorted(os.listdir(tmp_path / "part")) == sorted(os.listdir(tmp_path / "whole"))
     lines = []
     prepare(text_files.find([path]), tmp_path / "part", settings(2000), show=lines.append)
-    assert "complete already" in lines[0]
+    assert "already complete" in lines[0]
     with pytest.raises(ValueError, match="shards of other files or settings"):
         prepared(tmp_path / "part", [path], settings(3000))
 

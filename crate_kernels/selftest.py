@@ -1,6 +1,6 @@
 """A known-answer test of a kernel, before the automatic choice uses it on a device for the first time.
 
-Few devices have run these kernels. The test runs an operator forward and backward on a small and on an awkward shape.
+No GPU has run these kernels yet. The test runs an operator forward and backward on a small and on an awkward shape.
 It compares the results with the reference equations in float64, by the error budget of all tests (``agreement.py``).
 The result is stored for the combination of device, driver, torch, Triton and package. After a failure, one warning
 gives the error, and the automatic choice skips the kernel. A requested backend is not tested.

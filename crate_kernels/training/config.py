@@ -28,7 +28,7 @@ DATA_DEFAULTS: dict[str, dict[str, Any]] = {
         dim=128, depth=4, heads=4, patch_size=7, pool="mean", epochs=12, learning_rate=3e-3, flip=0.5, crop=0.85
     ),
     "cifar10": dict(dim=192, depth=8, heads=6, patch_size=4, epochs=100, flip=0.5, crop=0.6),
-    # 4,096 crops of 16 photographs, which differ in texture.
+    # 3,840 crops of 15 photographs, which differ in texture.
     "photos": dict(
         dim=128, depth=4, heads=4, patch_size=8, image_size=64, pool="mean", epochs=10, flip=0.5, crop=0.5
     ),
@@ -47,7 +47,7 @@ SCHEDULES = ("cosine", "tanh", "step", "multistep", "poly")
 """timm's learning-rate schedules that need no metric of the run."""
 
 
-PHOTOS = "photos (crops of 16 photographs inside scikit-image and scikit-learn)"
+PHOTOS = "photos (crops of 15 photographs inside scikit-image and scikit-learn)"
 DATA = f"{', '.join(PHOTOS if name == 'photos' else name for name in READERS)}, a folder of class folders, or shards"
 """The help of ``--data``."""
 

@@ -1,14 +1,14 @@
-// Subspace attention of one head: query, key and value are one tensor, so a pair of tiles (I, J), (J, I) takes one product
-// for its scores and one set of exponentials, and the backward has one output.
+// Subspace attention of one head. Query, key and value are one tensor. A pair of tiles (I, J), (J, I) therefore needs
+// one product for its scores and one set of exponentials, and the backward has one output.
 //
 // Forward (arXiv 2306.01129, equation 11, with the symmetric softmax of docs/cpu.md): with c_i = scale |w_i|^2 / 2,
 // E_ij = exp(scale w_i w_j - c_i - c_j) is symmetric and at most 1, and with u_j = exp(c_j - max c)
 //   o_i = sum_j E_ij u_j v_j / sum_j E_ij u_j.
-// Heads whose c_i differ by too much, and queries that are no visible keys, take the softmax with a row maximum instead.
-// Cross-attention is a head whose first tokens are keys only and whose other tokens are queries only.
+// Heads whose c_i differ too much, and queries that are not visible keys, take the softmax with a row maximum instead.
+// Cross-attention is a head whose first tokens are only keys and whose other tokens are only queries.
 //
-// A head is cut into blocks of kTokens. A block E_IJ stays in the cache while it serves both of its roles. Nothing of size
-// N x N exists, and one thread does a whole head: no two threads add to one output.
+// A head is cut into blocks of kTokens. A block E_IJ stays in the cache while it is used in both roles. Nothing of size
+// N x N is stored. One thread computes a whole head, so no two threads add to one output.
 #pragma once
 
 #include <cmath>
@@ -17,10 +17,10 @@
 
 namespace crate::CRATE_ISA {
 
-constexpr int kTokens = 96;      // of a block; a multiple of kRows and of kColumns
+constexpr int kTokens = 96;      // tokens of a block; a multiple of kRows and of kColumns
 constexpr int kPairTokens = 256; // keys that a strip of bfloat16 queries attends to at a time; a multiple of kColumns
-constexpr int kFewTokens = 32;   // up to here, tile registers are too empty to pay
-constexpr float kRange = 90.0f;  // largest difference of c_i, in powers of two, for which E_ij u_j cannot underflow in vain
+constexpr int kFewTokens = 32;   // up to this many tokens, tile registers are too empty to be faster
+constexpr float kRange = 90.0f;  // largest difference of c_i, in powers of two, for which E_ij u_j cannot underflow
 static_assert(kTokens % kRows == 0 && kTokens % kColumns == 0);
 
 struct Head {
@@ -53,7 +53,7 @@ inline void for_heads(const AttentionShape& shape, F f) {
     });
 }
 
-// kRows rows as the tile reads them.
+// kRows rows in the order in which the tile reads them.
 struct Strip {
     const float* rows;
     int64_t stride;
@@ -62,7 +62,7 @@ struct Strip {
 // One head's tokens in the three orders in which the tile reads them.
 struct Operand {
     Strip rows;      // A: token by token
-    Strip last;      // A: the rows from `whole` on, and zeros behind them
+    Strip last;      // A: the rows from `whole` on, followed by zeros
     int64_t whole;
     float* keys;     // B of scores: panels of kColumns tokens, channel by channel
     float* values;   // B of sums: panels of kColumns channels, token by token
@@ -80,13 +80,13 @@ inline Operand take_operand(Frame& frame, int64_t tokens, int64_t width, bool ke
     return o;
 }
 
-// Keys of block J lie at keys + J.first * width; a panel of values begins every `tokens * kColumns` floats.
+// The keys of block J begin at keys + J.first * width. A panel of values begins every `tokens * kColumns` floats.
 inline void fill_keys(const Source& s, int64_t tokens, int64_t width, float* keys) {
     for (int64_t j = 0; j < tokens; j += kColumns)
         pack_panel_of_columns<false>(s, 0, width, j, tokens - j < kColumns ? tokens - j : kColumns, keys + j * width);
 }
 
-// Row i of the values is factors[i] times the source's, or `factor` times.
+// Row i of the values is the source's row times factors[i], or times `factor`.
 inline void fill_values(const Source& s, int64_t tokens, int64_t width, const float* factors, float factor, float* values) {
     Frame frame;
     const int64_t padded = round_up(width, kColumns);
@@ -100,14 +100,14 @@ inline void fill_values(const Source& s, int64_t tokens, int64_t width, const fl
     }
 }
 
-// Sets the rows of an operand. The tile reads floats where they lie, but for the last rows, which it needs in full number;
-// other types are copied, and rows whose distance puts them into the same lines of the cache, and where the caller will
-// change rows.
+// Sets the rows of an operand. The tile reads rows of floats in place. Rows are copied in four cases: other types, the
+// last rows (the tile needs a full number of rows), rows whose distance maps them to the same cache lines, and rows
+// that the caller will change.
 inline void fill_rows(Frame& frame, const Source& s, int64_t tokens, int64_t width, bool copied, Operand& o) {
     copied = copied || !plain_floats(s) || s.stride * 4 % 4096 == 0;
     o.whole = copied ? 0 : tokens / kRows * kRows;
     if (!copied) o.rows = {float_row(s, 0, 0), s.stride};
-    // Strips of queries behind the visible tokens begin anywhere, so that the last one may end a strip later.
+    // Strips of queries after the visible tokens begin anywhere, so the last one may end one strip later.
     const int64_t stride = padded_stride(width), rows = round_up(tokens - o.whole, kRows) + (copied ? kRows : 0);
     float* copy = frame.take(rows * stride);
     o.last = {copy, stride};
@@ -128,7 +128,7 @@ inline Ints lane_numbers() {
     return n;
 }
 
-// The product of two rows of floats.
+// The scalar product of two rows of floats.
 inline float dot(const float* a, const float* b, int64_t count) {
     Floats total{};
     int64_t i = 0;
@@ -161,13 +161,13 @@ inline void add_values(const float* a, int64_t stride, const float* values, int6
 
 // -- forward -------------------------------------------------------------------------------------------------------
 
-// E of the block (I, J) and its part of the normalizers. On the diagonal only columns up to each tile's own rows count;
-// the rest of a row is what the rows below hold, transposed.
+// Computes E of the block (I, J) and its part of the normalizers. On the diagonal only columns up to each tile's own
+// rows are computed. The rest of a row is the transpose of the rows below.
 inline void score_block(const Operand& w, int64_t width, int64_t i_first, int64_t i_count, int64_t j_first, int64_t j_count,
                         bool causal, float scale, const float* c, const float* u, float* e, int64_t stride,
                         float* normalizer) {
     const bool diagonal = i_first == j_first;
-    const bool both = !causal;  // whether J sees I, too
+    const bool both = !causal;  // whether J attends to I, too
     const Ints lanes = lane_numbers();
     alignas(64) float tile[kRows * kColumns];
     for (int64_t i = 0; i < i_count; i += kRows) {
@@ -205,7 +205,7 @@ inline void score_block(const Operand& w, int64_t width, int64_t i_first, int64_
     }
 }
 
-// Rows [first, last) with a row maximum: queries of any norm against keys [0, visible).
+// Rows [first, last) with a row maximum: queries of any norm and keys [0, visible).
 inline void attend_rows(const Head& head, const Operand& w, const float* values, int64_t value_tokens,
                         int64_t first, int64_t last, int64_t visible, float scale, const float* log_u, const float* u,
                         const Heads& out, float* lse) {
@@ -238,14 +238,14 @@ inline void attend_rows(const Head& head, const Operand& w, const float* values,
             Floats most = broadcast(-INFINITY);
             for (int64_t j = 0; j < seen; j += kLanes) {
                 const Floats x = load(row + j);
-                most = x > most || x != x ? x : most;  // a NaN wins
+                most = x > most || x != x ? x : most;  // NaN is kept
             }
             float maximum = most[0];
             for (int l = 1; l < kLanes; ++l) maximum = most[l] > maximum || most[l] != most[l] ? most[l] : maximum;
             Floats total{};
             for (int64_t j = 0; j < seen; j += kLanes) {
                 const Floats x = load(row + j);
-                // Values carry the factor u_j, so the weights are divided by it, in the exponent.
+                // Values contain the factor u_j, so the weights are divided by u_j, in the exponent.
                 const Floats p = exp2(x - maximum - load(log_u + j));
                 const Floats weight = select(x == -INFINITY, Floats{}, p);
                 store(row + j, weight);
@@ -263,7 +263,7 @@ inline void attend_rows(const Head& head, const Operand& w, const float* values,
     }
 }
 
-// A head's rows as the operands of products of pairs: A, B of scores and B of sums.
+// The rows of a head as operands of products of pairs: A and B of the scores, and B of the sums.
 template <bool kPairs>
 inline PackedRows pair_rows(Frame& frame, const Source& s, int64_t tokens, int64_t width) {
     for (int64_t i = 0; i < tokens; ++i) prefetch(s, i, 0, width);
@@ -284,7 +284,7 @@ inline const float* pair_values(Frame& frame, const Source& s, int64_t tokens, i
     return values;
 }
 
-// scores (a strip of rows, `count` columns) = rows times keys from `first` on.
+// scores (a strip of rows, `count` columns) = rows times keys, beginning with key `first`.
 template <bool kPairs>
 inline void score_strip(const PackedRows& rows, int64_t row, const float* keys, int64_t units, int64_t first, int64_t count,
                         float* scores) {
@@ -295,7 +295,7 @@ inline void score_strip(const PackedRows& rows, int64_t row, const float* keys, 
 
 constexpr int64_t kWeightStride = kPairTokens / 2 + 16;  // of a strip of weights, in pairs
 
-// sums = or += weights times the values of `count` tokens from `first` on.
+// sums = or += weights times the values of `count` tokens, beginning with token `first`.
 template <bool kPairs>
 inline void sum_strip(const float* weights, const float* values, int64_t token_units, int64_t first, int64_t count,
                       int64_t width, float* sums, bool add) {
@@ -304,7 +304,7 @@ inline void sum_strip(const float* weights, const float* values, int64_t token_u
                                       Engine<kPairs>::units(count), sums + column, round_up(width, kColumns), add);
 }
 
-// The log-normalizers, as natural logarithms: log(normalizer_i) + c_i + max c. All three are read in whole vectors.
+// The log-normalizers, as natural logarithms: log(normalizer_i) + c_i + max c. All inputs are read in whole vectors.
 inline void write_lse(const float* normalizer, const float* c, float most, int64_t tokens, float* lse) {
     for (int64_t i = 0; i < tokens; i += kLanes) {
         const Floats value = (log2(load(normalizer + i)) + load(c + i) + most) * (1 / kLog2E);
@@ -313,9 +313,9 @@ inline void write_lse(const float* normalizer, const float* c, float most, int64
     }
 }
 
-// The queries that are keys, with products of pairs of bfloat16: P_ij = exp(scale w_i w_j - c_i - max c). The symmetry of
-// the scores is not used: a product in tile registers costs less than turning a tile. Returns false, with nothing done,
-// where the c_i of the head lie too far apart.
+// The queries that are also keys, with products of pairs of bfloat16: P_ij = exp(scale w_i w_j - c_i - max c). The
+// symmetry of the scores is not used, because a product in tile registers takes less time than the transpose of a tile.
+// Returns false without computing anything if the c_i of the head differ too much.
 template <bool kPairs>
 inline bool attend_pairs(const Head& head, const AttentionForward& call, const Source& w, const Source& value,
                          int64_t visible, float scale, float* lse) {
@@ -385,7 +385,7 @@ inline void attend(const Head& head, Frame& frame, const AttentionForward& call)
     const Source& v_source = call.value.data == nullptr ? w_source : value_source;
     const float scale = float(head.shape.scale) * kLog2E;
     float* lse = call.lse + head.first_row();
-    bool keys_done = false;  // whether the queries that are also keys have their outputs
+    bool keys_done = false;  // whether the outputs of the queries that are also keys are complete
     if constexpr (kHasTiles)
         if (head.shape.low_precision && head.shape.first_query == 0 && visible > kFewTokens)
             keys_done = attend_pairs<true>(head, call, w_source, v_source, visible, scale, lse);
@@ -396,7 +396,8 @@ inline void attend(const Head& head, Frame& frame, const AttentionForward& call)
     float* c = frame.take(round_up(tokens, kRows) + 2 * kColumns);
     float* u = frame.take(padded);
     float* log_u = frame.take(padded);
-    // Queries behind the visible tokens begin strips of their own, which may not cross from one place to the other.
+    // Queries after the visible tokens begin their own strips. A strip must not contain tokens before and after this
+    // limit.
     fill_rows(frame, w_source, tokens, width, visible < tokens, w);
     fill_keys(w_source, visible, width, w.keys);
 
@@ -404,7 +405,7 @@ inline void attend(const Head& head, Frame& frame, const AttentionForward& call)
     bool finite = true;
     const Ints lanes = lane_numbers();
     for (int64_t i = 0; i < round_up(tokens, kRows) + kColumns; ++i) c[i] = 0;
-    for (int64_t panel = 0; panel < visible; panel += kColumns) {  // |w_i|^2, for a panel of tokens at a time
+    for (int64_t panel = 0; panel < visible; panel += kColumns) {  // |w_i|^2, one panel of tokens at a time
         Floats squares[kVectors] = {};
         for (int64_t k = 0; k < width; ++k)
             for (int v = 0; v < kVectors; ++v) {
@@ -454,7 +455,7 @@ inline void attend(const Head& head, Frame& frame, const AttentionForward& call)
                 float* row_sums = sums + (I + i) * row;
                 const int64_t seen = I == J ? i + rows : j_count;
                 add_values<false>(e + i * stride, stride, w.values, visible, J, seen, width, row_sums, rows);
-                if (I == J && !causal)  // the rest of the row, from the rows below
+                if (I == J && !causal)  // the rest of the row is the transpose of the rows below
                     add_values<true>(e + seen * stride + i, stride, w.values, visible, I + seen, i_count - seen, width,
                                      row_sums, rows);
             }
@@ -479,10 +480,11 @@ inline void attend(const Head& head, Frame& frame, const AttentionForward& call)
 
 // -- backward ------------------------------------------------------------------------------------------------------
 
-// dS = P (g v - delta), dw_i = sum_j scale (dS_ij + dS_ji) w_j, dv_i = sum_j P_ji g_j; without a value dw takes both.
+// dS = P (g v - delta), dw_i = sum_j scale (dS_ij + dS_ji) w_j, dv_i = sum_j P_ji g_j. Without a value, dw gets both
+// sums.
 
-// With products of pairs, where every token is key and query. A strip of tokens computes all that falls to its rows, as
-// queries and as keys, so that no two strips add to one row.
+// Backward with products of pairs, if every token is key and query. A strip of tokens computes all terms of its rows,
+// as queries and as keys, so no two strips add to one row.
 template <bool kPairs>
 inline void attend_backward_pairs(const Head& head, const AttentionBackward& call) {
     constexpr int kStrip = Engine<kPairs>::rows;
@@ -566,7 +568,7 @@ inline void attend_backward_pairs(const Head& head, const AttentionBackward& cal
     }
 }
 
-// With products of floats. Of two blocks (I, J) and (J, I) the scores are computed once.
+// Backward with products of floats. The scores of two blocks (I, J) and (J, I) are computed once.
 inline void attend_backward(const Head& head, Frame& frame, const AttentionBackward& call) {
     if constexpr (kHasTiles)
         if (head.shape.low_precision && head.shape.first_query == 0 && head.visible() == head.shape.tokens &&
@@ -600,7 +602,7 @@ inline void attend_backward(const Head& head, Frame& frame, const AttentionBackw
         delta[i] = dot(g_row, o_row, width);
         lse[i] = call.lse[head.first_row() + i] * kLog2E;
         if (i < visible) continue;
-        // A hidden token without a gradient contributes nothing, whatever it holds.
+        // A hidden token without a gradient contributes nothing, whatever its values are.
         bool zero = true;
         for (int64_t k = 0; k < width; ++k) zero = zero && g_row[k] == 0;
         if (!zero) continue;
@@ -625,14 +627,14 @@ inline void attend_backward(const Head& head, Frame& frame, const AttentionBackw
     alignas(64) float scores[kRows * kColumns], down[kRows * kColumns], up[kRows * kColumns];
     const Ints lanes = lane_numbers();
 
-    // Tokens from `visible` on are queries only: their blocks begin anew there.
+    // Tokens from `visible` on are only queries. New blocks begin there.
     for (int64_t I = head.shape.first_query; I < tokens;) {
         const bool hidden = I >= visible;
         const int64_t end = hidden ? tokens : visible;
         const int64_t i_count = end - I < kTokens ? end - I : kTokens;
         for (int64_t J = 0; J <= I && J < visible; J += kTokens) {
             const int64_t j_count = visible - J < kTokens ? visible - J : kTokens;
-            const bool diagonal = I == J, both = !causal && !hidden;  // both: J sees I, too
+            const bool diagonal = I == J, both = !causal && !hidden;  // both: J attends to I, too
             for (int64_t i = 0; i < i_count; i += kRows) {
                 const int64_t rows = i_count - i < kRows ? i_count - i : kRows;
                 const int64_t seen = diagonal ? i + rows : j_count;
@@ -650,12 +652,13 @@ inline void attend_backward(const Head& head, Frame& frame, const AttentionBackw
                         for (int r = 0; r < rows; ++r) {
                             const int at = r * kColumns + vector * kLanes;
                             const Floats s = load(scores + at) * (scale * kLog2E);
-                            Ints forward = counts, backward = counts;  // i sees j, j sees i
+                            Ints forward = counts, backward = counts;  // i attends to j, j attends to i
                             if (causal && diagonal) {
                                 forward &= number <= int32_t(i + r);
                                 backward &= number >= int32_t(i + r);
                             }
-                            // Large scores differ from their normalizer by rounding, which must not become a power.
+                            // Large scores differ from their normalizer by rounding. The limit keeps this difference
+                            // out of the exponential.
                             const Floats p_ij = select(forward, exp2(at_most(s - lse[I + i + r], 0)), Floats{});
                             Floats sum = select(forward, p_ij * (load(down + at) - delta[I + i + r]), Floats{});
                             if (both || diagonal) {

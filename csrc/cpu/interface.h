@@ -1,4 +1,4 @@
-// The C interface of the library: every function takes one structure of 8-byte fields, which Python packs.
+// The C interface of the library. Every function takes one structure of 8-byte fields, which Python packs.
 //
 // Pointers to absent tensors are null. Strides count elements. The last axis of every tensor is contiguous.
 #pragma once
@@ -22,9 +22,9 @@ struct MutableArray {
     int64_t stride;
 };
 
-// The tokens of all heads: element (b, i, h, c) lies at data[b * batch_stride + i * token_stride + h * head_stride + c].
+// The tokens of all heads. Element (b, i, h, c) is data[b * batch_stride + i * token_stride + h * head_stride + c].
 struct Heads {
-    void* data;  // written only where the field is an output
+    void* data;  // written only if the field is an output
     int64_t type;
     int64_t batch_stride, token_stride, head_stride;
 };
@@ -35,12 +35,12 @@ struct AttentionShape {
     int64_t causal;
     double scale;
     int64_t low_precision;  // 1: products may round their operands to bfloat16
-    int64_t first_query;    // cross-attention: tokens before it are keys only, and `lengths` or it ends the keys; else 0
+    int64_t first_query;    // cross-attention: tokens before it are only keys, and it (or `lengths`) ends the keys; else 0
 };
 
 struct AttentionForward {
     AttentionShape shape;
-    Heads w, value, out;  // value.data null: the value is w; rows of `out` before the first query are not touched
+    Heads w, value, out;  // value.data null: the value is w; rows of `out` before the first query are not written
     float* lse;           // (batch, heads, tokens)
 };
 
@@ -51,7 +51,7 @@ struct AttentionBackward {
     Heads dw, dvalue;  // dvalue unused without a value
 };
 
-// LayerNorm in front of a matrix: statistics are computed where they are absent, and written where asked for.
+// LayerNorm before a matrix. Absent statistics are computed, and they are written if they are requested.
 struct NormParameters {
     Array weight, bias;  // (d,)
     double eps;
@@ -61,7 +61,7 @@ struct PackedSize {
     int64_t depth, columns, low_precision;
 };
 
-// Parameters of a layer. A packed matrix holds the weight in the order of the product kernel, see Pack.
+// Parameters of a layer. A packed matrix contains the weight in the order of the product kernel, see Pack.
 struct LayerWeights {
     NormParameters mssa_norm;
     Array projection;   // Uᵀ (heads * head width, d)
@@ -81,7 +81,7 @@ struct LayerShape {
     double mssa_step_size, step_size, lambd;
 };
 
-// What only the backward reads (w, o, lse, middle, statistics) may be null: then it is not kept.
+// Only the backward reads w, o, lse, middle and the statistics. They may be null: then they are not saved.
 struct LayerForward {
     LayerShape shape;
     LayerWeights weights;
@@ -102,7 +102,7 @@ struct LayerBackward {
     Array grad, out;  // (rows, d), of the result
     Array z, w, o;
     const float* lse;
-    Array middle;     // z where the ISTA half stands alone
+    Array middle;     // z if only the ISTA half runs
     const float *mean_1, *rstd_1, *mean_2, *rstd_2;
     MutableArray dz;
     MutableArray dmssa_norm_weight, dmssa_norm_bias, dprojection, doutput, doutput_bias;
@@ -143,7 +143,7 @@ typedef void (*RangeFunction)(int64_t begin, int64_t end, void* context);
 typedef int32_t (*ParallelFor)(int64_t begin, int64_t end, int64_t grain, RangeFunction, void* context);
 typedef int32_t (*GetNumThreads)(uint32_t*);
 
-// What the translation unit of an instruction set offers.
+// The functions of one instruction set's translation unit.
 struct Kernels {
     const char* name;
     int64_t (*packed_bytes)(const PackedSize&);

@@ -1,5 +1,5 @@
-// A CRATE layer, forward and backward: z' = z + step MSSA(LN z), z" = relu(LN z' + eta LN(z') M - eta lambda) with the folded
-// dictionary M = W - WᵀW. The norms and everything elementwise happen where a product reads or writes its tiles.
+// A CRATE layer, forward and backward: z' = z + step MSSA(LN z), z" = relu(LN z' + eta LN(z') M - eta lambda) with the
+// folded dictionary M = W - WᵀW. Norms and elementwise operations run when a product reads or writes its tiles.
 #pragma once
 
 #include <cmath>
@@ -8,7 +8,7 @@
 
 namespace crate::CRATE_ISA {
 
-// A parameter vector as floats, with zeros behind it so that whole panels may be read; null where it is absent.
+// A parameter vector as floats, followed by zeros, so that whole panels can be read. Null if it is absent.
 inline float* vector(Frame& frame, const Array& a, int64_t count, float factor = 1.0f) {
     if (a.data == nullptr) return nullptr;
     const int64_t padded = round_up(count, kColumns) + kLanes;
@@ -30,14 +30,14 @@ struct Norm {
           eps(p.eps),
           mean(const_cast<float*>(row_mean)),
           rstd(const_cast<float*>(row_rstd)) {}
-    void keep_statistics(Frame& frame, int64_t rows) {  // where the caller does not want them
+    void keep_statistics(Frame& frame, int64_t rows) {  // if the caller does not request them
         if (mean == nullptr) mean = frame.take(rows), rstd = frame.take(rows);
     }
     explicit operator bool() const { return gamma != nullptr; }
     Source of(const Source& s) const { return gamma == nullptr ? s : s.normalized(mean, rstd, gamma, beta); }
 };
 
-// The sum of term(k) over k = 0, kLanes, ... below `end`, in four chains: one chain would wait for each addition.
+// The sum of term(k) over k = 0, kLanes, ... below `end`, in four chains. A single chain would wait for each addition.
 template <class Term>
 inline Floats sum_of_vectors(int64_t end, Term term) {
     Floats chains[4] = {};
@@ -76,7 +76,7 @@ inline void row_statistics(const Source& s, int64_t first, int64_t count, int64_
 
 // -- folding -------------------------------------------------------------------------------------------------------
 
-// M = W - WᵀW as floats. WᵀW is symmetric: its lower half is computed, the upper one copied.
+// M = W - WᵀW as floats. WᵀW is symmetric: its lower half is computed, and the upper half is copied.
 template <bool kPairs>
 inline void fold_dictionary(const Source& w, int64_t width, float* out, int64_t stride) {
     Frame outer;
@@ -88,7 +88,7 @@ inline void fold_dictionary(const Source& w, int64_t width, float* out, int64_t 
     const int64_t blocks = (width + kBlockRows - 1) / kBlockRows;
     parallel(blocks, [&](int64_t begin, int64_t end) {
         for (int64_t b = begin; b < end; ++b) {
-            const int64_t block = b % 2 ? blocks - 1 - b / 2 : b / 2;  // a short one and a long one in turn: equal work
+            const int64_t block = b % 2 ? blocks - 1 - b / 2 : b / 2;  // short and long blocks in turn, for equal work
             const int64_t first = block * kBlockRows, count = width - first < kBlockRows ? width - first : kBlockRows;
             Frame frame;
             const int64_t size = kPairs ? packed_rows_floats<kPairs>(count, width)
@@ -98,7 +98,8 @@ inline void fold_dictionary(const Source& w, int64_t width, float* out, int64_t 
             multiply_block<kPairs, !kPairs>(a, packed, units, first, count, columns, finish);
         }
     });
-    // out holds WᵀW where column <= row (and a little beyond). Squares of one vector change places with their mirror.
+    // out contains WᵀW where column <= row (and a little more). The squares of a vector are swapped with their mirror
+    // images.
     const int64_t squares = (width + kLanes - 1) / kLanes;
     parallel(squares, [&](int64_t begin, int64_t end) {
         for (int64_t b = begin; b < end; ++b) {
@@ -117,7 +118,7 @@ inline void fold_dictionary(const Source& w, int64_t width, float* out, int64_t 
                     store(buffer, load(buffer) - v[r]);
                     write(out, kFloat32, (i + r) * stride + j, columns, buffer);
                 }
-                if (i == j)  // the tiles below the diagonal only are complete: mirror within the square
+                if (i == j)  // only the tiles below the diagonal are complete: mirror within the square
                     for (int r = 0; r < kLanes; ++r)
                         for (int c = r + 1; c < kLanes; ++c) v[r][c] = v[c][r];
                 else
@@ -132,7 +133,7 @@ inline void fold_dictionary(const Source& w, int64_t width, float* out, int64_t 
     });
 }
 
-// The folded matrix that a call needs, packed as B; `transposed` for the gradient.
+// The folded matrix for a call, packed as B. `transposed` is for the gradient.
 template <bool kPairs>
 inline const float* packed_fold(Frame& frame, const LayerWeights& weights, int64_t width, bool transposed) {
     if (!transposed && weights.packed_folded != nullptr) return static_cast<const float*>(weights.packed_folded);
@@ -154,7 +155,7 @@ inline Heads heads_of(void* data, int64_t type, const AttentionShape& shape) {
     return {data, type, shape.tokens * inner, inner, shape.width};
 }
 
-// z + step o, where attention has no output projection.
+// z + step o, if attention has no output projection.
 inline void add_attention(const LayerForward& call, int64_t first, int64_t count, const MutableArray& to) {
     Frame frame;
     const int64_t width = call.shape.width;
@@ -179,7 +180,7 @@ inline void attend_tokens(const LayerForward& call, Frame& frame) {
     attention_forward(attend_call);
 }
 
-// z" = relu(x + eta product - eta lambda), the end of an ISTA step.
+// z" = relu(x + eta product - eta lambda), the last operations of an ISTA step.
 inline Finish ista_finish(const LayerForward& call, const Source& x) {
     Finish step;
     step.out = call.out;
@@ -190,7 +191,7 @@ inline Finish ista_finish(const LayerForward& call, const Source& x) {
     return step;
 }
 
-// Whether multiply_few_rows serves the call: float32 weights that nobody has packed, and few rows.
+// Whether multiply_few_rows can compute the call: float32 weights that are not packed, and few rows.
 inline bool has_few_rows(const LayerForward& call) {
     const LayerWeights& weights = call.weights;
     const int64_t rows = call.shape.attention.batch * call.shape.attention.tokens;
@@ -202,7 +203,7 @@ inline bool has_few_rows(const LayerForward& call) {
     return !ista || (weights.packed_folded == nullptr && weights.folded.data == nullptr && weights.dictionary.type == kFloat32);
 }
 
-// z" = relu(x + eta (x - x Wᵀ) W - eta lambda) without the fold, which would cost more than all products of few rows.
+// z" = relu(x + eta (x - x Wᵀ) W - eta lambda) without folding, which would cost more than all products of few rows.
 inline void forward_few_rows(const LayerForward& call) {
     const LayerShape& shape = call.shape;
     const LayerWeights& weights = call.weights;
@@ -299,7 +300,7 @@ inline void forward(const LayerForward& call) {
     }
     Norm norm;
     const float* folded = nullptr;      // z" = relu(x + eta x M - eta lambda), or
-    const float* dictionary = nullptr;  // relu(x + eta (x - x Wᵀ) W - eta lambda) where rows are few
+    const float* dictionary = nullptr;  // relu(x + eta (x - x Wᵀ) W - eta lambda) if there are few rows
     const float* dictionary_transposed = nullptr;
     if (ista) {
         norm = Norm(frame, weights.ista_norm, width, call.mean_2, call.rstd_2);
@@ -322,9 +323,10 @@ inline void forward(const LayerForward& call) {
         const auto multiply = [&](PackedRows a, const float* b, int64_t depth, const Finish& finish) {
             multiply_block<kPairs, false>(a, b, Engine<kPairs>::units(depth), first, count, width, finish);
         };
-        Source middle = call.z;  // of the ISTA half
+        Source middle = call.z;  // input of the ISTA half
         if (mssa) {
-            // The tokens between the halves stay in this thread's cache as floats; what is saved may be narrower.
+            // The tokens between the halves stay in this thread's cache as floats. The saved copy may have a narrower
+            // type.
             MutableArray to = call.out;
             if (ista) {
                 float* tokens = block.take(count * padded) - first * padded;
@@ -376,8 +378,8 @@ inline void layer_forward(const LayerForward& call) {
 
 // -- backward ------------------------------------------------------------------------------------------------------
 
-// Sums over rows (of gradients of a norm and a bias): one partial row a tile, added up in order, so that no result
-// depends on the number of threads.
+// Sums over rows (gradients of a norm and of a bias). Each tile has one partial row, and these are added in order. The
+// result therefore does not depend on the number of threads.
 struct ColumnSums {
     int64_t units, width;  // width: whole panels
     float* partial[3];     // (units, width)
@@ -399,7 +401,8 @@ struct ColumnSums {
     }
 };
 
-// A gradient dy (rows x width, floats in whole panels) of LN(x) becomes that of x; sums for the norm's own gradients.
+// Turns a gradient dy of LN(x) (rows x width, floats in whole panels) into that of x. Also sums the norm's own
+// gradients.
 inline void norm_backward_row(float* dy, const float* x, float mean, float rstd, const float* gamma, int64_t width,
                               float* dgamma, float* dbeta) {
     Floats sum_1{}, sum_2{};
@@ -417,8 +420,8 @@ inline void norm_backward_row(float* dy, const float* x, float mean, float rstd,
     }
 }
 
-// dx = LN-backward(product A B + residual) + more, row by row, where the product is A (rows, depth) with packed B.
-// partial rows: 0 and 1 the norm's gradients, 2 the sum of dx.
+// dx = LN-backward(product A B + residual) + more, row by row. The product is A (rows, depth) times packed B.
+// Partial rows: 0 and 1 are the norm's gradients, 2 is the sum of dx.
 template <bool kPairs>
 inline void multiply_norm_backward(const Source& a, const float* b, int64_t rows, int64_t depth, int64_t width, float alpha,
                                    const Source& residual, const Source& x, const Norm& norm, const Source& more,
@@ -467,7 +470,7 @@ inline void write_matrix(const MutableArray& out, const float* values, int64_t s
     for (int64_t i = 0; i < rows; ++i) write(out.data, out.type, i * out.stride, columns, values + i * stride);
 }
 
-// A float matrix in which to compute `out`: `out` itself where it holds floats.
+// A float matrix in which to compute `out`: `out` itself if its elements are floats.
 inline float* float_matrix(Frame& frame, const MutableArray& out, int64_t rows, int64_t columns, int64_t* stride) {
     if (out.type == kFloat32) {
         *stride = out.stride;
@@ -516,7 +519,7 @@ inline void dictionary_gradient(const Source& x, const Source& g, const Source& 
     multiply<kPairs>(w, packed, width, width, width, finish);
 }
 
-// The ISTA half's gradients where rows are few: without the folded matrix, whose products would cost more than all others.
+// Gradients of the ISTA half for few rows, without the folded matrix, whose products would cost more than all others.
 // With h = g Wᵀ: g Mᵀ = h - h W and dW = eta ((x - x Wᵀ)ᵀ g - hᵀ x).
 template <bool kPairs>
 inline void few_rows_backward(const LayerBackward& call, const Source& g, const Norm& norm, int64_t rows, int64_t width,

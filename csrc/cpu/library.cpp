@@ -1,4 +1,4 @@
-// The face of the library: which instruction set runs, and the C functions that Python calls.
+// The interface of the library: the choice of the instruction set, and the C functions that Python calls.
 #include <cstdlib>
 #include <cstring>
 #include <exception>
@@ -16,7 +16,7 @@ namespace crate {
 ParallelFor parallel_for_of_torch = nullptr;
 GetNumThreads num_threads_of_torch = nullptr;
 
-// The build says which sets it compiled, slowest first: -DCRATE_ISAS="CRATE_EACH(avx2) CRATE_EACH(avx512)".
+// The build lists the compiled instruction sets, slowest first: -DCRATE_ISAS="CRATE_EACH(avx2) CRATE_EACH(avx512)".
 #define CRATE_EACH(isa)           \
     namespace isa {               \
     extern const Kernels kernels; \
@@ -27,7 +27,7 @@ CRATE_ISAS
 static const Kernels* const kBuilt[] = {CRATE_ISAS};
 #undef CRATE_EACH
 
-// The kernel must grant a process the tile registers before their first use.
+// The operating system must grant a process the tile registers before their first use.
 static bool tiles_granted() {
 #if defined(__linux__) && defined(__x86_64__)
     constexpr long kRequestPermission = 0x1023, kTileData = 18;
@@ -57,7 +57,7 @@ static bool runs_here(const char* isa) {
     if (!std::strcmp(isa, "amx")) return bf16 && amx && tiles_granted();
     return false;
 #else
-    return true;  // built for this processor's family alone
+    return true;  // built only for this family of processors
 #endif
 }
 
@@ -95,7 +95,7 @@ __attribute__((visibility("default"))) const char* crate_cpu_open(ParallelFor pa
     return found == nullptr ? nullptr : found->name;
 }
 
-// The names of all built sets, slowest first, with spaces between; `runnable`: those that this processor runs.
+// The names of all built sets, slowest first, separated by spaces. `runnable`: only those that this processor runs.
 __attribute__((visibility("default"))) const char* crate_cpu_built(int32_t runnable) {
     static thread_local std::string names;
     names.clear();
@@ -110,7 +110,8 @@ __attribute__((visibility("default"))) int64_t crate_cpu_packed_bytes(const Pack
     return chosen->packed_bytes(*size);
 }
 
-// Each function, and the size of its structure: Python compares it with its own before the first call.
+// For each function, the function and the size of its structure. Python compares the size with its own before the first
+// call.
 #define CRATE_FUNCTION(name, Call)                                                                            \
     __attribute__((visibility("default"))) int32_t crate_cpu_##name(const Call* call) {                       \
         return guarded(&Kernels::name, call);                                                                 \

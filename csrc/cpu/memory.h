@@ -1,4 +1,4 @@
-// Rows of any element type as floats and back, and scratch memory that a thread keeps between calls.
+// Conversion of rows between any element type and floats, and scratch memory that a thread keeps between calls.
 #pragma once
 
 #include <cstdlib>
@@ -87,7 +87,8 @@ __attribute__((noinline)) inline void read_any(const void* data, int64_t type, i
     });
 }
 
-// `count` elements from `first` on as floats. The whole last vector of `out` is written: zeros behind the elements.
+// `count` elements, beginning with `first`, as floats. The whole last vector of `out` is written, with zeros at its
+// end.
 inline void read(const void* data, int64_t type, int64_t first, int64_t count, float* out) {
     if (type != kFloat32) return read_any(data, type, first, count, out);
     const float* from = static_cast<const float*>(data) + first;
@@ -119,7 +120,7 @@ inline void write(void* data, int64_t type, int64_t first, int64_t count, const 
 
 // -- scratch -------------------------------------------------------------------------------------------------------
 
-// Memory of one thread, handed out in order and taken back when a Frame ends. Blocks never move while they are in use.
+// Memory of one thread, allocated in order and freed when a Frame ends. Blocks never move while they are in use.
 class Scratch {
   public:
     static Scratch& of_this_thread() {
@@ -129,7 +130,7 @@ class Scratch {
     ~Scratch() { clear(); }
 
     void* take(size_t bytes) {
-        bytes = (bytes + 63 + 64) / 64 * 64;  // a spare line: a read of a whole vector at the end stays inside
+        bytes = (bytes + 63 + 64) / 64 * 64;  // one more cache line, so that a read of a whole vector at the end stays inside
         while (block_ < blocks_.size() && used_ + bytes > blocks_[block_].size) ++block_, used_ = 0;
         if (block_ == blocks_.size()) {
             const size_t size = bytes > kSmallest ? bytes : kSmallest;
@@ -167,7 +168,7 @@ class Frame {
     ~Frame() {
         scratch_.block_ = block_;
         scratch_.used_ = used_;
-        if (block_ == 0 && used_ == 0) {  // the outermost frame: do not hold on to the memory of one large call
+        if (block_ == 0 && used_ == 0) {  // the outermost frame: free the memory of one large call
             size_t total = 0;
             for (const Scratch::Block& b : scratch_.blocks_) total += b.size;
             if (total > Scratch::kKept) scratch_.clear();
@@ -188,7 +189,8 @@ class Frame {
 
 // -- threads -------------------------------------------------------------------------------------------------------
 
-// Calls f(begin, end) on torch's threads until [0, count) is covered. Which thread takes which range changes no result.
+// Calls f(begin, end) on torch's threads until [0, count) is covered. The result does not depend on which thread runs
+// what.
 template <class F>
 inline void parallel(int64_t count, F f) {
     if (count <= 0) return;

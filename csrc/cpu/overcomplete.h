@@ -1,4 +1,4 @@
-// Two ISTA steps against an overcomplete dictionary D (d, m), and the decoder D1 (d, m):
+// Two ISTA steps with an overcomplete dictionary D (d, m), and the decoder D1 (d, m):
 //   z1 = relu(eta x D - eta lambda),  z2 = relu(z1 - eta t D - eta lambda) with t = z1 Dᵀ - x,  out = z2 D1ᵀ.
 #pragma once
 
@@ -13,7 +13,7 @@ inline const float* pack(Frame& frame, const Source& s, bool transposed, int64_t
     return packed;
 }
 
-// A float matrix (rows, columns) of scratch memory, with whole vectors in a row.
+// A float matrix (rows, columns) of scratch memory, with whole vectors per row.
 inline MutableArray scratch_matrix(Frame& frame, int64_t rows, int64_t columns) {
     const int64_t stride = round_up(columns, kLanes);
     return {frame.take(rows * stride), kFloat32, stride};
@@ -55,7 +55,7 @@ inline void overcomplete_backward(const OvercompleteBackward& call) {
         const float* synthesis = pack<kPairs>(frame, call.dictionary, true, m, d);
         const float* decoder = pack<kPairs>(frame, call.decoder, false, d, m);
         const MutableArray rest = scratch_matrix(frame, rows, d);   // -t = x - z1 Dᵀ
-        const MutableArray upper = scratch_matrix(frame, rows, m);  // g2: the gradient of z2 behind its ReLU
+        const MutableArray upper = scratch_matrix(frame, rows, m);  // g2: the gradient of z2 before its ReLU
         const MutableArray inner = scratch_matrix(frame, rows, d);  // eta g2 Dᵀ, the gradient of -t
         const MutableArray lower = scratch_matrix(frame, rows, m);  // the gradient of z1
         Finish f;

@@ -1,9 +1,10 @@
-// Matrix products with their surroundings: a LayerNorm or a ReLU gate in front, a residual, bias, threshold and ReLU behind.
+// Matrix products with an optional LayerNorm or ReLU gate before them, and residual, bias, threshold and ReLU after
+// them.
 //
 // C = A B is computed in tiles of kRows x kColumns that stay in registers. A and B are copied into the order in which
-// the tile reads them: A row by row, B in panels of kColumns columns. The copy is the place where a norm or a gate is
-// applied and where elements are converted, so that the tile knows one format. An operand of a low-precision product
-// holds pairs of bfloat16 that are neighbors along the depth; a pair takes the place of one float ("unit" below).
+// the tile reads them: A row by row, B in panels of kColumns columns. The copy applies the norm or the gate and
+// converts elements, so that the tile reads only one format. An operand of a low-precision product consists of pairs of
+// bfloat16 that are neighbors along the depth. A pair takes the place of one float ("unit" below).
 #pragma once
 
 #if defined(__AVX512BF16__)
@@ -27,7 +28,7 @@ constexpr int kColumns = kVectors * kLanes;
 
 #if defined(__AMX_BF16__)
 constexpr bool kHasPairs = true, kHasTiles = true;
-constexpr int kPairRows = 32, kPairDepth = 16;  // two tile registers of 16 rows; 16 pairs a row of a tile register
+constexpr int kPairRows = 32, kPairDepth = 16;  // two tile registers of 16 rows; 16 pairs per row of a tile register
 #elif defined(__AVX512BF16__)
 constexpr bool kHasPairs = true, kHasTiles = false;
 constexpr int kPairRows = kRows, kPairDepth = 1;
@@ -37,8 +38,8 @@ constexpr int kPairRows = kRows, kPairDepth = 1;
 #endif
 
 template <bool kPairs>
-constexpr int kChain = kPairs ? 96 : 192;  // units added up in one accumulator: small rounding, and a piece of B in the L1 cache
-constexpr int kBlockRows = 96;    // rows of A that one thread packs at a time: they stay in its L2 cache
+constexpr int kChain = kPairs ? 96 : 192;  // units per accumulator: small rounding errors, and a piece of B in the L1 cache
+constexpr int kBlockRows = 96;    // rows of A that one thread packs at a time; they stay in its L2 cache
 constexpr int kDepthBlock = 1024; // depth of a product over tokens that is packed at a time
 
 template <bool kPairs>
@@ -47,7 +48,7 @@ struct Engine {
     static int64_t units(int64_t depth) { return kPairs ? round_up((depth + 1) / 2, kPairDepth) : depth; }
 };
 
-// Calls f with whether operands are pairs of bfloat16.
+// Calls f(true) if operands are pairs of bfloat16, else f(false).
 template <class F>
 inline void with_engine(bool low_precision, F f) {
     if constexpr (kHasPairs)
@@ -109,7 +110,7 @@ __attribute__((noinline)) void multiply_chain(const float* a, int64_t stride, co
 }
 
 #if defined(__AMX_BF16__)
-// The same in tile registers, for 32 x 32 elements: two by two tiles of 16 x 16.
+// The same in tile registers, for 32 x 32 elements: two by two tiles of 16 x 16 elements.
 template <>
 __attribute__((noinline)) inline void multiply_chain<true, false>(const float* a, int64_t stride, const float* b,
                                                                   int64_t units, float* out, int64_t out_stride,
@@ -143,7 +144,8 @@ __attribute__((noinline)) inline void multiply_chain<true, false>(const float* a
 }
 #endif
 
-// Tile registers are set up while an instance lives, and given back so that the thread's context stays small.
+// Tile registers are configured while an instance lives, and released afterwards, so that the thread's context stays
+// small.
 struct TileRegisters {
 #if defined(__AMX_BF16__)
     TileRegisters() {
@@ -175,7 +177,8 @@ inline void multiply_tile(const float* a, int64_t stride, const float* b, int64_
 
 // -- operands ------------------------------------------------------------------------------------------------------
 
-// A row-major matrix that is seen through a LayerNorm of its rows, or with zeros where another matrix is not positive.
+// A row-major matrix, read through a LayerNorm of its rows, or with zeros at positions where another matrix is not
+// positive.
 struct Source {
     const void* data = nullptr;
     int64_t type = kFloat32, stride = 0;
@@ -212,7 +215,7 @@ inline const float* float_row(const Source& s, int64_t row, int64_t column) {
     return static_cast<const float*>(s.data) + row * s.stride + column;
 }
 
-// `count` elements of a row as floats; the last vector is filled up with zeros.
+// `count` elements of a row as floats. The last vector is filled with zeros.
 inline void fetch(const Source& s, int64_t row, int64_t column, int64_t count, float* out) {
     read(s.data, s.type, row * s.stride + column, count, out);
     if (s.mean != nullptr) {
@@ -240,14 +243,15 @@ inline void fetch(const Source& s, int64_t row, int64_t column, int64_t count, f
     }
 }
 
-// Rows that a copy will read soon: neighbors in a column lie on different pages, where the processor does not look ahead.
+// Prefetches rows that a copy will read soon. Neighbors in a column are on different pages, which hardware does not
+// prefetch.
 inline void prefetch(const Source& s, int64_t row, int64_t column, int64_t count) {
     const char* p = static_cast<const char*>(s.data) + (row * s.stride + column) * bytes_of(s.type);
     for (int64_t byte = 0; byte < count * bytes_of(s.type); byte += 64) __builtin_prefetch(p + byte);
 }
 constexpr int kAhead = 12;
 
-// Two rows of floats as pairs of bfloat16, the first row in the low half.
+// Two rows of floats as pairs of bfloat16, with the first row in the low half.
 inline Floats pair_up(Floats low, Floats high) {
 #if defined(__AVX512BF16__)
     const auto bits = [](Floats x) { return (Ints)_mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh((__m512)x)); };
@@ -283,7 +287,7 @@ inline float square_of_pairs(const float* row, int64_t units) {
     return sum(total);
 }
 
-// `count` elements of a row as `units` pairs of neighbors, with zeros behind them. Writes whole vectors.
+// `count` elements of a row as `units` pairs of neighbors, followed by zeros. Writes whole vectors.
 inline void fetch_pairs(const Source& s, int64_t row, int64_t column, int64_t count, int64_t units, float* out) {
     units = round_up(units, kLanes);
     if (plain_pairs(s)) {
@@ -338,7 +342,8 @@ inline void pack_units_of_rows(const Source& s, int64_t first, int64_t depth, in
     }
 }
 
-// One panel of B, units x kColumns, where B is stored transposed: row j of the source is column j of B, from depth `first` on.
+// One panel of B, units x kColumns, if B is stored transposed. Row j of the source is column j of B, beginning at depth
+// `first`.
 template <bool kPairs>
 inline void pack_panel_of_columns(const Source& s, int64_t first, int64_t depth, int64_t column, int64_t count,
                                   float* out) {
@@ -376,7 +381,7 @@ inline void pack_panel_of_columns(const Source& s, int64_t first, int64_t depth,
     }
 }
 
-// Packs B (depth x columns) on all threads. `transposed`: the source holds it as (columns, depth).
+// Packs B (depth x columns) on all threads. `transposed`: the source is (columns, depth).
 template <bool kPairs>
 inline void pack_matrix(const Source& s, bool transposed, int64_t first, int64_t depth, int64_t columns, float* out) {
     const int64_t units = Engine<kPairs>::units(depth);
@@ -400,7 +405,7 @@ struct PackedRows {
     int64_t stride;
 };
 
-// The stride is no multiple of a large power of two, so that rows do not fall into the same sets of a cache.
+// The stride is not a multiple of a large power of two, so that rows do not map to the same cache sets.
 inline int64_t padded_stride(int64_t units) { return round_up(units, 16) + 16; }
 
 template <bool kPairs>
@@ -408,7 +413,7 @@ inline int64_t packed_rows_floats(int64_t rows, int64_t depth) {
     return round_up(rows, Engine<kPairs>::rows) * padded_stride(Engine<kPairs>::units(depth));
 }
 
-// Rows [first, first + rows) of A, where the source holds A as it is.
+// Rows [first, first + rows) of A, if the source is A itself.
 template <bool kPairs>
 inline PackedRows pack_rows(const Source& s, int64_t first, int64_t rows, int64_t column, int64_t depth, float* out) {
     const int64_t units = Engine<kPairs>::units(depth), stride = padded_stride(units);
@@ -422,8 +427,8 @@ inline PackedRows pack_rows(const Source& s, int64_t first, int64_t rows, int64_
     return {out, stride};
 }
 
-// Rows [first, first + rows) of A, where the source holds A transposed: its row k is column `start + k` of A.
-// Floats stay transposed; pairs are turned, because a pair must hold neighbors along the depth.
+// Rows [first, first + rows) of A, if the source is A transposed: row k of the source is column `start + k` of A.
+// Floats stay transposed. Pairs are transposed back, because a pair must consist of neighbors along the depth.
 template <bool kPairs>
 inline PackedRows pack_rows_transposed(const Source& s, int64_t first, int64_t rows, int64_t start, int64_t depth,
                                        float* out) {
@@ -470,7 +475,7 @@ inline PackedRows pack_rows_transposed(const Source& s, int64_t first, int64_t r
 
 // -- products ------------------------------------------------------------------------------------------------------
 
-// Calls f(first row, rows) for blocks of rows on all threads. Blocks begin at multiples of the tile's rows.
+// Calls f(first row, rows) for blocks of rows on all threads. Each block begins at a multiple of the tile's rows.
 template <bool kPairs, class F>
 inline void for_blocks_of_rows(int64_t rows, F f) {
     constexpr int kTileRows = Engine<kPairs>::rows;
@@ -481,7 +486,7 @@ inline void for_blocks_of_rows(int64_t rows, F f) {
     });
 }
 
-// What happens to a tile: out = relu(alpha * product + residual + bias - shift), each part where it is given.
+// The last operations on a tile: out = relu(alpha * product + residual + bias - shift), with the parts that are given.
 struct Finish {
     MutableArray out;
     float alpha = 1.0f, shift = 0.0f;
@@ -498,7 +503,7 @@ struct Finish {
             any_tile(row, rows, column, columns, tile);
     }
 
-    // Takes the lines of a tile of `out` into the cache, a little before they are written.
+    // Prefetches the cache lines of a tile of `out`, shortly before they are written.
     void ahead(int64_t row, int64_t rows, int64_t column) const {
         const int64_t element = bytes_of(out.type);
         for (int64_t i = row; i < row + rows; ++i) {
@@ -546,8 +551,8 @@ struct Finish {
     }
 };
 
-// tiles (rows of kColumns floats) = A times one panel of B. A piece of the panel that fits the first-level cache serves all rows
-// before the next piece is touched. ahead(i) is called a little before tile i is complete.
+// tiles (rows of kColumns floats) = A times one panel of B. A piece of the panel that fits the first-level cache is
+// used for all rows before the next piece is read. ahead(i) is called shortly before tile i is complete.
 template <bool kPairs, bool kTransposed, class Ahead>
 inline void multiply_panel(PackedRows a, const float* panel, int64_t units, int64_t rows, float* tiles, Ahead ahead) {
     int64_t k = 0;
@@ -589,8 +594,8 @@ inline void turn_tile(const float* in, float* out) {
         }
 }
 
-// out (rows, columns) = Finish(X Mᵀ), or Finish(X M) if `transposed`, for few rows. The product is computed transposed, with M
-// as the left operand, which is read where it lies. Only X is copied: a copy of M would cost more than the product.
+// out (rows, columns) = Finish(X Mᵀ), or Finish(X M) if `transposed`, for few rows. The product is computed transposed,
+// with M as the left operand, which is read in place. Only X is copied: a copy of M would cost more than the product.
 inline void multiply_few_rows(const Source& x, const Source& m, bool transposed, int64_t rows, int64_t depth,
                               int64_t columns, const Finish& finish) {
     static_assert(kBlockRows % kColumns == 0 && kColumns % kLanes == 0);
@@ -602,7 +607,7 @@ inline void multiply_few_rows(const Source& x, const Source& m, bool transposed,
             const int64_t count = columns - first < kBlockRows ? columns - first : kBlockRows;
             Frame frame;
             PackedRows a{const_cast<float*>(transposed ? float_row(m, 0, first) : float_row(m, first, 0)), m.stride};
-            // A tile reads kRows rows, and rows at multiples of 4 KiB fall into one set of the cache: such rows are copied.
+            // A tile reads kRows rows. Rows at multiples of 4 KiB map to one cache set, so such rows are copied.
             if (count % kRows || m.stride * 4 % 4096 == 0) {
                 if (transposed)
                     a = pack_rows_transposed<false>(m, first, count, 0, depth,
@@ -625,7 +630,7 @@ inline void multiply_few_rows(const Source& x, const Source& m, bool transposed,
     });
 }
 
-// out = Finish(A B) with A as the source holds it (rows, depth) and B packed.
+// out = Finish(A B), with A as stored in the source (rows, depth) and B packed.
 template <bool kPairs>
 inline void multiply(const Source& a, const float* b, int64_t rows, int64_t depth, int64_t columns, const Finish& finish) {
     for_blocks_of_rows<kPairs>(rows, [&](int64_t first, int64_t count) {
@@ -636,7 +641,7 @@ inline void multiply(const Source& a, const float* b, int64_t rows, int64_t dept
     });
 }
 
-// out (rows, columns) float = alpha AᵀB, where the sources hold A (depth, rows) and B (depth, columns).
+// out (rows, columns) float = alpha AᵀB, with the sources A (depth, rows) and B (depth, columns).
 template <bool kPairs>
 inline void multiply_transposed(const Source& a, const Source& b, int64_t rows, int64_t depth, int64_t columns,
                                 float alpha, float* out, int64_t stride) {
@@ -657,7 +662,7 @@ inline void multiply_transposed(const Source& a, const Source& b, int64_t rows, 
             Finish finish;
             finish.out = {out, kFloat32, stride};
             finish.alpha = alpha;
-            if (start > 0) finish.residual = Source(out, stride);  // the sums of the blocks before
+            if (start > 0) finish.residual = Source(out, stride);  // the sums of the earlier blocks
             multiply_block<kPairs, !kPairs>(packed, packed_b, units, first, count, columns, finish);
         });
     }

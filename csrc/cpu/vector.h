@@ -1,8 +1,8 @@
 // A vector of floats as wide as the instruction set, in the compiler's own vector extensions.
 //
-// Every kernel file includes this header inside a translation unit that is compiled once for each instruction set, with
-// CRATE_ISA as the name of its namespace. The compiler chooses the instructions; only the loads and stores of the first
-// lanes, and the products of bfloat16 in product.h, name them.
+// Every kernel file includes this header in a translation unit that is compiled once for each instruction set.
+// CRATE_ISA is the name of its namespace. The compiler chooses the instructions. Only the loads and stores of the first
+// lanes, and the products of bfloat16 in product.h, use intrinsics.
 #pragma once
 
 #if defined(__AVX2__)
@@ -31,7 +31,7 @@ constexpr int kVectorBytes = 4 * kLanes;
 typedef float Floats __attribute__((vector_size(kVectorBytes)));
 typedef int32_t Ints __attribute__((vector_size(kVectorBytes)));
 
-// Unaligned, and allowed to alias any other type, as memcpy is.
+// Unaligned, and allowed to alias any other type, like memcpy.
 typedef float LooseFloats __attribute__((vector_size(kVectorBytes), aligned(4), may_alias));
 typedef int32_t LooseInts __attribute__((vector_size(kVectorBytes), aligned(4), may_alias));
 typedef uint16_t LooseHalves __attribute__((vector_size(kVectorBytes / 2), aligned(2), may_alias));
@@ -41,7 +41,7 @@ inline void store(float* p, Floats v) { *reinterpret_cast<LooseFloats*>(p) = v; 
 inline Floats broadcast(float x) { return x - Floats{}; }
 inline Ints broadcast(int32_t x) { return x - Ints{}; }
 
-// The first `count` lanes, 0 < count < kLanes: memory behind them is not touched. The other lanes are zero.
+// The first `count` lanes, 0 < count < kLanes. Memory after them is not accessed. The other lanes are zero.
 inline Floats load_first(const float* p, int count) {
 #if defined(__AVX512F__)
     return (Floats)_mm512_maskz_loadu_ps(__mmask16((1u << count) - 1), p);
@@ -71,13 +71,13 @@ inline Floats at_most(Floats x, float limit) {  // NaN stays
     const Floats l = broadcast(limit);
     return l < x ? l : x;
 }
-// The same bits: a cast between vectors of one size converts nothing.
+// The same bits: a cast between vectors of equal size does not convert.
 inline Floats as_floats(Ints v) { return (Floats)v; }
 inline Ints as_ints(Floats v) { return (Ints)v; }
 
 using Lanes = std::make_integer_sequence<int, kLanes>;
 
-// Lane l of a, or of b, by number: lanes of b are counted from kLanes on. The numbers are constants of the program.
+// Selects lanes of a or b by number; the lanes of b are counted from kLanes on. The numbers are compile-time constants.
 template <class Number, int... l>
 inline Floats shuffle(Floats a, Floats b, Number number, std::integer_sequence<int, l...>) {
     return __builtin_shuffle(a, b, Ints{number(l)...});
@@ -95,7 +95,7 @@ inline float sum(Floats v) {
     return add_halves<1>(add_halves<2>(v))[0];
 }
 
-// Rows and columns of a square of vectors change places.
+// Transposes a square of vectors.
 template <int kStep>
 inline void transpose_step(Floats v[kLanes]) {
 #pragma GCC unroll 16
@@ -135,7 +135,8 @@ inline Floats exp2(Floats x) {
     return select(underflow, Floats{}, poly * power);
 }
 
-// 2^x for x <= 0, to 3e-6 of its value, but never below 2^-126: a weight that is rounded to bfloat16, and a term of a sum.
+// 2^x for x <= 0, with a relative error of 3e-6, but never below 2^-126. For weights that are rounded to bfloat16, and
+// for sums.
 inline Floats exp2_of_weight(Floats x) {
     x = max(x, broadcast(-126.0f));
     const Floats magic = broadcast(12582912.0f);
@@ -149,7 +150,8 @@ inline Floats exp2_of_weight(Floats x) {
     return poly * as_floats((as_ints(shifted) + 127) << 23);
 }
 
-// log2(x) of a positive normal number, to three units in the last place or 2e-7; NaN and infinity stay what they are.
+// log2(x) of a positive normal number, to three units in the last place or 2e-7. NaN and infinity are returned
+// unchanged.
 inline Floats log2(Floats x) {
     const Ints offset = as_ints(x) - 0x3f3504f3;  // so that the mantissa lies in [sqrt(1/2), sqrt(2))
     const Ints exponent = offset >> 23;

@@ -1,4 +1,4 @@
-// The kernels on the emulated machine, as Python's module and the launchers of cuda/launch.h call them.
+// The kernels on the emulated machine. Python's module and the launchers of cuda/launch.h call them.
 #pragma once
 
 #include <string>
@@ -8,7 +8,7 @@
 
 namespace simt {
 
-// False where no kernel serves the head.
+// Returns false if there is no kernel for the head.
 bool run(const crate::AttentionForwardParams&, bool is_bf16, int width, int batch, const Options&, Counters&);
 bool run(const crate::AttentionBackwardParams&, bool is_bf16, int width, int batch, const Options&, Counters&);
 
@@ -17,7 +17,7 @@ void run(const crate::LayerNormForwardParams&, int format, int stream_format, in
 void run(const crate::LayerNormBackwardParams&, int stream_format, int blocks, const Options&, Counters&);
 void run(const crate::ReduceRowsParams&, const Options&, Counters&);
 
-// What a launcher of cuda/launch.h does here: the machine's error becomes the launcher's.
+// Replaces a launcher of cuda/launch.h: the machine's error becomes the launcher's error.
 template <class F>
 const char* guarded(F f) {
     static thread_local std::string text;

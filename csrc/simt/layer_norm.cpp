@@ -35,7 +35,7 @@ void run(const crate::ReduceRowsParams& params, const Options& options, Counters
 
 namespace crate {
 
-// Few, so that a block takes rows in turn.
+// Few blocks, so that each block computes several rows in turn.
 constexpr int kForwardBlocks = 3;
 
 Error launch_layer_norm_forward(const LayerNormForwardParams& params, int format, int stream_format, Stream) {

@@ -13,8 +13,8 @@
 #endif
 
 #if defined(__x86_64__) && !defined(SIMT_UCONTEXT)
-// Saves the callee-saved registers on the running stack, notes where, and goes on from the other stack.
-// (swapcontext would do, but it makes a system call each time.)
+// Saves the callee-saved registers on the running stack, stores the stack pointer, and continues on the other stack.
+// (swapcontext would also work, but it makes a system call each time.)
 extern "C" void simt_switch(void** save, void* load);
 asm(R"(
 .text
@@ -41,7 +41,7 @@ simt_switch:
 
 static void* make_fiber(char* stack, size_t bytes, void (*entry)()) {
     void** top = reinterpret_cast<void**>(stack + bytes) - 2;
-    *top = reinterpret_cast<void*>(entry);  // where the first switch returns to
+    *top = reinterpret_cast<void*>(entry);  // the first switch returns to this address
     std::memset(top - 6, 0, 6 * sizeof(void*));
     return top - 6;
 }
@@ -71,7 +71,7 @@ Thread* current = nullptr;
 namespace {
 
 #if defined(__SANITIZE_ADDRESS__)
-// AddressSanitizer keeps track of the stack in use and must be told of every change.
+// AddressSanitizer tracks the stack in use, so it must be told of every change.
 const void* scheduler_stack = nullptr;
 size_t scheduler_stack_bytes = 0;
 constexpr size_t kStackBytes = 256 << 10;
@@ -144,7 +144,7 @@ void Block::pause(Thread::State why) {
 #endif
 }
 
-// Lets every ready lane of a warp run to its next collective; in order, until the whole warp is stuck.
+// Lets every ready lane of a warp run to its next collective, in order, until no lane can continue.
 bool Block::run_warp(int warp) {
     bool ran = false, again = true;
     while (again) {
@@ -158,7 +158,7 @@ bool Block::run_warp(int warp) {
             resume(thread);
             ran = again = true;
         }
-        // A shuffled warp may be left behind at any collective, and seldom is: long runs let warps drift far apart.
+        // A shuffled warp can be delayed at any collective, but rarely. Long runs then let warps drift far apart.
         if (options_.shuffle_seed && random_() % 64 == 0) break;
     }
     return ran;
@@ -193,7 +193,7 @@ void Block::run(int index, const std::function<void()>& kernel) {
         }
         if (ran) continue;
 
-        // Nothing moved, though a shuffled round may have left out the one warp that can: ask the states.
+        // Nothing moved. A shuffled round may have left out the only warp that can move, so check the states.
         int done = 0, ready = 0;
         for (const Thread& t : thread_) done += t.state == Thread::kDone, ready += t.state == Thread::kReady;
         if (done == threads) break;
@@ -237,7 +237,7 @@ void Block::check_bounds(uint32_t address, uint32_t bytes, const char* what) {
                     " bytes at shared address " + std::to_string(address));
 }
 
-// Is an access by `thread`, at those epochs, ordered before what the current thread does now?
+// Whether an access by `thread` in these epochs is ordered before the present access of the current thread.
 bool Block::ordered(int thread, uint32_t epoch, uint32_t warp_epoch) const {
     if (thread < 0 || thread == current->index || epoch < epoch_) return true;
     return thread / 32 == current->index / 32 && warp_epoch < current->warp_epoch;
@@ -281,8 +281,8 @@ void Block::note_write(uint32_t address, uint32_t bytes) {
     }
 }
 
-// One access instruction moves 128 bytes a pass: 32 lanes of 4 bytes, 16 of 8, 8 of 16. Within a pass every bank
-// serves one 4-byte word; lanes that want the same word share it.
+// One access instruction moves 128 bytes per pass: 32 lanes of 4 bytes, 16 of 8, or 8 of 16. Within a pass every bank
+// delivers one 4-byte word. Lanes that access the same word share it.
 void Block::count_wavefronts(const uint32_t* address, uint32_t lanes, uint32_t bytes) {
     const int group = int(128 / bytes);
     for (int first = 0; first < 32; first += group) {
@@ -297,7 +297,7 @@ void Block::count_wavefronts(const uint32_t* address, uint32_t lanes, uint32_t b
     }
 }
 
-// Ordinary accesses arrive lane by lane. The n-th visit of the lanes of a warp to a source line is one instruction.
+// Ordinary accesses arrive lane by lane. The n-th accesses of a warp's lanes at one source line are one instruction.
 void Block::note_banks(uint32_t address, uint32_t bytes, int site) {
     if (!options_.count_banks) return;
     Thread& self = *current;
@@ -322,7 +322,7 @@ void Block::write_shared(uint32_t address, const void* in, uint32_t bytes, int s
 }
 
 void Block::read_matrix_rows(const uint32_t (&rows)[32], uint16_t (&out)[32][8]) {
-    // The instruction is the warp's: each row is checked as a read by the lane that gave its address.
+    // The instruction belongs to the warp. Each row is checked as a read by the lane that gave its address.
     Thread* const self = current;
     for (int lane = 0; lane < 32; ++lane) {
         current = &thread_[self->warp->first_thread + lane];

@@ -1,18 +1,19 @@
-// A small SIMT machine on the CPU: enough of a GPU's multiprocessor to run the kernels of csrc/include/crate thread
-// for thread, and to be stricter about their mistakes than the hardware is.
+// A small SIMT machine on the CPU. It emulates enough of a GPU's multiprocessor to run the kernels of
+// csrc/include/crate thread for thread, and it reports more of their mistakes than the hardware.
 //
-// - Every thread of a block is a fiber with a stack of its own; the blocks of a grid run one after the other.
-// - A fiber runs until it meets a collective. A warp collective (mma, ldmatrix, shuffle ...) is a rendezvous: the last
-//   lane to arrive computes the result for all 32. A block barrier waits for every thread of the block.
+// - Every thread of a block is a fiber with its own stack. The blocks of a grid run one after the other.
+// - A fiber runs until it reaches a collective. At a warp collective (mma, ldmatrix, shuffle ...) all lanes meet, and
+//   the last lane to arrive computes the result for all 32. A block barrier waits for every thread of the block.
 // - In order, warps run one after the other, each as far as it can. With `shuffle_seed` the scheduler draws which warp
-//   runs, for how long, and in which lane order, so that code which lacks a barrier computes something else.
-// - Shared memory starts uninitialized. Each 32-bit word remembers who wrote and read it last and in which barrier
-//   epoch: a read of a word never written, and two accesses of different threads, one of them a write, with no barrier
-//   between, are errors (`check_races`). So are out-of-bounds and misaligned accesses.
-// - cp.async lands as late as the program allows: when its group is waited for.
-// - A divergent collective, and a barrier that some thread never reaches, are errors, not hangs.
+//   runs, for how long, and in which order of lanes. Code without a needed barrier then computes something else.
+// - Shared memory starts uninitialized. The machine records for each 32-bit word who wrote and read it last, and in
+//   which barrier epoch. With `check_races` it reports a read of a word that was never written, and two accesses by
+//   different threads without a barrier between them if one is a write. It also reports out-of-bounds and misaligned
+//   accesses.
+// - cp.async copies arrive as late as the program allows: when their group is waited for.
+// - A divergent collective, or a barrier that some thread never reaches, is an error and does not hang.
 //
-// What it does not model: time, caches, registers, and several blocks at once.
+// The machine does not model time, caches, registers, and several blocks at once.
 #pragma once
 
 #include <cstdint>
@@ -32,7 +33,7 @@ namespace simt {
 struct Options {
     uint64_t shuffle_seed = 0;  // 0: in order
     bool check_races = true;
-    bool count_banks = false;  // slower: every ordinary shared access is remembered until its block ends
+    bool count_banks = false;  // slower: every ordinary shared access is recorded until its block ends
 };
 
 struct Counters {
@@ -65,10 +66,10 @@ struct Thread {
     int index, lane;
     State state = kReady;
     void* stack_pointer = nullptr;  // while not running
-    uint32_t warp_epoch = 0;        // how many warp barriers it has passed
+    uint32_t warp_epoch = 0;        // number of warp barriers that the lane has passed
     int committed_groups = 0;
     std::vector<PendingCopy> copies;
-    std::map<int, int> site_visits;  // count_banks: how often each source line has accessed shared memory
+    std::map<int, int> site_visits;  // count_banks: number of shared accesses by each source line
 };
 
 struct Warp {

@@ -1,4 +1,4 @@
-// Stands in for cuBLASLt: sums in float32, one rounding of the result.
+// Replaces cuBLASLt: sums in float32, with one rounding of the result.
 #include <algorithm>
 
 #include "crate/primitives.h"
@@ -27,7 +27,7 @@ void store(const Matrix& m, int64_t row, int64_t column, float value) {
 
 }  // namespace
 
-// Tests set it, to see what is done about a library whose ReLU makes zero of NaN.
+// Tests set it, to check the handling of a library whose ReLU turns NaN into zero.
 extern "C" __attribute__((visibility("default"))) int simt_relu_drops_nan;
 int simt_relu_drops_nan = 0;
 

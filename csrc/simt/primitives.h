@@ -118,7 +118,7 @@ inline float to_float(bf16 v) { return bits_to_float(uint32_t(v.bits) << 16); }
 inline float to_float(fp16 v) {
     const uint32_t sign = uint32_t(v.bits & 0x8000u) << 16, rest = v.bits & 0x7fffu;
     if (rest >= 0x7c00u) return bits_to_float(sign | 0x7f800000u | (rest & 0x3ffu) << 13);
-    // Shifted into place, the exponent is 112 too small; the product corrects it and makes subnormals normal.
+    // After the shift the exponent is too small by 112. The product corrects it and normalizes subnormals.
     const float magnitude = bits_to_float(rest << 13) * 0x1p112f;
     return sign ? -magnitude : magnitude;
 }
@@ -147,8 +147,8 @@ void unpack(uint32_t v, float& lo, float& hi) {
     hi = to_float(T{uint16_t(v >> 16)});
 }
 
-// With g = lane/4 and t = lane%4: a[r] holds row g + 8(r%2), columns 2t + 8(r/2) and the next; b[r] holds column g,
-// rows 2t + 8r and the next; c[e] holds row g + 8(e/2), column 2t + e%2.
+// With g = lane/4 and t = lane%4: a[r] contains row g + 8(r%2), columns 2t + 8(r/2) and the next; b[r] contains column
+// g, rows 2t + 8r and the next; c[e] contains row g + 8(e/2), column 2t + e%2.
 template <class T>
 void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
     struct Argument { float* c; const uint32_t* a; uint32_t b[2]; } self{c, a, {b0, b1}};

@@ -1,4 +1,4 @@
-// The primitives one at a time, for tests that compare the emulated machine with its specification.
+// Single primitives, for tests that compare the emulated machine with its specification.
 #include "crate/primitives.h"
 #include "simt/python.h"
 
@@ -9,7 +9,7 @@ namespace simt {
 using Words = py::array_t<uint32_t, py::array::c_style>;
 using Floats = py::array_t<float, py::array::c_style>;
 
-// One warp; every lane brings its registers: a (32, 4), b (32, 2), c (32, 4) -> c (32, 4).
+// One warp. Every lane has the registers a (32, 4), b (32, 2), c (32, 4) -> c (32, 4).
 static Floats mma(const std::string& format, Words a, Words b, Floats c) {
     Floats out({32, 4});
     Counters counters;
@@ -84,7 +84,7 @@ static std::pair<float, float> unpack(const std::string& format, uint32_t word) 
     return {lo, hi};
 }
 
-// Two cp.async groups, of which all but `pending` are waited for; then the first word of the group `read` is read.
+// Makes two cp.async groups and waits for all but `pending`. Then reads the first word of the group `read`.
 static uint32_t copy_async(Words words, int pending, int read) {
     uint32_t value = 0;
     Counters counters;
@@ -101,7 +101,7 @@ static uint32_t copy_async(Words words, int pending, int read) {
     return value;
 }
 
-// Small kernels with one fault each; `none` runs clean. Two warps hand a value to each other through shared memory.
+// Small kernels with one fault each; `none` has no fault. Two warps pass a value to each other through shared memory.
 static std::vector<int> faulty(const std::string& fault, const Options& options) {
     std::vector<int> out(64);
     Counters counters;

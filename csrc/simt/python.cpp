@@ -7,7 +7,7 @@ namespace py = pybind11;
 
 namespace simt {
 
-// w holds 16-bit patterns, shape (B, N, H, p); o and lse are filled in place.
+// w contains 16-bit patterns, shape (B, N, H, p). o and lse are filled in place.
 static Counters attention_forward(const std::string& format, py::array w, py::array o, py::array lse,
                                   std::optional<py::array> lengths, float scale, bool causal, const Options& options) {
     const int batch = int(w.shape(0)), tokens = int(w.shape(1)), heads = int(w.shape(2)), width = int(w.shape(3));
@@ -26,7 +26,7 @@ static Counters attention_forward(const std::string& format, py::array w, py::ar
     return counters;
 }
 
-// w, grad, o hold 16-bit patterns, shape (B, N, H, p); dw is filled in place.
+// w, grad, o contain 16-bit patterns, shape (B, N, H, p). dw is filled in place.
 static Counters attention_backward(const std::string& format, py::array w, py::array grad, py::array o, py::array lse,
                                    py::array dw, std::optional<py::array> lengths, float scale, bool causal,
                                    const Options& options) {
@@ -57,8 +57,8 @@ static int format_of(const py::array& rows, const std::string& format) {
     return rows.itemsize() == 4 ? crate::kFloat32 : is_bf16(format) ? crate::kBfloat16 : crate::kFloat16;
 }
 
-// Fills x, and mean and rstd unless they are known; with grad and out, gated too. Rows of the stream are in `format`, or in
-// float32, as their elements say; then x_wide and gated_wide are filled as well where they are given.
+// Fills x, and also mean and rstd unless they are known. With grad and out, also fills gated. Rows of the stream are in
+// `format` or in float32, which their element size shows. If x_wide and gated_wide are given, they are filled as well.
 static Counters layer_norm_forward(const std::string& format, py::array z, py::array weight, py::array bias, py::array x,
                                    Rows x_wide, py::array mean, py::array rstd, Rows grad, Rows out, Rows gated,
                                    Rows gated_wide, float eps, int blocks, bool known, const Options& options) {

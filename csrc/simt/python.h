@@ -1,5 +1,5 @@
-// What the Python side of the emulator shares: arrays as a device would hold them, and the parts of the module. The
-// kernels do without: pybind11 takes longer to compile than they do.
+// Shared code of the emulator's Python side: arrays as on a device, and the parts of the module. The kernels do not
+// include this header, because pybind11 takes longer to compile than the kernels.
 #pragma once
 
 #include <pybind11/numpy.h>

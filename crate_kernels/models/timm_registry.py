@@ -51,7 +51,9 @@ def _default_cfg(name: str) -> dict:
     embedding = "patch_embedding.projection"
     return dict(
         input_size=(3, size, size),
-        fixed_input_size=True,
+        # Where this is True, timm's validate.py builds the model for its --img-size, and train.py does not: a checkpoint
+        # of one then does not fit the other. These models need no rebuilding, they interpolate their positions.
+        fixed_input_size=False,
         num_classes=next((count for part, count in CLASSES.items() if part in name), 1000),
         crop_pct=0.9,
         mean=IMAGENET_DEFAULT_MEAN,
@@ -74,6 +76,7 @@ def _construct(name: str, **options) -> VisionModel:
     with contextlib.nullcontext() if device is None else torch.device(device):
         model = _build(name, options).to(dtype=dtype)
     model.dynamic_img_size = dynamic
+    model._traits = {"fixed_input_size": not dynamic}  # newer versions of timm read it here
     return model
 
 

@@ -162,6 +162,23 @@ def test_other_image_sizes(name):
     assert getattr(strict, "_traits", {"img_size": (24, 8)})["img_size"] == (24, 8)  # timm's note, in newer versions
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_validate_reads_what_train_wrote_for_another_size(name, tmp_path):
+    """timm's train.py builds the model without its --img-size; validate.py passes it to a model of fixed size."""
+    if not hasattr(timm.models, "resolve_model_input_args"):
+        pytest.skip("the validate.py of this version of timm passes no size")
+    options = dict(num_classes=2, dim=32, depth=1, heads=2, dim_head=16)
+    trained, images = timm.create_model(name, **options).eval(), torch.randn(2, 3, 32, 32)
+    torch.save(dict(state_dict=trained.state_dict()), tmp_path / "last.pth.tar")
+    again = timm.create_model(**timm.models.resolve_model_input_args(name, dict(img_size=32), **options)).eval()
+    timm.models.load_checkpoint(again, str(tmp_path / "last.pth.tar"), use_ema=False)
+    assert timm.data.resolve_input_data_config(again, dict(img_size=32))["input_size"] == (3, 32, 32)
+    torch.testing.assert_close(again(images), trained(images), rtol=0, atol=0)
+    fixed = timm.create_model(name, dynamic_img_size=False, **options)
+    with pytest.raises(ValueError, match="requires"):
+        timm.data.resolve_input_data_config(fixed, dict(img_size=32))
+
+
 def test_a_resized_model_is_saved_and_rebuilt(tmp_path):
     model, images = create(num_classes=3).eval(), torch.randn(1, 3, 24, 8)
     model.set_input_size((24, 8))

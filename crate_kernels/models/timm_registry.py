@@ -21,6 +21,7 @@ from typing import Any
 
 try:
     from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+    from timm.layers import is_scriptable
     from timm.models import build_model_with_cfg, generate_default_cfgs, register_model, register_notrace_module
 except ImportError as error:
     raise ImportError("models in timm's registry need timm: pip install 'crate_kernels[train]'") from error
@@ -71,6 +72,8 @@ default_cfgs = generate_default_cfgs({name: _default_cfg(name) for name in MODEL
 
 def _construct(name: str, **options) -> VisionModel:
     """The model of a name, from timm's constructor arguments and those of the model's class."""
+    if is_scriptable():
+        raise ValueError("scriptable: TorchScript cannot compile CRATE; torch.compile and torch.export can")
     device, dtype = options.pop("device", None), options.pop("dtype", None)
     dynamic = options.pop("dynamic_img_size", True)
     with contextlib.nullcontext() if device is None else torch.device(device):

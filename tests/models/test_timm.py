@@ -46,6 +46,8 @@ def test_timm_arguments_mean_what_timm_means(name):
     for option in ("drop_rate", "drop_path_rate"):
         with pytest.raises(ValueError, match=option):
             create(name, **{option: 0.1})
+    with pytest.raises(ValueError, match="scriptable"):
+        create(name, scriptable=True)
     with pytest.raises(ValueError, match=r"^global_pool: expected 'token', 'avg' or '', got 'max'"):
         create(name, global_pool="max")
     with pytest.raises(TypeError, match="not_an_argument"):

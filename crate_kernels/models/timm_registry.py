@@ -52,8 +52,8 @@ def _default_cfg(name: str) -> dict:
     embedding = "patch_embedding.projection"
     return dict(
         input_size=(3, size, size),
-        # Where this is True, timm's validate.py builds the model for its --img-size, and train.py does not: a checkpoint
-        # of one then does not fit the other. These models need no rebuilding, they interpolate their positions.
+        # These models take other sizes as they are. If this were True, timm's validate.py would build the model for its
+        # --img-size, which train.py does not do, and the checkpoint would not fit.
         fixed_input_size=False,
         num_classes=next((count for part, count in CLASSES.items() if part in name), 1000),
         crop_pct=0.9,

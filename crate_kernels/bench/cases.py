@@ -13,6 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .. import ops
 from ..ops import backends
+from ..ops.subspace_attention.cached import TRITON
 from . import cost
 
 SDPA = {
@@ -94,7 +95,7 @@ class Case:
     def call(self, backend: str) -> Callable[..., Tensor]:
         """The public operator with the options of this case and one backend."""
         if self.decodes:
-            return _decode if backend != "reference" else _reference_decode
+            return _reference_decode if backend == "reference" else functools.partial(_decode, backend=backend)
         options: dict = {"backend": backend}
         if self.attends:
             options["causal"] = self.causal
@@ -118,7 +119,8 @@ class Case:
     def implementations(self, device: torch.device) -> dict[str, Callable[..., Tensor]]:
         """Name -> call, the reference equations first. Some of the calls may fail when they run."""
         if self.decodes:
-            return {"reference": self.call("reference"), "eager": self.call("eager"), "sdpa key-value": _decode_twice}
+            ours = {name: self.call(name) for name in ("reference", "eager", "triton")}
+            return ours | {"sdpa key-value": _decode_twice}
         found = {"reference": self.call("reference")}
         found |= {name: self.call(name) for name in backends.BACKENDS if name != "reference"}
         if self.compiled:
@@ -156,9 +158,18 @@ def _sdpa(w: Tensor, *, backend: SDPBackend, causal: bool) -> Tensor:
         return torch.nn.functional.scaled_dot_product_attention(heads, heads, heads, is_causal=causal).transpose(1, 2)
 
 
-def _decode(w: Tensor, cache: Tensor) -> Tensor:
+def _decode(w: Tensor, cache: Tensor, *, backend: str) -> Tensor:
+    """Raises RuntimeError where Triton's kernel cannot run: the operator would take stock PyTorch instead."""
+    if backend == "triton":
+        if not TRITON:
+            raise RuntimeError("Triton is not installed")
+        from ..ops.triton_kernels import decoding
+
+        if (reason := decoding.why_not(w, cache)) is not None:
+            raise RuntimeError(reason)
     positions = torch.full((w.shape[0], 1), cache.shape[1] - 1, device=w.device)
-    return ops.cached_subspace_attention(w, cache, positions)
+    with ops.use_backend(backend):
+        return ops.cached_subspace_attention(w, cache, positions)
 
 
 def _reference_decode(w: Tensor, cache: Tensor) -> Tensor:

@@ -3,7 +3,8 @@
 The automatic choice then uses the results. A backend or a launch with wrong results is not timed: the correctness check
 of the benchmark runs first. The launch options of the Triton kernels are measured before the backends, one kernel at a
 time. New options replace the shipped ones only if they are faster by more than the noise. Backends are ordered by the
-geometric mean of their times in inference and in training. The records are stored in the user's cache folder (see
+geometric mean of their times in inference and in training. Decoding, which only language models need, has launch options
+and no choice of a backend. The records are stored in the user's cache folder (see
 :mod:`crate_kernels.user_cache`), with the device, the versions, the shapes and the times. Nothing is measured at import
 or by a call.
 """
@@ -65,17 +66,18 @@ class Settings:
             raise ValueError("--context applies only to language models")
 
     def cases(self, batch: int) -> list[Case]:
-        """One case for every operator that a layer of the model may call."""
+        """One case for every operator that a layer of the model may call; for a causal model also one for decoding."""
         sizes: dict[str, Any] = {"context": self.context, "image_size": self.image_size}
         wanted = plan.PlanOptions(model=self.model, **{k: v for k, v in sizes.items() if v is not None})
         model: Any = wanted.build()
         shape = plan.Shape.of(model, plan.sample_tokens(model))
         width, causal = shape.inner // shape.heads, model.blocks[0].mssa.causal
         names = BLOCKS if hasattr(model.blocks[0].ista, "weight") else ("mssa_block", "overcomplete_ista")
+        decoding = Case("cached_subspace_attention", self.model, batch, shape.tokens, shape.heads, width)
         return [
             Case(name, self.model, batch, shape.tokens, shape.heads, width, causal and "ista" not in name)
             for name in names
-        ]
+        ] + [decoding] * causal
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -115,13 +117,14 @@ def tune(settings: Settings, device: torch.device) -> None:
             report.show(number, case.name)
             try:
                 tune_launches(case, device, dtype, settings.seconds, functools.partial(report.show, number))
-                record = measure(case, device, dtype, settings.seconds)
+                record = None if case.decodes else measure(case, device, dtype, settings.seconds)
             except torch.OutOfMemoryError:
                 report.line(f"{case.name}: the device has no memory for the float64 reference; use a smaller --batch")
                 continue
-            for backend, reason in record["left_out"].items():
-                report.line(f"{case.operator}: {backend} is not measured: {reason}")
-            tuned.store(device, [record])
+            if record is not None:
+                for backend, reason in record["left_out"].items():
+                    report.line(f"{case.operator}: {backend} is not measured: {reason}")
+                tuned.store(device, [record])
             report.show(number + 1, case.name)
 
 
@@ -174,7 +177,7 @@ def tune_launches(
             if right(best | {kernel: each}):
                 passed[json.dumps(each)] = each
         samples: dict[str, dict[str, list[float]]] = {}
-        for direction in dispatch.DIRECTIONS:
+        for direction in [d for d in dispatch.DIRECTIONS if d in case.directions]:
             runs = {name: tried(best | {kernel: each}, direction) for name, each in passed.items()}
             samples[direction] = timing.measure(runs, device, seconds=seconds, rounds=(5, 50))
         first = json.dumps(options[0])
@@ -237,8 +240,8 @@ def line(record: dict[str, Any]) -> str:
 def launch_line(record: dict[str, Any]) -> str:
     """One record of launch options for the terminal."""
     times = record["seconds"]
-    chosen, shipped = (math.prod(times[json.dumps(record[name])].values()) for name in ("options", "shipped"))
-    gain = (shipped / chosen) ** (1 / len(dispatch.DIRECTIONS))
+    chosen, shipped = (times[json.dumps(record[name])].values() for name in ("options", "shipped"))
+    gain = (math.prod(shipped) / math.prod(chosen)) ** (1 / len(shipped))
     what = f"{record['kernel']} {record['dtype']} rows {record['rows']} width {record['width']}"
     options = " ".join(f"{name}={value}" for name, value in record["options"].items())
     return f"{what}: {options} ({len(times)} measured; {gain:.2f} times as fast as shipped)"

@@ -3,7 +3,7 @@
 A record of backends holds for calls with the same operator, dtype, causality and size (N for the attention operators, d
 for the others), and with half to twice the measured number of rows. A record of launch options holds for launches of
 the same Triton kernel and dtype with rows of the same width. It holds for the same number of rows or, in a matrix
-product, for half to twice as many.
+product and in decoding, for half to twice as many.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from .. import user_cache
 FILE = "tune"
 LAUNCHES = "launches"
 """The file of launch options."""
-SIMILAR = ("product",)
-"""Kernels whose options do not depend on the exact number of rows: products."""
+SIMILAR = ("product", "decoding")
+"""Kernels whose options do not depend on the exact number of rows."""
 
 
 def ranking(

@@ -84,6 +84,26 @@ def test_the_fastest_right_launch_is_stored_and_followed(device, monkeypatch, ca
     assert launched(40, monkeypatch) == [4]
 
 
+def test_decoding_has_launch_options_for_caches_of_like_length(device, monkeypatch):
+    options = [dict(BLOCK_M=0, BLOCK_N=16, num_warps=n, num_stages=2) for n in WARPS]
+    monkeypatch.setattr(configurations, "candidates", lambda *about: options)
+    case = tune.Case("cached_subspace_attention", "tiny", 2, 40, 2, 16)
+    (record,) = tune.tune_launches(case, device, torch.float32, 1.0)
+    assert (record["kernel"], record["rows"], record["width"]) == ("decoding", 40, 16)
+    assert record["options"]["num_warps"] == 8
+    assert all(set(times) == {"forward"} for times in record["seconds"].values())
+    assert "2.00 times as fast as shipped" in tune.launch_line(record)
+    warps = [configurations.configuration("decoding", device, torch.float32, n, 16)["num_warps"] for n in (40, 80, 81)]
+    assert warps == [8, 8, 4]
+
+
+def test_a_language_model_has_a_step_of_decoding():
+    settings = tune.Settings(model="crate_gpt2_base", context=128)
+    *_, last = settings.cases(3)
+    assert last == tune.Case("cached_subspace_attention", "crate_gpt2_base", 3, 128, 12, 64)
+    assert not any(case.decodes for case in tune.Settings(model="crate_tiny").cases(3))
+
+
 def test_a_difference_within_the_noise_changes_nothing(device, monkeypatch):
     monkeypatch.setitem(WARPS, 8, 0.99)
     noise, clock = random.Random(0), timing.measure

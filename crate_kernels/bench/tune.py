@@ -3,8 +3,8 @@
 The automatic choice then uses the results. A backend or a launch with wrong results is not timed: the correctness check
 of the benchmark runs first. The launch options of the Triton kernels are measured before the backends, one kernel at a
 time. New options replace the shipped ones only if they are faster by more than the noise. Backends are ordered by the
-geometric mean of their times in inference and in training. Decoding, which only language models need, has launch options
-and no choice of a backend. The records are stored in the user's cache folder (see
+geometric mean of their times in inference and in training. Decoding, which only language models need, has launch
+options and no choice of a backend. The records are stored in the user's cache folder (see
 :mod:`crate_kernels.user_cache`), with the device, the versions, the shapes and the times. Nothing is measured at import
 or by a call.
 """

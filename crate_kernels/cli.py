@@ -10,6 +10,7 @@ import sys
 import time
 from typing import NoReturn
 
+from .extras import needs
 from .terminal import printable
 from .version import __version__
 
@@ -110,7 +111,7 @@ def expected(error: Exception) -> bool:
 def sentence(error: Exception) -> str:
     """The message of an error, as one line for the terminal."""
     if isinstance(error, ModuleNotFoundError) and error.name:
-        return f"this command needs the package {error.name.split('.')[0]}: pip install 'crate_kernels[train]'"
+        return needs("this command", error.name.split(".")[0])
     if isinstance(error, OSError) and error.strerror:
         return one_line(f"{error.strerror}: {error.filename}" if error.filename else error.strerror)
     return one_line(str(error)) or type(error).__name__

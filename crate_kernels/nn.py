@@ -57,10 +57,17 @@ class MSSA(nn.Module):
                 raise ValueError(f"heads: {heads} does not divide dim = {dim}; give dim_head")
             dim_head = dim // heads
         checks.positive_int("dim_head", dim_head)
+        scale = dim_head**-0.5 if scale is None else checks.number("scale", scale)
+        for name, value in dict(
+            causal=causal, output_bias=output_bias, tied_output=tied_output, qk_norm=qk_norm
+        ).items():
+            checks.flag(name, value)
+        if rotary is not None and checks.number("rotary", rotary) <= 0:
+            raise ValueError(f"rotary: expected a positive base, got {rotary}")
         if rotary is not None and dim_head % 2:
             raise ValueError(f"rotary: rotates pairs of channels, so dim_head must be even; got {dim_head}")
         self.heads = heads
-        self.scale = dim_head**-0.5 if scale is None else scale
+        self.scale = scale
         self.causal = causal
         self.dropout = dropout
         self.rotary = rotary
@@ -120,8 +127,9 @@ class MSSA(nn.Module):
                 or rotary.
             positions: ``(N,)`` or ``(B, N)``, for rotary embeddings; 0 to N - 1 if None.
         """
-        if x.dim() == 4:
+        if isinstance(x, Tensor) and x.dim() == 4:
             return _as_map(self.forward(_as_tokens(x), lengths, context=context, positions=positions), x)
+        checks.tensor("x", x, ("B", "N", "d"))
         if context is None and self.training and self.dropout:
             return self.with_maps(x, lengths, positions)
         w = self.project(x)
@@ -371,8 +379,10 @@ class CrateBlock(nn.Module):
         **mssa_options,
     ):
         super().__init__()
-        self.mssa_step_size = mssa_step_size
-        self.shrink = shrink
+        checks.positive_int("dim", dim)
+        checks.number("eps", eps, minimum=0.0)
+        self.mssa_step_size = checks.number("mssa_step_size", mssa_step_size)
+        self.shrink = checks.number("shrink", shrink)
         mssa_options |= dict(dropout=dropout, causal=causal, output_bias=output_bias)
         self.mssa_norm = nn.LayerNorm(dim, eps=eps)
         self.mssa = MSSA(dim, heads, dim_head, **mssa_options)
@@ -479,6 +489,7 @@ class OvercompleteISTA(nn.Module):
     ):
         super().__init__()
         checks.positive_ints(dim=dim, expansion=expansion)
+        checks.flag("tied", tied)
         self.step_size, self.lambd = _step_parameters(step_size, lambd, learnable, expansion * dim)
         self.D = nn.Parameter(torch.empty(dim, expansion * dim))
         self.D1 = None if tied else nn.Parameter(torch.empty(dim, expansion * dim))
@@ -527,6 +538,7 @@ class OvercompleteCrateBlock(CrateBlock):
         **options,
     ):
         super().__init__(dim, heads, dim_head, **options)
+        checks.flag("residual", residual)
         steps = {name: options[name] for name in ("step_size", "lambd", "learnable") if name in options}
         self.ista = OvercompleteISTA(dim, expansion=expansion, tied=tied, **steps)
         self.residual = residual
@@ -556,6 +568,8 @@ class CrateDecoderBlock(nn.Module):
         eps: float = 1e-5,
     ):
         super().__init__()
+        checks.positive_int("dim", dim)
+        checks.number("eps", eps, minimum=0.0)
         self.dictionary_norm = nn.LayerNorm(dim, eps=eps)
         self.dictionary = nn.Linear(dim, dim, bias=False)
         self.mssa_norm = nn.LayerNorm(dim, eps=eps)
@@ -611,6 +625,8 @@ def mssa_half_step(
 
 
 def _step_parameters(step_size: float, lambd: float, learnable: str | None, width: int):
+    step_size = checks.number("step_size", step_size, minimum=0.0)
+    lambd = checks.number("lambd", lambd, minimum=0.0)
     if learnable is None:
         return step_size, lambd
     if learnable not in ("scalar", "channel"):

@@ -2,7 +2,7 @@
 
     python examples/huggingface_trainer.py BOOK.txt --output runs/trainer
 
-It needs ``pip install 'crate_kernels[huggingface]' accelerate``. ``CrateBertForMaskedLM`` trains in the same way.
+It needs ``pip install '.[huggingface]' accelerate``. ``CrateBertForMaskedLM`` trains in the same way.
 """
 
 import argparse

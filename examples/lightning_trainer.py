@@ -2,7 +2,7 @@
 
     python examples/lightning_trainer.py --epochs 5
 
-It needs ``pip install 'crate_kernels[train]' lightning``. Lightning's strategies and checkpoints work as usual.
+It needs ``pip install '.[train]' lightning``. Lightning's strategies and checkpoints work as usual.
 """
 
 import argparse

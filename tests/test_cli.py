@@ -3,10 +3,13 @@ import os
 import re
 import subprocess
 import sys
+import tomllib
+from pathlib import Path
 
 import pytest
 
 from crate_kernels import __version__, cli
+from crate_kernels.extras import EXTRA_OF, needs
 
 
 def command(*arguments, **environment):
@@ -51,7 +54,20 @@ def test_a_missing_package_is_named_with_its_remedy():
     code = "import sys; sys.modules['timm'] = None; from crate_kernels import cli; sys.exit(cli.main(['train']))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
     assert done.returncode == 2
-    assert done.stderr == "crate-kernels: this command needs the package timm: pip install 'crate_kernels[train]'\n"
+    assert done.stderr == f"crate-kernels: {needs('this command', 'timm')}\n"
+
+
+def test_messages_name_the_extra_that_installs_a_package():
+    root = Path(__file__).parents[1]
+    extras = tomllib.loads((root / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    for package, extra in EXTRA_OF.items():
+        distribution = {"skimage": "scikit-image", "sklearn": "scikit-learn"}.get(package, package)
+        assert distribution in [re.split("[>=]", entry)[0] for entry in extras[extra]]
+    assert "pip install '.[onnx]'" in cli.sentence(ModuleNotFoundError("", name="onnxruntime.capi"))
+    assert cli.sentence(ModuleNotFoundError("", name="other")).endswith("the package other: pip install other")
+    # The package is installed from its sources, so its name alone finds nothing in an index.
+    sources = [*root.glob("crate_kernels/**/*.py"), *root.glob("examples/*.py"), *root.glob("docs/*.md")]
+    assert not [path for path in sources if "pip install 'crate_kernels[" in path.read_text()]
 
 
 def test_internal_errors_show_their_traceback(monkeypatch):

@@ -146,13 +146,15 @@ def observing(
     Yields the layers of ``kinds``, in the order of the model's modules.
 
     Raises:
-        ValueError: the model has no such layer.
+        ValueError: the model has no such layer, or (when it runs) the batch is empty.
     """
     layers = [module for module in model.modules() if isinstance(module, kinds)]
     if not layers:
         raise ValueError(f"{type(model).__name__} has no CrateBlock to measure")
 
     def hook(layer, arguments, keywords, output):
+        if not len(output):
+            raise ValueError("the batch holds no sample to measure")
         with torch.no_grad():
             observe(layer, arguments, keywords, output)
 

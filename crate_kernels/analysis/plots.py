@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from ..extras import needs
 from .half_steps import POINTS, HalfSteps
 from .layerwise import Layerwise
 
@@ -114,7 +115,7 @@ def new_figure(width: float, height: float):
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ImportError("plots need matplotlib: pip install 'crate_kernels[train]'") from error
+        raise ImportError(needs("a picture", "matplotlib")) from error
     return Figure(figsize=(width, height), layout="constrained")
 
 

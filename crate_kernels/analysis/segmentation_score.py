@@ -5,7 +5,7 @@ number of parameters, a CRATE and timm's ViT, learn *which* cut-out an image sho
 class token's attention and normalized cuts of the keys are compared with the masks, on cut-outs and photos that neither
 model has seen. Validation images choose the layer, the head and the threshold of each method, for each model.
 
-Needs ``pip install 'crate_kernels[train]' scikit-image`` and the Debian package tuxpaint-stamps-default.
+Needs ``pip install '.[train]'`` and the Debian package tuxpaint-stamps-default.
 """
 
 from __future__ import annotations

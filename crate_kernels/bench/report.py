@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
+from ..extras import needs
 from ..terminal import count
 from . import results
 from .models import (
@@ -360,7 +361,7 @@ def plots(parts: dict[str, dict], folder: Path) -> list[Path]:
         import matplotlib
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ImportError("plots need matplotlib: pip install 'crate_kernels[train]'") from error
+        raise ImportError(needs("a picture", "matplotlib")) from error
 
     draw = {}
     if "models" in parts:

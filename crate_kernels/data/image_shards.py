@@ -24,6 +24,7 @@ import numpy as np
 from torch.utils.data import IterableDataset, get_worker_info
 
 from ..distributed import launch
+from ..extras import needs
 from .errors import DataError
 
 FORMAT = 1
@@ -190,7 +191,7 @@ def open_url(path: str) -> IO[bytes]:
     try:
         import fsspec
     except ImportError as error:
-        raise DataError(f"{path} needs the package fsspec: pip install 'crate_kernels[data]'") from error
+        raise DataError(needs(path, "fsspec")) from error
     return fsspec.open(path, "rb").open()
 
 
@@ -235,7 +236,7 @@ def _read_parquet(path: str) -> Iterator[Sample]:
     try:
         from pyarrow.parquet import ParquetFile
     except ImportError as error:
-        raise DataError(f"{path} needs the package pyarrow: pip install 'crate_kernels[data]'") from error
+        raise DataError(needs(path, "pyarrow")) from error
     number = 0
     with open_url(path) as file, ParquetFile(file) as table:
         for batch in table.iter_batches(ROWS, columns=["image", "label"]):

@@ -23,6 +23,7 @@ import numpy as np
 from PIL import Image
 
 from .. import options
+from ..extras import needs
 from ..models.checkpoint import naming, write_atomically
 from ..options import option
 from ..terminal import count
@@ -182,7 +183,7 @@ def _write_parquet(file, samples: Iterator[tuple[str, bytes, int]], part: Part) 
         import pyarrow
         from pyarrow.parquet import ParquetWriter
     except ImportError as error:
-        raise DataError("--format parquet needs the package pyarrow: pip install 'crate_kernels[data]'") from error
+        raise DataError(needs("--format parquet", "pyarrow")) from error
     # The package datasets writes the same schema, and so recognizes the columns for images and classes.
     features = {"image": {"_type": "Image"}, "label": {"names": part.classes, "_type": "ClassLabel"}}
     image = pyarrow.struct([("bytes", pyarrow.binary()), ("path", pyarrow.string())])

@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, cast
 
+from ..extras import needs
+
 TEXT, LINES, ARROW, PARQUET = "text", "lines", "arrow", "parquet"
 KINDS = {
     ".txt": TEXT, ".text": TEXT, ".md": TEXT, ".jsonl": LINES, ".ndjson": LINES, ".json": LINES,
@@ -131,7 +133,7 @@ def dataset(name: str, configuration: str | None, split: str) -> list[Source]:
     try:
         import datasets
     except ImportError as error:
-        raise ValueError("--dataset needs the package datasets: pip install 'crate_kernels[data]'") from error
+        raise ValueError(needs("--dataset", "datasets")) from error
     loaded = datasets.load_dataset(name, configuration, split=split)
     files = [Path(file["filename"]) for file in loaded.cache_files]
     rows = sum(len(batch) for file in files for batch in _arrow_batches(file))
@@ -280,7 +282,7 @@ def _pyarrow():
     try:
         import pyarrow
     except ImportError as error:
-        raise ValueError("these files need the package pyarrow: pip install 'crate_kernels[data]'") from error
+        raise ValueError(needs("a file of this kind", "pyarrow")) from error
     return pyarrow
 
 

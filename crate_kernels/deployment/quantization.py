@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import layer_norm, relu
 
+from ..extras import needs
 from ..models import CrateModel
 from ..nn import ISTA, MSSA, CrateBlock, CrateDecoderBlock, OvercompleteCrateBlock, OvercompleteISTA
 from ..ops import standard
@@ -151,7 +152,7 @@ def quantize(model: CrateModel, scheme: str = "int8-weights") -> Deployable:
         raise ValueError(f"scheme: expected one of {', '.join(SCHEMES)}, got {scheme!r}")
     copied = linear_copy(model)
     if importlib.util.find_spec("torchao") is None:
-        raise ImportError("quantize needs the package torchao: pip install 'crate_kernels[quantization]'")
+        raise ImportError(needs("quantize", "torchao"))
     from torchao.quantization import Int8DynamicActivationInt8WeightConfig, Int8WeightOnlyConfig, quantize_
 
     config = Int8WeightOnlyConfig if scheme == "int8-weights" else Int8DynamicActivationInt8WeightConfig

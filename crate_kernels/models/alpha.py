@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..nn import OvercompleteCrateBlock
+from ..ops import checks
 from . import checkpoint
 from .checkpoint import KeyMap
 from .crate import CRATE
@@ -66,7 +67,7 @@ class CrateAlpha(CRATE):
     )
 
     def __init__(self, *, clipa: bool = False, **options):
-        self._clipa = clipa
+        self._clipa = checks.flag("clipa", clipa)
         super().__init__(**options)
         self.config["clipa"] = clipa
         self._reset_projection()

@@ -145,6 +145,7 @@ class CrateBert(CrateModel):
 
     def forward_features(self, idx: Tensor, lengths: Tensor | None = None, token_types: Tensor | None = None) -> Tensor:
         """The last layer's tokens ``(B, N, dim)``; arguments as for :meth:`forward`."""
+        checks.model_input("idx", idx, self.token_embedding.weight)
         if idx.dim() != 2 or not 1 <= idx.shape[1] <= self.max_length or idx.dtype not in checks.INTEGER:
             raise ValueError(
                 f"idx: expected integers of shape (B, N) with N in 1..{self.max_length}, got {idx.dtype} "
@@ -203,7 +204,7 @@ class CrateBert(CrateModel):
         logits = self.forward_head(self.forward_features(idx, lengths, token_types))
         if targets is None:
             return logits, None
-        checks.tensor("targets", targets, tuple(logits.shape[:-1]), dtypes=(torch.int64,))
+        checks.tensor("targets", targets, tuple(logits.shape[:-1]), like=idx, dtypes=(torch.int64,), beside="idx")
         checks.indices("targets", targets, logits.shape[-1], TARGETS, least=IGNORED_TARGET)
         flat = logits.reshape(-1, logits.shape[-1])
         return logits, nn.functional.cross_entropy(flat, targets.flatten(), ignore_index=IGNORED_TARGET)

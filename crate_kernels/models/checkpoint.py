@@ -159,7 +159,8 @@ def read(path: str | os.PathLike) -> tuple[dict[str, Tensor], dict]:
     """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"no checkpoint at {path}")
+        folder = ", which is a folder; name a file in it, such as model.safetensors" if path.is_dir() else ""
+        raise FileNotFoundError(f"no checkpoint at {path}{folder}")
     try:
         if path.suffix == ".safetensors":
             return safetensors.torch.load_file(path), read_metadata(path)

@@ -84,6 +84,10 @@ class CrateDINO(CrateModel):
     ):
         checks.positive_ints(hidden=hidden, bottleneck=bottleneck)
         checks.integer("prototypes", prototypes)
+        if backbone.get("num_classes", 0) != 0:
+            raise ValueError(
+                f"num_classes: the backbone has no classifier, so expected 0, got {backbone['num_classes']}"
+            )
         backbone = dict(backbone, num_classes=0)
         super().__init__(dict(backbone, hidden=hidden, bottleneck=bottleneck, prototypes=prototypes))
         network = CRATE(**backbone)

@@ -43,6 +43,9 @@ class ProjectionCache:
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
     ):
+        checks.positive_ints(layers=layers, heads=heads, width=width)
+        checks.integer("batch", batch)
+        checks.integer("capacity", capacity)
         # The buffer starts with zeros. Masked places get the weight zero, and zero times NaN would be NaN.
         self.w = torch.zeros(layers, batch, capacity, heads, width, dtype=dtype, device=device)
         self.lengths = torch.zeros(batch, dtype=torch.int64, device=device)
@@ -122,9 +125,9 @@ def sample(
         uniform: ``(B,)`` random numbers in [0, 1); None draws them from torch's generator.
     """
     checks.number("temperature", temperature, minimum=0.0)
-    if top_k is not None and top_k < 1:
-        raise ValueError(f"top_k: expected at least 1, got {top_k}")
-    if top_p is not None and not 0 < top_p <= 1:
+    if top_k is not None:
+        checks.positive_int("top_k", top_k)
+    if top_p is not None and not 0 < checks.number("top_p", top_p) <= 1:
         raise ValueError(f"top_p: expected a probability above 0, got {top_p}")
     if temperature == 0 or top_k == 1:
         return logits.argmax(-1)
@@ -177,9 +180,7 @@ def stream(
     """
     checks.integer("max_new_tokens", max_new_tokens)
     device = model.token_embedding.weight.device
-    rows = [torch.as_tensor(prompt, dtype=torch.int64, device=device) for prompt in prompts]
-    if not rows or any(row.dim() != 1 or not len(row) for row in rows):
-        raise ValueError("prompts: expected (B, N) or a sequence of prompts, with at least one token in each")
+    rows = [row.to(device, torch.int64) for row in _rows(prompts)]
     seeds = _seeds(seed, len(rows))
     generators = [torch.Generator().manual_seed(s) for s in seeds]
     lengths = torch.tensor([len(row) for row in rows], device=device)
@@ -249,11 +250,27 @@ def generate_text(model: CausalModel, tokenizer: Tokenizer, prompt: str, max_new
     return prompt + "".join(stream_text(model, tokenizer, prompt, max_new_tokens, **options))
 
 
+def _rows(prompts: Tensor | Sequence[Tensor | Sequence[int]]) -> list[Tensor]:
+    """The prompts as 1-D tensors of integers, at least one."""
+    wanted = "prompts: expected integers (B, N) or a sequence of prompts, with at least one token in each"
+    try:
+        rows = [torch.as_tensor(prompt) for prompt in prompts]
+    except (TypeError, ValueError, RuntimeError):
+        raise TypeError(f"{wanted}; got {type(prompts).__name__}; a tokenizer makes them of texts") from None
+    if not rows or any(row.dim() != 1 or not len(row) for row in rows):
+        raise ValueError(wanted)
+    for row in rows:
+        if row.dtype not in checks.INTEGER:
+            raise TypeError(f"{wanted}; got {row.dtype}")
+    return rows
+
+
 def _seeds(seed: int | Sequence[int] | None, batch: int) -> list[int]:
     if seed is None:
         seed = int(torch.randint(2**62, ()))
-    if isinstance(seed, int):
-        return [seed + b for b in range(batch)]
-    if len(seed) != batch:
-        raise ValueError(f"seed: {len(seed)} numbers for {batch} sequences")
-    return list(seed)
+    if isinstance(seed, Sequence) and not isinstance(seed, str):
+        if len(seed) != batch:
+            raise ValueError(f"seed: {len(seed)} numbers for {batch} sequences")
+        return list(seed)
+    checks.integer("seed", seed, minimum=-(2**63))
+    return [seed + b for b in range(batch)]

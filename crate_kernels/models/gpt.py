@@ -85,6 +85,7 @@ class CrateGPT(CrateModel):
         names = ("block_size", "vocab_size", "n_layer", "n_head", "n_embd")
         checks.positive_ints(**{name: getattr(config, name) for name in names})
         checks.dropout("dropout", config.dropout)
+        checks.flag("overcomplete", config.overcomplete)
         if config.n_embd % config.n_head:
             raise ValueError(f"n_head: {config.n_head} does not divide n_embd = {config.n_embd}")
         self.block_size, self.vocab_size, self.heads = config.block_size, config.vocab_size, config.n_head
@@ -124,6 +125,7 @@ class CrateGPT(CrateModel):
 
     def embed(self, idx: Tensor, positions: Tensor | None = None) -> Tensor:
         """``idx (B, N)`` -> the first layer's tokens ``(B, N, n_embd)``; ``positions (B, N)``, 0, 1, ... if None."""
+        checks.model_input("idx", idx, self.token_embedding.weight)
         if idx.dim() != 2 or idx.shape[1] < 1 or idx.dtype not in (torch.int32, torch.int64):
             raise ValueError(
                 f"idx: expected integers of shape (B, N), N at least 1, got {idx.dtype} {tuple(idx.shape)}"
@@ -175,8 +177,9 @@ class CrateGPT(CrateModel):
         Raises:
             TypeError, ValueError: dtype, shape or values of an argument are wrong. Values are checked on the CPU only.
         """
+        checks.model_input("idx", idx, self.token_embedding.weight)
         if targets is not None:
-            checks.tensor("targets", targets, tuple(idx.shape), dtypes=(torch.int64,))
+            checks.tensor("targets", targets, tuple(idx.shape), like=idx, dtypes=(torch.int64,), beside="idx")
             checks.indices("targets", targets, self.vocab_size, TARGETS, least=IGNORED_TARGET)
         tokens = self.forward_features(idx)
         if targets is None:
@@ -211,6 +214,7 @@ class CrateGPT(CrateModel):
             on all
                 tokens so far.
         """
+        checks.model_input("idx", idx, self.token_embedding.weight)
         batch, new = idx.shape
         if batch != len(cache.lengths) or cache.longest + new > cache.capacity:
             raise ValueError(

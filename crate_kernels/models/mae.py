@@ -90,6 +90,7 @@ class CrateMAE(VisionModel):
             decoder_depth=decoder_depth, decoder_num_heads=decoder_num_heads,
         )  # fmt: skip
         checks.number("lambd", lambd, minimum=0.0)
+        checks.flag("norm_pix_loss", norm_pix_loss)
         img_size, patch_size = pair("img_size", img_size), pair("patch_size", patch_size)
         self.grid_size = whole_patches("img_size", img_size, patch_size)
         if decoder_embed_dim != embed_dim:
@@ -172,14 +173,14 @@ class CrateMAE(VisionModel):
         The ``int(N·(1 − mask_ratio))`` patches with the smallest ``noise (B, N)`` stay visible. The default noise is
         uniform.
         """
-        if not 0 <= mask_ratio <= 1:
+        if not 0 <= checks.number("mask_ratio", mask_ratio) <= 1:
             raise ValueError(f"mask_ratio: expected a number in 0..1, got {mask_ratio}")
         rows, columns = self.patch_embedding.grid(images)
         shape = (images.shape[0], rows * columns)
         if noise is None:
             noise = torch.rand(shape, device=images.device)
-        elif noise.shape != shape:
-            raise ValueError(f"noise: expected shape {tuple(shape)} (images, patches), got {tuple(noise.shape)}")
+        else:
+            checks.tensor("noise", noise, shape, like=images, beside="images")
         rank = noise.argsort(dim=1).argsort(dim=1)
         return (rank >= int(rows * columns * (1 - mask_ratio))).to(images.dtype)
 

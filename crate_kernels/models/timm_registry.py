@@ -19,12 +19,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from ..extras import needs
+
 try:
     from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
     from timm.layers import is_scriptable
     from timm.models import build_model_with_cfg, generate_default_cfgs, register_model, register_notrace_module
 except ImportError as error:
-    raise ImportError("models in timm's registry need timm: pip install 'crate_kernels[train]'") from error
+    raise ImportError(needs("a model in timm's registry", "timm")) from error
 
 import torch
 from torch import Tensor

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import Tensor
 
+from ..extras import needs
+
 if TYPE_CHECKING:
     import numpy as np
 
@@ -81,7 +83,7 @@ class GPT2Tokenizer:
         try:
             import tiktoken
         except ImportError as error:
-            raise ImportError("GPT2Tokenizer needs the package tiktoken: pip install tiktoken") from error
+            raise ImportError(needs("GPT2Tokenizer", "tiktoken")) from error
         self._encoding = tiktoken.Encoding(
             "gpt2",
             pat_str=GPT2_PATTERN,

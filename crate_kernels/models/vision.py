@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from ..ops import checks
 from .base import CrateModel
 
 
@@ -37,13 +38,20 @@ def whole_patches(name: str, image: tuple[int, int], patch: tuple[int, int]) -> 
 
 
 @torch.fx.wrap
-def patch_grid(images: Tensor, patch_size: tuple[int, int], channels: int) -> tuple[int, int]:
-    """Rows and columns of patches in ``images``. Raises an error for images that do not fit."""
+def patch_grid(
+    images: Tensor, patch_size: tuple[int, int], channels: int, weight: Tensor | None = None
+) -> tuple[int, int]:
+    """Rows and columns of patches in ``images``. Raises an error for images that do not fit.
+
+    ``images`` are also held to device and dtype of ``weight``, a parameter of the model.
+    """
+    checks.model_input("images", images, weight)
     rows, columns = patch_size
     if images.dim() != 4 or images.shape[1] != channels:
         raise ValueError(f"images: expected shape (B, {channels}, H, W), got {tuple(images.shape)}")
     if not images.is_floating_point():
         raise TypeError(f"images: expected a floating dtype, got {images.dtype}")
+    checks.model_dtype("images", images, weight)
     height, width = images.shape[2:]
     if height % rows or width % columns or not height or not width:
         raise ValueError(f"images: {height} x {width} pixels are no multiple of the patch size {rows} x {columns}")
@@ -60,7 +68,9 @@ class Patches(nn.Module):
 
     def grid(self, images: Tensor) -> tuple[int, int]:
         """Rows and columns of patches in ``images``. Raises an error for images that do not fit."""
-        return patch_grid(images, self.patch_size, self.channels)
+        # Somebody may have put another module, without a weight, in the place of the projection.
+        weight = getattr(getattr(self, "projection", None), "weight", None)
+        return patch_grid(images, self.patch_size, self.channels, weight)
 
     def flatten(self, images: Tensor) -> Tensor:
         """``(B, C, H, W)`` -> patches ``(B, N, rows·columns·C)``, each flattened as (row, column, channel)."""

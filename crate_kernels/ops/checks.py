@@ -16,9 +16,17 @@ INTEGER = (torch.int32, torch.int64)
 
 
 def tensor(
-    name: str, value, shape: tuple[int | str, ...] | None = None, *, like: Tensor | None = None, dtypes=FLOATING
+    name: str,
+    value,
+    shape: tuple[int | str, ...] | None = None,
+    *,
+    like: Tensor | None = None,
+    dtypes=FLOATING,
+    beside: str = "the first argument",
 ):
     """``value`` is a tensor of one of ``dtypes`` and of ``shape``, on the device of ``like``.
+
+    The message about the device calls ``like`` what ``beside`` says.
 
     In ``shape`` an integer is an exact size and a string names a free size. ``None`` accepts any shape.
     """
@@ -38,7 +46,7 @@ def tensor(
             wanted = ", ".join(str(size) for size in shape) + ("," if len(shape) == 1 else "")
             raise ValueError(f"{name}: expected shape ({wanted}), got {tuple(value.shape)}")
     if like is not None and value.device != like.device:
-        raise ValueError(f"{name}: is on {value.device}, but the first argument is on {like.device}")
+        raise ValueError(f"{name}: is on {value.device}, but {beside} is on {like.device}")
 
 
 def same_dtype(dtype: torch.dtype, also: tuple[torch.dtype, ...] = (), **values: Tensor | None):
@@ -55,6 +63,28 @@ def same_dtype(dtype: torch.dtype, also: tuple[torch.dtype, ...] = (), **values:
             raise TypeError(
                 f"{name}: has dtype {value.dtype}, but the first argument has {dtype}; expected {dtype}{extra}"
             )
+
+
+def model_input(name: str, value, weight: Tensor | None):
+    """``value`` is a tensor on the device of ``weight``, a parameter of a model; None for it leaves out the device."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: expected a torch.Tensor, got {type(value).__name__}")
+    if weight is not None and value.device != weight.device:
+        raise ValueError(f"{name}: is on {value.device}, but the model is on {weight.device}")
+
+
+def model_dtype(name: str, value: Tensor, weight: Tensor | None):
+    """``value`` has the dtype of ``weight``, a parameter of a model, if that is a floating one.
+
+    Under autocast every floating dtype but float64 is accepted: autocast does not convert float64.
+    """
+    if weight is None or value.dtype == weight.dtype or weight.dtype not in FLOATING:
+        return
+    if torch.float64 in (value.dtype, weight.dtype) or not backends.autocast_is_on(value):
+        raise TypeError(
+            f"{name}: has dtype {value.dtype}, but the model's parameters have {weight.dtype}; "
+            "convert one of them with .to()"
+        )
 
 
 def positive_int(name: str, value):

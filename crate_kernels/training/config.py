@@ -252,9 +252,7 @@ def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME_OR_FILE",
         help="take the options of a recipe; options on the command line override the recipe",
     )
-    group.add_argument(
-        "--smoke", action="store_true", help="the recipe with a small model on small real data, in about a minute"
-    )
+    group.add_argument("--smoke", action="store_true", help="the recipe with a small model on small real data")
 
 
 def given(args: argparse.Namespace, kind: type = Config) -> dict[str, Any]:

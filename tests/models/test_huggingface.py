@@ -246,10 +246,13 @@ def test_unknown_keywords_are_refused(cls):
         (dict(input_ids=None, inputs_embeds=torch.ones(2, 10, 8)), r"inputs_embeds: expected shape \(B, N, 16\)"),
         (dict(input_ids=tokens(10)), r"input_ids: expected shape \(B, N\)"),
         (dict(input_ids=tokens(2, 10) - 100), r"input_ids: values must lie in 0\.\."),
+        (dict(input_ids=tokens(2, 10).float()), r"input_ids: dtype torch\.float32 is not supported"),
+        (dict(input_ids=[[1, 2]]), r"input_ids: expected a torch\.Tensor, got list"),
+        (dict(input_ids=tokens(2, 10).to("meta")), "input_ids: is on meta, but the model is on cpu"),
     ],
 )
 def test_inputs_that_do_not_fit_are_refused_by_name(cls, options, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((TypeError, ValueError), match=message):
         build(cls)(**{"input_ids": tokens(2, 10)} | options)
 
 
@@ -574,6 +577,15 @@ def test_other_ways_to_generate(options):
         assert got.attentions[-1][0].shape == (1, 2, 15, 15)
 
 
+def test_a_stop_string_ends_a_text():
+    model, tokenizer = build(huggingface.CrateGPTForCausalLM), huggingface.tokenizer("bytes")
+    idx = tokens(1, 4, seed=3)
+    common = dict(max_new_tokens=8, do_sample=False, pad_token_id=0, eos_token_id=None)
+    whole = model.generate(idx, **common)
+    stop = tokenizer.decode(whole[0, 4:6])
+    assert torch.equal(model.generate(idx, **common, stop_strings=[stop], tokenizer=tokenizer), whole[:, :6])
+
+
 # -- tokenizers and pipelines ------------------------------------------------------------------------------------------
 
 TEXTS = ["", "Hello world, it's 2024!", "  spaces\n\n\ttabs ", "naïve Ελληνικά 漢字 𝄞", "a" * 300]
@@ -625,6 +637,7 @@ def test_pipelines_of_files_and_folders(tmp_path):
         folder = tmp_path / name
         model.save(folder / "model.safetensors", tokenizer="bytes")
         wrapped, tokenizer = huggingface.from_file(folder / "model.safetensors")
+        assert len(tokenizer("x" * 99, truncation=True)["input_ids"]) == tokenizer.model_max_length == 24
         wrapped.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         options = dict(max_new_tokens=4, do_sample=False) if name == "text-generation" else dict(top_k=2)
@@ -651,4 +664,4 @@ def test_transformers_is_optional():
         "except ImportError as error:\n    print(error)"
     )
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    assert "pip install 'crate_kernels[huggingface]'" in shown
+    assert "pip install '.[huggingface]'" in shown

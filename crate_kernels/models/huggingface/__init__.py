@@ -14,6 +14,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from ...extras import needs
+
 try:
     from transformers import (
         AutoConfig,
@@ -26,9 +28,7 @@ try:
         PreTrainedTokenizerFast,
     )
 except ImportError as error:
-    raise ImportError(
-        "Hugging Face models need the package transformers: pip install 'crate_kernels[huggingface]'"
-    ) from error
+    raise ImportError(needs("crate_kernels.models.huggingface", "transformers")) from error
 
 from .. import checkpoint, registry
 from ..bert import CrateBert
@@ -60,6 +60,7 @@ def from_file(path: str | Path) -> tuple[PreTrainedModel, PreTrainedTokenizerFas
     if name is None:
         return model, None
     found = tokenizer(name, masked=isinstance(model.crate, CrateBert))
+    found.model_max_length = model.config.max_position_embeddings
     model.config.pad_token_id = model.config.eos_token_id = model.config.bos_token_id = found.eos_token_id
     if isinstance(model, GenerationMixin):
         generation = model.generation_config

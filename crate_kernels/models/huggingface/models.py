@@ -87,7 +87,9 @@ class _BaseModel(_CratePreTrainedModel):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("input_ids, inputs_embeds: give exactly one of them")
         if inputs_embeds is None:
+            checks.model_input("input_ids", input_ids, self.crate.token_embedding.weight)
             assert input_ids is not None
+            checks.tensor("input_ids", input_ids, dtypes=checks.INTEGER)
             if input_ids.dim() != 2 or not input_ids.shape[1]:
                 raise ValueError(f"input_ids: expected shape (B, N), N at least 1, got {tuple(input_ids.shape)}")
             checks.indices("input_ids", input_ids, self.crate.vocab_size, "the last token of the vocabulary")
@@ -432,6 +434,10 @@ class CrateGPTForCausalLM(_WithHead, GenerationMixin):
             )
         if generation_config.use_cache and model_kwargs.get("past_key_values") is None:
             model_kwargs["past_key_values"] = CrateCache()
+
+    def prepare_inputs_for_generation(self, *args, tokenizer=None, assistant_tokenizer=None, **kwargs):
+        # generate passes on the tokenizers that it got for stop_strings; forward has no use for them.
+        return super().prepare_inputs_for_generation(*args, **kwargs)
 
     def forward(
         self,

@@ -25,9 +25,12 @@ EXTRA_OF = dict(
 """The extra by the name under which a package is imported."""
 
 
+def install(extra: str) -> str:
+    """How to install ``extra``. No index has this package, so that its sources are needed."""
+    return f"pip install '.[{extra}]' in the source folder of crate_kernels"
+
+
 def needs(what: str, package: str) -> str:
     """The sentence that ``what`` needs ``package``, given by its import name, and how to install it."""
     extra = EXTRA_OF.get(package)
-    if extra is None:
-        return f"{what} needs the package {package}: pip install {package}"
-    return f"{what} needs the package {package}: pip install '.[{extra}]' in the source folder of crate_kernels"
+    return f"{what} needs the package {package}: {install(extra) if extra else f'pip install {package}'}"

@@ -16,6 +16,11 @@ def count(number: int, noun: str) -> str:
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
+def in_bytes(number: int) -> str:
+    """``"73 kB"``, ``"1.8 MB"``."""
+    return f"{number / 1e6:.1f} MB" if number >= 1e6 else f"{number / 1e3:.0f} kB"
+
+
 def _sign(code: int) -> str:
     if code < 0x20:
         return chr(0x2400 + code)  # Unicode's pictures of the control characters

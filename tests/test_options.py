@@ -247,6 +247,12 @@ def test_help_shows_the_defaults_that_will_be_used(command, capsys):
         assert "segment IMAGE [IMAGE ...] --checkpoint PATH [options]" in text
         assert "crate_mae_base_patch16_224" in text
         assert "gpt2" not in text
+    if command == "train-mae":
+        assert "pixels along a patch (default 8; mnist5k, fashion-mnist: 7; cifar10: 4)" in text
+    if command in ("train-mae", "train-dino"):
+        for name, defaults in DATA_DEFAULTS.items():
+            trainer = MAETrainer if command == "train-mae" else DINOTrainer
+            assert trainer.resolve({"data": name}).patch_size == defaults["patch_size"]  # it divides the images
     if command == "train":
         assert "after the warm-up (default 0.003; alpha: 0.004; cifar10, photos: 0.001; folders: 0.0003)" in text
         assert "what the head reads: cls, mean (default mean; cifar10, folders: cls)" in text

@@ -1,4 +1,4 @@
-from crate_kernels.terminal import count, printable
+from crate_kernels.terminal import count, in_bytes, printable
 
 
 def test_control_characters_become_signs():
@@ -10,3 +10,7 @@ def test_control_characters_become_signs():
 
 def test_one_thing_is_singular():
     assert [count(number, "shard") for number in (0, 1, 1112)] == ["0 shards", "1 shard", "1,112 shards"]
+
+
+def test_small_files_are_not_nothing():
+    assert [in_bytes(size) for size in (36_800, 999_400, 1_840_000)] == ["37 kB", "999 kB", "1.8 MB"]

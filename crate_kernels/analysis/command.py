@@ -80,7 +80,8 @@ def analyze(path: Path, settings: Settings) -> int:
         **measurement.summary(), "published": measurement.published().summary(),
     }  # fmt: skip
     write_atomically(output / "analysis.json", (json.dumps(record, indent=2) + "\n").encode())
-    print(f"{title}\n{table(measurement)}\n{measurement.published().compression()}")
+    where = "In the encoder: " if measurement.layers[0].startswith("encoder") else ""
+    print(f"{title}\n{table(measurement)}\n{where}{measurement.published().compression()}")
     print(f"{time.monotonic() - began:.1f} s; {', '.join(map(str, pictures))}, {output / 'analysis.json'}")
     return 0
 

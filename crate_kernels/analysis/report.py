@@ -21,6 +21,7 @@ from ..models.vision import VisionModel
 from ..options import option
 from ..runs.folder import OPTIONS, SUMMARY, open_model, read_json
 from ..runs.logs import read_records
+from ..terminal import in_bytes
 from ..version import __version__
 from .command import DataOptions, measure
 from .inputs import normalization, real_inputs
@@ -74,7 +75,7 @@ def write(folder: Path, settings: Settings) -> int:
     path = Path(settings.output) if settings.output else folder / "report.html"
     document = build(folder, model, metadata, inputs, what)
     write_atomically(path, document.encode())
-    print(f"{path}: {len(document) / 1e6:.1f} MB, {time.monotonic() - began:.1f} s")
+    print(f"{path}: {in_bytes(len(document))}, {time.monotonic() - began:.1f} s")
     return 0
 
 

@@ -13,13 +13,15 @@ import torch
 
 from .. import options
 from ..agreement import relative
+from ..extras import install
 from ..models import CrateModel
 from ..models.registry import FACTORIES
 from ..models.vision import VisionModel
 from ..options import option
 from ..runs import folder
+from ..terminal import in_bytes
 from ..timing import medians
-from .formats import FORMATS, Run, files, size
+from .formats import COMPILER, FORMATS, Run, files, size
 from .program import Deployable, example
 
 ROUNDS = 20
@@ -66,7 +68,8 @@ def export(checkpoint: Path, settings: Settings) -> int:
     """Write the model of ``checkpoint`` as a file. Check and measure the file."""
     kind = FORMATS[settings.format]
     if missing := kind.missing():
-        raise ValueError(f"--format {settings.format} needs {', '.join(missing)}: see docs/deployment.md")
+        remedy = "" if missing == [COMPILER] else f": {install(settings.format)}"  # the extras have the formats' names
+        raise ValueError(f"--format {settings.format} needs {', '.join(missing)}{remedy}")
     model, metadata = folder.open_model(checkpoint, settings.model)
     if isinstance(model, VisionModel):
         if settings.image_size:
@@ -79,7 +82,7 @@ def export(checkpoint: Path, settings: Settings) -> int:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the exporters warn about their own internals
         kind.write(model, path, half=settings.half, any_size=settings.any_size, metadata=metadata)
-    print(f"{' and '.join(map(str, files(path)))}: {size(path) / 2**20:.1f} MiB", flush=True)
+    print(f"{' and '.join(map(str, files(path)))}: {in_bytes(size(path))}", flush=True)
     print(f"takes {_inputs(model, metadata, settings)}", flush=True)
     compare(model, kind.open(path), settings)
     return 0

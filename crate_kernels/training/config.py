@@ -314,10 +314,14 @@ def resolve(given: dict[str, Any]) -> Config:
     return config
 
 
+def data_variants(default: str) -> dict[str, dict[str, Any]]:
+    """Options that name each data set but ``default``, by the label in the help."""
+    return {name: {"data": name} for name in DATA_DEFAULTS if name != default} | {"folders": {"data": "images"}}
+
+
 def variants() -> dict[str, Config]:
     """The settings whose defaults ``train --help`` shows, by label."""
-    labels = {"": {}, "alpha": {"architecture": "alpha"}}
-    labels |= {name: {"data": name} for name in DATA_DEFAULTS if name != Config.data} | {"folders": {"data": "images"}}
+    labels = {"": {}, "alpha": {"architecture": "alpha"}} | data_variants(Config.data)
     found = {label: complete(given) for label, given in labels.items()}
     for config in found.values():
         config.name_output()

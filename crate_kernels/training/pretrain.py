@@ -29,7 +29,7 @@ from ..distributed import launch
 from ..models import CrateModel
 from ..options import option
 from ..version import __version__
-from .config import BATCH_SIZE, DATA, ImageOptions
+from .config import BATCH_SIZE, DATA, DATA_DEFAULTS, ImageOptions, data_variants
 from .engine import Engine, Meter
 from .progress import Report, clock
 
@@ -168,10 +168,17 @@ class Pretrainer(Engine):
 
     @classmethod
     def resolve(cls, options: dict[str, Any]) -> PretrainConfig:
-        settings = cls.options(**options)
+        # The patches of `train`, which divide the images of each data set.
+        known = DATA_DEFAULTS.get(options.get("data", cls.options().data), {})
+        settings = cls.options(**{name: known[name] for name in ("patch_size",) if name in known} | options)
         settings.check(options)
         settings.name_output()
         return settings
+
+    @classmethod
+    def variants(cls) -> dict[str, PretrainConfig]:
+        labels: dict[str, dict[str, Any]] = {"": {}, **data_variants(cls.options().data)}
+        return {label: cls.resolve(given) for label, given in labels.items()}
 
     def build(self) -> CrateModel:
         raise NotImplementedError

@@ -93,4 +93,4 @@ def test_missing_packages_are_named(tmp_path, capsys, monkeypatch):
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "onnx" else find(name, *rest))
     assert main(["export", str(tmp_path), "--format", "onnx"]) == 2
-    assert "--format onnx needs onnx: see docs/deployment.md" in capsys.readouterr().err
+    assert "--format onnx needs onnx: pip install '.[onnx]' in the source folder" in capsys.readouterr().err

@@ -63,7 +63,7 @@ def test_what_is_missing_is_said(monkeypatch, tmp_path):
     with pytest.raises(FileNotFoundError, match="pip install --no-deps openai-whisper"):
         tokenizers.find_gpt2_ranks()
     monkeypatch.setitem(sys.modules, "tiktoken", None)
-    with pytest.raises(ImportError, match="pip install tiktoken"):
+    with pytest.raises(ImportError, match=r"pip install '\.\[gpt2-tokenizer\]'"):
         GPT2Tokenizer()
 
 

@@ -50,8 +50,11 @@ def tensor_parallel(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
         ``model``. ``state_dict()`` holds DTensors where a parameter is split.
 
     Raises:
+        TypeError: ``mesh`` is no DeviceMesh.
         ValueError: a layer cannot be split over this many ranks. The model is then unchanged.
     """
+    if not isinstance(mesh, DeviceMesh):
+        raise TypeError(f"mesh: expected a torch.distributed.device_mesh.DeviceMesh, got {type(mesh).__name__}")
     if mesh.ndim != 1:
         raise ValueError(f"mesh: expected one dimension, got {mesh.mesh_dim_names or mesh.ndim}; take mesh['tensor']")
     if any(isinstance(parameter, DTensor) for parameter in model.parameters()):

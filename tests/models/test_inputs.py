@@ -6,6 +6,7 @@ import torch
 
 from crate_kernels import nn as layers
 from crate_kernels.analysis import half_steps, layerwise
+from crate_kernels.distributed import tensor_parallel
 from crate_kernels.models import CRATE, CrateAlpha, CrateBert, CrateDINO, CrateGPT, CrateMAE, load_model
 
 VISION = dict(image_size=16, patch_size=8, num_classes=0, dim=16, depth=1, heads=2, dim_head=8)
@@ -83,6 +84,7 @@ NOT_A_FLAG = "expected True or False, got 'no'"
         (lambda: layerwise(CRATE(**VISION), IMAGES[:0]), "the batch holds no sample to measure"),
         (lambda: IMAGE_MODELS["MAE"]()(IMAGES, mask_ratio="a"), "mask_ratio: expected a number, got str"),
         (lambda: IMAGE_MODELS["MAE"]()(IMAGES, noise=[1]), r"noise: expected a torch\.Tensor, got list"),
+        (lambda: tensor_parallel(CRATE(**VISION), None), "mesh: expected a .*DeviceMesh, got NoneType"),
         (lambda: load_model("."), "no checkpoint at ., which is a folder; name a file in it"),
     ],
 )

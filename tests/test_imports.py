@@ -9,7 +9,7 @@ import pytest
 ROOT = Path(__file__).parents[1] / "crate_kernels"
 
 LAYERS = (
-    {"version", "agreement", "timing", "options", "terminal", "user_cache"},
+    {"version", "agreement", "extras", "timing", "options", "terminal", "user_cache"},
     {"ops"},
     {"nn", "selftest", "graphs"},
     {"data", "distributed", "models", "fusion", "runs"},

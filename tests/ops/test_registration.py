@@ -42,8 +42,11 @@ def schema_arguments(case):
     return arguments
 
 
-@pytest.mark.parametrize("gradients", [True, False], ids=["grad", "no-grad"])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "gradients"),
+    [(torch.float64, True), (torch.bfloat16, True), (torch.float32, False)],
+    ids=["float64-grad", "bfloat16-grad", "float32-no-grad"],
+)
 @pytest.mark.parametrize("name", SMALL)
 def test_opcheck(name, dtype, gradients):
     case = CASES[name].to(dtype)

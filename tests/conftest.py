@@ -18,6 +18,26 @@ def loader_measured_briefly(monkeypatch):
         monkeypatch.setattr("crate_kernels.data.batches.MEASURED_SECONDS", 0.0)
 
 
+@pytest.fixture(autouse=True, scope="session")
+def small_figures():
+    """Nearly every run ends with figures, which take as long to lay out and to draw as a small run takes to train."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        yield
+        return
+    save = Figure.savefig
+
+    def small(self, *arguments, **options):
+        self.set_layout_engine("none")
+        self.set_size_inches(1, 1)
+        return save(self, *arguments, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Figure, "savefig", small)
+        yield
+
+
 def write_idx(path, array, compress):
     content = bytes([0, 0, 8, array.ndim]) + struct.pack(f">{array.ndim}I", *array.shape) + array.tobytes()
     path.write_bytes(gzip.compress(content) if compress else content)

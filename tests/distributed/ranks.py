@@ -11,7 +11,14 @@ import torch.distributed as dist
 from torch.multiprocessing import start_processes
 
 # What the ranks import, and what takes them longer than most tests. A server imports it once, and forks every rank.
-IMPORTS = ["crate_kernels.fusion", "tests.distributed.trainers"]
+IMPORTS = [
+    "crate_kernels.fusion",
+    "tests.distributed.trainers",
+    "torch._dynamo",  # every optimizer imports it before its first step
+    "torch.distributed.checkpoint.state_dict",
+    "torch.distributed.fsdp",
+    "torch.distributed.tensor.parallel",
+]
 
 
 def run_on_ranks(size: int, function, *arguments) -> None:

@@ -1,9 +1,9 @@
 """Builds the compiled libraries through ``csrc/CMakeLists.txt``. Everything else is in pyproject.toml.
 
-``_cpu.so`` needs a C++ compiler, ``_cuda.so`` needs nvcc as well. Without them the package installs all the same, and
+``_cpu.so`` needs a C++ compiler. ``_cuda.so`` also needs nvcc. Without these the package still installs, and
 ``crate_kernels/_build.json`` records the reason. ``CRATE_KERNELS_FORCE_BUILD=1`` makes a missing library an error.
 ``CRATE_KERNELS_SKIP_CPU=1`` and ``CRATE_KERNELS_SKIP_CUDA=1`` leave a library out. ``CXX``, ``CUDA_HOME``,
-``TORCH_CUDA_ARCH_LIST``, ``MAX_JOBS`` and ``NVCC_THREADS`` mean what they mean for torch's extensions.
+``TORCH_CUDA_ARCH_LIST``, ``MAX_JOBS`` and ``NVCC_THREADS`` have the same meaning as for torch's extensions.
 """
 
 import json
@@ -28,7 +28,7 @@ variable = os.environ.get
 
 
 class Missing(Exception):
-    """Why a library cannot be built."""
+    """The reason why a library cannot be built."""
 
 
 def tool(name: str, *candidates: str | None) -> str:
@@ -42,7 +42,7 @@ def run(*command):
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     print(done.stdout, file=sys.stderr if done.returncode else sys.stdout)
     if done.returncode:
-        error = re.search(r"(?i).*(error|fatal).*(\n+ .*)?", done.stdout)  # CMake has its text in the next line
+        error = re.search(r"(?i).*(error|fatal).*(\n+ .*)?", done.stdout)  # CMake prints the text in the next line
         raise Missing(f"the build failed: {' '.join((error[0] if error else str(command[0])).split())}")
 
 
@@ -56,7 +56,7 @@ class BuildLibraries(build_ext):
         (package / "_build.json").write_text(json.dumps(record, indent=1) + "\n")
 
     def library(self, name: str, target: Path) -> dict:
-        """Builds ``target``; returns what it was built for, or the reason why it was not built."""
+        """Build ``target``. Return what it was built for, or the reason why it was not built."""
         target.unlink(missing_ok=True)
         if variable(skip := f"CRATE_KERNELS_SKIP_{name.upper()}", "0") not in ("", "0"):
             return {"missing": f"{skip} was set"}
@@ -80,11 +80,11 @@ class BuildLibraries(build_ext):
 
 
 class Wheel(bdist_wheel):
-    """One wheel for every Python: the libraries use nothing of Python."""
+    """One wheel for every Python, because the libraries do not use Python."""
 
     def run(self):
         built = Path(self.get_finalized_command("build").build_lib)
-        shutil.rmtree(built, ignore_errors=True)  # what an earlier build left there would be shipped
+        shutil.rmtree(built, ignore_errors=True)  # otherwise the wheel would contain files of an earlier build
         self.run_command("build")
         self.root_is_pure = not list(built.glob("crate_kernels/_*.so"))
         super().run()

@@ -1,22 +1,22 @@
-"""A training run that is disturbed at random moments and resumed ends bit for bit like an undisturbed one.
+"""A training run that is disturbed at random moments and resumed must end bit for bit like an undisturbed run.
 
 ::
 
     python benchmarks/endurance_kills.py --kills 50 --full-disks 10     # --full-disks needs root, for a mount
 
-Four kinds of runs are disturbed and resumed to their end. A run that ends before there were enough disturbances is
-followed by another one of its kind:
+Four kinds of runs are disturbed and resumed until they end. If a run ends before there were enough disturbances,
+another run of its kind follows:
 
 - ``process``: one process with a loader process. SIGKILL ends either of the two.
 - ``ranks``: two ranks under FSDP2. SIGKILL ends one of them, and the other one half a second later, as torchrun does.
 - ``checkpoint``: one process that writes its checkpoints to a slow disk (a throttled file of 2 MB/s). SIGKILL ends the
   process while it writes a checkpoint.
-- ``full``: one process that writes to a small file system of its own. Another file fills the file system. The run must
-  end by itself with a sentence; then the other file is removed.
+- ``full``: one process that writes to a small file system. Another file fills this file system. The run must end by
+  itself with one sentence. Then the other file is removed.
 
 The script compares the weights, the metrics log (without its speeds) and the layer-wise measurements with those of
-undisturbed runs. It records each kind that is complete in the file of results; a later call does the others. Linux
-only. All processes are forked from this one, which has imported everything that is slow.
+undisturbed runs. It records every finished kind in the results file. A later call runs only the missing kinds. It works
+on Linux only. All processes are forked from this one, which has already imported everything that is slow to import.
 """
 
 from __future__ import annotations
@@ -50,11 +50,11 @@ RUNS = {"process": [], "ranks": ["--parallel", "fsdp"], "checkpoint": [], "full"
 EPOCHS = {"process": "4", "ranks": "1"}
 SLOW_BYTES_PER_SECOND = 2e6
 SMALL_DISK = 16 << 20
-"""Bytes of the file system that is filled."""
+"""Size in bytes of the file system that is filled."""
 
 
 def write_slowly() -> None:
-    """Make ``torch.save`` write as to a slow disk."""
+    """Make ``torch.save`` write as slowly as to a slow disk."""
     save = torch.save
 
     class Slow:
@@ -76,17 +76,17 @@ def write_slowly() -> None:
 
 
 def log_of(folder: Path) -> Path:
-    """The file for what the processes of a run print: beside the folder above the run, which may be a full disk."""
+    """The file for the output of a run's processes. It is outside of the run's file system, which may be full."""
     return folder.parent.with_suffix(".log")
 
 
 def undisturbed(name: str) -> str:
-    """The kind of run that a kind is compared with: neither a slow nor a full disk may change the result."""
+    """The kind of run for the comparison. Neither a slow nor a full disk may change the result."""
     return "ranks" if name == "ranks" else "process"
 
 
 def start(name: str, folder: Path) -> list[int]:
-    """Fork the processes of a run, which resumes if it can."""
+    """Fork the processes of a run. The run resumes if it can."""
     arguments = ["train", *RUNS[name]]
     if any(folder.glob("last*")):
         arguments += ["--resume", str(folder)]
@@ -122,17 +122,17 @@ def start(name: str, folder: Path) -> list[int]:
 
 
 def ended(pid: int) -> bool:
-    """Whether a process of ours has ended; it stays there to be waited for."""
+    """Whether a process of ours has ended. It can still be waited for."""
     return os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
 
 
 def finish(processes: list[int]) -> bool:
-    """Wait for processes; whether all of them succeeded."""
+    """Wait for processes. Return whether all of them succeeded."""
     return all([os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0 for pid in processes])
 
 
 def checkpoint(folder: Path) -> tuple[int, str] | None:
-    """The newest checkpoint, told by its name and time; None if there is none."""
+    """The newest checkpoint, identified by its name and time; None if there is none."""
     found = []
     for path in folder.glob("last*"):
         with contextlib.suppress(FileNotFoundError):  # replaced meanwhile
@@ -141,9 +141,9 @@ def checkpoint(folder: Path) -> tuple[int, str] | None:
 
 
 def kill(name: str, folder: Path, processes: list[int], generator: random.Random, longest: float) -> str | None:
-    """Kill something of a run at a random moment; what was killed, None if the run ended before."""
+    """Kill a part of a run at a random moment. Return what was killed; None if the run ended before."""
     wait, victim, what = generator.uniform(0, longest), generator.choice(processes), name
-    # One kill in four may fall into the start, which takes seconds; the others wait for a checkpoint first.
+    # One kill in four may happen during the start, which takes seconds. The others wait for a checkpoint first.
     before, starting = checkpoint(folder), generator.random() < 0.25
     while not starting and checkpoint(folder) == before and not any(ended(pid) for pid in processes):
         time.sleep(0.002)
@@ -173,7 +173,7 @@ def kill(name: str, folder: Path, processes: list[int], generator: random.Random
 def fill(folder: Path, processes: list[int], generator: random.Random, longest: float) -> str | None:
     """Fill the file system of a run at a random moment; None if the run ended before.
 
-    The run must find out and end by itself. Any other end is "error".
+    The run must notice this and end by itself. Any other end is "error".
     """
     log, filler = log_of(folder), folder.parent / "filler"
     before = log.stat().st_size if log.exists() else 0
@@ -185,14 +185,14 @@ def fill(folder: Path, processes: list[int], generator: random.Random, longest: 
     with contextlib.suppress(OSError), open(filler, "wb", buffering=0) as file:
         while True:  # to the last byte
             file.write(b"x" * 4096)
-    if finish(processes):  # it had nothing left to write
+    if finish(processes):  # the run had nothing left to write
         return None
     filler.unlink()
     return "full disk" if b"No space left on device" in log.read_bytes()[before:] else "error"
 
 
 def outcome(folder: Path) -> dict[str, bytes | list]:
-    """Everything that a run leaves behind and that must not depend on kills."""
+    """Everything that a run leaves and that must not depend on kills."""
     logs = {}
     for name in ("metrics.jsonl", "layerwise.jsonl"):
         records = [json.loads(line) for line in (folder / name).read_text().splitlines()]
@@ -206,7 +206,7 @@ def error(name: str, folder: Path) -> SystemExit:
 
 
 def disturbed(name: str, folder: Path, most: int, generator: random.Random, longest: float) -> list[str]:
-    """Disturb a run until it has ended, at most so many times; what happened to it."""
+    """Disturb a run until it has ended, at most ``most`` times. Return what happened to it."""
     seen: list[str] = []
     disturb = fill if name == "full" else functools.partial(kill, name)
     while len(seen) < most:
@@ -234,8 +234,9 @@ def small_disk(folder: Path) -> Iterator[None]:
 
 
 def compare(name: str, folder: Path, count: int, args: argparse.Namespace) -> dict[str, Any]:
-    """Disturb runs ``count`` times; what happened to them, and which of their files equal the undisturbed run's."""
-    # A generator for each kind, so that the moments do not depend on what was recorded before.
+    """Disturb runs ``count`` times. Return what happened to them, and which of their files equal the undisturbed
+    run's."""
+    # Each kind has its own generator, so that the moments do not depend on earlier records.
     generator = random.Random(f"{args.seed} {name}")
     whole = folder / "whole" / undisturbed(name) / "run"
     if not whole.exists():
@@ -281,7 +282,7 @@ def main() -> None:
             args.results.write_text(json.dumps(record, indent=1) + "\n")
             print(name, json.dumps(record[name]), flush=True)
     if not all(all(run["identical"].values()) for run in record.values()):
-        raise SystemExit("a disturbed run ended otherwise than an undisturbed one")
+        raise SystemExit("a disturbed run ended differently from an undisturbed one")
 
 
 if __name__ == "__main__":

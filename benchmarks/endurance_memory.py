@@ -1,13 +1,14 @@
-"""Memory of a long training run: a run that repeats epochs with checkpoints until a deadline, and a file of figures.
+"""Memory of a long training run: a run that repeats epochs with checkpoints until a deadline, and a CSV file of the
+memory.
 
 ::
 
     python benchmarks/endurance_memory.py --minutes 120
-    python benchmarks/endurance_memory.py --plot            # only the picture and the figures, from the file
+    python benchmarks/endurance_memory.py --plot            # only the picture and the numbers, from the file
 
-Every 20 seconds a line of the CSV file records the memory of all processes of the run (shared pages counted once, PSS),
-the resident memory of the largest one (RSS), the number of processes, and the last step in the log. At the deadline the
-run receives SIGTERM, saves a checkpoint and ends. Linux only.
+Every 20 seconds a line of the CSV file records four numbers: the memory of all processes of the run (PSS, which counts
+shared pages once), the resident memory of the largest process (RSS), the number of processes, and the last step in the
+log. At the deadline the run receives SIGTERM, saves a checkpoint and ends. Linux only.
 """
 
 from __future__ import annotations
@@ -68,7 +69,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--minutes", type=float, default=120.0)
     parser.add_argument("--seconds", type=float, default=20.0, help="between two records")
-    parser.add_argument("--folder", type=Path, help="of the run; a temporary one without it")
+    parser.add_argument("--folder", type=Path, help="folder of the run; default: a temporary folder")
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results" / "endurance_memory.csv")
     parser.add_argument("--picture", type=Path, default=ROOT / "docs" / "images" / "endurance_memory.png")
     parser.add_argument("--plot", action="store_true", help="run nothing")

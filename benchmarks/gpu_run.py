@@ -1,11 +1,12 @@
-"""One GPU run: build, test, sanitize, measure. Standard library only; runs from a checkout without installing.
+"""One GPU run: build, test, sanitize, measure. It needs only the standard library, and runs from a checkout.
 
     python benchmarks/gpu_run.py OUT                      every stage, within nine minutes
     python benchmarks/gpu_run.py OUT --stages operators   some stages, which then share the nine minutes
     python benchmarks/gpu_run.py OUT --dry-run            the same commands with tiny shapes on the CPU
 
-A stage that fails or runs out of time does not stop the next. OUT holds one log a group of stages, ``operators.json``,
-``models.json`` and ``summary.json``; the table printed last is the summary. Nothing is downloaded.
+A stage that fails or runs out of time does not stop the next one. OUT gets one log for each group of stages,
+``operators.json``, ``models.json`` and ``summary.json``. The script prints the summary as a table at the end. It
+downloads nothing.
 """
 
 from __future__ import annotations
@@ -24,18 +25,19 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 TOTAL = 9 * 60
-"""Seconds for all stages together. A stage may use the time that earlier stages left, but no time of later ones."""
+"""Seconds for all stages together. A stage may use the time that earlier stages did not use, but no time of later
+stages."""
 LOG_BYTES = 1 << 20
-"""Largest log in bytes; the beginning of a longer one is cut off."""
+"""Largest log in bytes. The beginning of a longer log is cut off."""
 
 
 NO_TESTS = 5
-"""pytest's exit code when nothing was selected."""
+"""pytest's exit code if no test was selected."""
 
 
 @dataclass
 class Stage:
-    """One command and its time limit in seconds; ``missing`` is the reason why it cannot run here, or None."""
+    """One command and its time limit in seconds. ``missing`` is the reason why it cannot run here, or None."""
 
     name: str
     log: str
@@ -54,7 +56,7 @@ def stages(out: Path, dry: bool, commit: str) -> list[Stage]:
     no_pytest = None if _importable("pytest") else "pytest is not installed"
     parallel = ["-n", "8"] if _importable("xdist") else []
     sanitizer = shutil.which("compute-sanitizer")
-    # A dry run has neither a sanitizer nor own kernels to check; the command that would be checked still runs.
+    # A dry run has no sanitizer and no kernels to check. It still runs the command that would be checked.
     checked = [*bench, "--suite", "operators", "--check-only"]
     checked += [] if "--quick" in bench else ["--quick"]
 
@@ -68,7 +70,7 @@ def stages(out: Path, dry: bool, commit: str) -> list[Stage]:
         prefix = [] if dry else [sanitizer or "", "--tool", tool, "--error-exitcode", "9", "--print-limit", "20"]
         chosen = [] if dry else ["--implementations", "triton,cuda"]
         missing = None if dry or sanitizer else "compute-sanitizer is not on the path"
-        # Without torch's caching allocator every tensor is an allocation of its own, whose ends memcheck can see.
+        # Without torch's caching allocator every tensor is a separate allocation, and memcheck can see its end.
         alone = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
         return Stage(f"sanitizer-{tool}", "sanitizer.log", 20, [*prefix, *checked, *chosen], missing, alone)
 
@@ -80,7 +82,7 @@ def stages(out: Path, dry: bool, commit: str) -> list[Stage]:
         Stage("environment", "environment.log", 20, [python, "-m", "crate_kernels.collect_env"]),
         Stage("build", "build.log", 90, [python, "setup.py", "build_ext", "--inplace"], build, build_environment),
         hardware("cuda", "-m", "gpu"),
-        # These run on the GPU as they are; compiling for other chips ahead of time needs none.
+        # These stages run on the present GPU. Compilation for other chips needs no GPU and can happen elsewhere.
         hardware("triton", "--ignore", str(ROOT / "tests" / "triton" / "test_compile.py"), *parallel),
         hardware("ops", "-m", "gpu"),
         *map(sanitized, ("memcheck", "racecheck", "initcheck")),
@@ -90,7 +92,7 @@ def stages(out: Path, dry: bool, commit: str) -> list[Stage]:
 
 
 def _architecture() -> dict[str, str]:
-    """Compile for the GPU that is here alone, unless told otherwise: the minutes are better spent on it."""
+    """Compile only for the present GPU, unless the environment says otherwise, to save minutes."""
     if "TORCH_CUDA_ARCH_LIST" in os.environ or not shutil.which("nvidia-smi"):
         return {}
     query = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
@@ -105,7 +107,7 @@ def _importable(module: str) -> bool:
 
 
 def run(stage: Stage, out: Path, limit: float) -> dict:
-    """Run one stage -> what the summary says of it. Its process group is ended when the limit is reached."""
+    """Run one stage -> its line of the summary. At the time limit its process group is ended."""
     if stage.missing:
         return {"stage": stage.name, "outcome": "skipped", "seconds": 0.0, "last": stage.missing}
     start, path = time.monotonic(), out / stage.log
@@ -133,7 +135,7 @@ def run(stage: Stage, out: Path, limit: float) -> dict:
 
 
 def _end(process: subprocess.Popen) -> None:
-    """End what a stage left running: its own process group, politely and then not."""
+    """End the processes that a stage left running: its process group, first with SIGTERM, then with SIGKILL."""
     for kind in (signal.SIGTERM, signal.SIGKILL):
         try:
             os.killpg(process.pid, kind)
@@ -145,7 +147,7 @@ def _end(process: subprocess.Popen) -> None:
 
 
 def collect(out: Path, summary: list[dict]) -> None:
-    """Few and small files: results beside the logs, logs cut to their end."""
+    """Keep few and small files: results beside the logs, and only the end of long logs."""
     for path in (out / "results").rglob("*.json"):
         path.replace(out / path.name)
     shutil.rmtree(out / "results", ignore_errors=True)
@@ -159,9 +161,11 @@ def collect(out: Path, summary: list[dict]) -> None:
 def main(arguments: list[str] | None = None, make: Callable[..., list[Stage]] = stages) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path, help="folder for everything that is written")
-    parser.add_argument("--stages", help="only these, comma-separated; a prefix stands for all that begin with it")
+    parser.add_argument(
+        "--stages", help="only these stages, separated by commas; a prefix selects all stages that begin with it"
+    )
     parser.add_argument("--total", type=float, default=TOTAL, help="seconds for all stages together")
-    parser.add_argument("--commit", default="", help="commit to record where the checkout has no .git")
+    parser.add_argument("--commit", default="", help="commit to record if the checkout has no .git")
     parser.add_argument("--dry-run", action="store_true", help="tiny shapes on the CPU")
     args = parser.parse_args(arguments)
     out = args.out.resolve()

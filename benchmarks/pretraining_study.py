@@ -1,4 +1,4 @@
-"""Does pretraining transfer? MAE and DINO against training from scratch, CRATE against ViT, on Fashion-MNIST.
+"""Does pretraining transfer? CRATE and ViT on Fashion-MNIST, with MAE, with DINO, and trained from scratch.
 
 ::
 
@@ -6,18 +6,18 @@
     nice python benchmarks/pretraining_study.py             # about half an hour of CPU time; resumes after a kill
     python benchmarks/pretraining_study.py --render         # the tables of docs/pretraining_study.md
 
-A *variant* is a family of layers with a number of steps. ``crate`` is CRATE. ``vit`` has the same embedding,
-positions, pooling and heads, but the layers of a Vision Transformer. Its tokens are narrower, so that it has as many
-parameters, and it trains for as many steps. ``vit-time`` is the same network, and trains for the CPU time of ``crate``.
+A *variant* is a family of layers with a number of steps. ``crate`` is CRATE. ``vit`` has the same embedding, positions,
+pooling and heads, but the layers of a Vision Transformer. Its tokens are narrower, so that it has as many parameters.
+It trains for as many steps. ``vit-time`` is the same network, trained for the CPU time of ``crate``.
 
-A *method* is ``mae`` or ``dino``, which pretrain without labels and then fine-tune on a few labels, or one of three
-that do not pretrain. ``scratch`` trains on the same few labels for the CPU time of pretraining and fine-tuning
-together, ``short`` for that of fine-tuning alone. ``mae-short`` is ``short`` with the network of ``mae``, which
-embeds the patches otherwise.
+A *method* is one of five. ``mae`` and ``dino`` pretrain without labels and then fine-tune on a few labels. The other
+three do not pretrain. ``scratch`` trains on the same few labels for the CPU time of pretraining and fine-tuning
+together. ``short`` trains for the CPU time of fine-tuning alone. ``mae-short`` is ``short`` with the network of
+``mae``, which embeds the patches differently.
 
-The last 5,000 training images choose learning rates and the layer of the linear probe, with a seed of their own and
-half the steps. The test images are read once for each final model, after its training. Each finished piece is one JSON
-line of the results file.
+The last 5,000 training images choose learning rates and the layer of the linear probe, with another seed and half the
+steps. The test images are used once for each final model, after its training. The results file has one JSON line for
+each finished piece of work.
 """
 
 from __future__ import annotations
@@ -57,14 +57,14 @@ MASKED, CROP, FLIP, TEACHER_MOMENTUM, JITTER = 0.5, 0.6, 0.5, 0.99, 0.4
 
 
 class ViT(CRATE):
-    """CRATE's frame around the layers of a Vision Transformer."""
+    """CRATE's model with the layers of a Vision Transformer."""
 
     def block(self, dim: int, heads: int, dim_head: int, **options) -> nn.Module:
         return Block(dim, heads, mlp_ratio=4.0, qkv_bias=True)
 
 
 class ViTMAEClassifier(CrateMAEClassifier):
-    """CRATE-MAE's classifier around the layers of a Vision Transformer."""
+    """CRATE-MAE's classifier with the layers of a Vision Transformer."""
 
     block = ViT.block
 
@@ -81,7 +81,7 @@ def sizes(kind: str) -> dict:
 
 
 def classifier(kind: str, method: str) -> CRATE:
-    """The network that learns from labels: its embedding is that of its pretraining."""
+    """The network that learns from labels. It has the embedding of its pretraining."""
     if method in ("mae", "mae-short"):
         return (CrateMAEClassifier if kind == "crate" else ViTMAEClassifier)(lambd=0.1, num_classes=10, **sizes(kind))
     return (CRATE if kind == "crate" else ViT)(num_classes=10, **sizes(kind))
@@ -96,7 +96,7 @@ def masked_autoencoder(kind: str) -> CrateMAE:
         for name in ("blocks", "decoder_blocks"):
             layers = [Block(DIM[kind], HEADS[kind], mlp_ratio=4.0, qkv_bias=True) for _ in getattr(model, name)]
             setattr(model, name, nn.ModuleList(layers))
-        model.reset_parameters = None  # it knows the layers of CRATE alone
+        model.reset_parameters = None  # it works only with CRATE's layers
     return model
 
 
@@ -123,7 +123,7 @@ def transfer(source: nn.Module, target: CRATE) -> None:
 
 
 class Data:
-    """Normalized images. The test images are decoded only when :meth:`test` asks for them."""
+    """Normalized images. The test images are decoded only when :meth:`test` is called."""
 
     def __init__(self, root: str | None):
         self._data = load(ImageSource("fashion-mnist", root))
@@ -151,7 +151,7 @@ class Data:
 
 
 def batches(count: int, generator: torch.Generator) -> Iterator[Tensor]:
-    """Positions of endless epochs, each in another order."""
+    """Positions of endless epochs, each in a new order."""
     while True:
         order = torch.randperm(count, generator=generator)
         yield from (part for part in order.split(BATCH) if len(part) == BATCH)
@@ -185,7 +185,7 @@ def optimize(
 
 
 def pretrainer(kind: str, method: str, images: Tensor, seed: int) -> tuple[nn.Module, Callable, Callable]:
-    """A model, its loss on the next batch, and what follows a step."""
+    """A model, the function that computes its loss on the next batch, and the function to call after a step."""
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
     order = batches(len(images), generator)
@@ -293,7 +293,7 @@ class Study:
                 self.tune_pretraining(kind, method)
                 self.tune(kind, method, "finetune")
             self.tune(kind, "scratch", "scratch")
-        # Seed by seed, the most important comparison first: an unfinished study has whole rows.
+        # Seed by seed, with the most important comparison first, so that an unfinished study has complete rows.
         equal_steps, equal_time = VARIANTS[:2], VARIANTS[2:]
         usual = (*PRETRAINING, "scratch")
         for variants, methods in ((equal_steps, usual), (equal_steps, FEW), (equal_time, (*usual, *FEW))):
@@ -313,7 +313,7 @@ class Study:
         }  # fmt: skip
 
     def calibrate(self) -> dict:
-        """CPU milliseconds of a training step; rounds in turn, the median of the rounds."""
+        """CPU milliseconds of a training step: the median of interleaved rounds."""
         few = self.data.labelled(TUNING_SEED)
         times: dict[str, list[float]] = {}
         for _ in range(5):
@@ -329,7 +329,8 @@ class Study:
         return {"milliseconds": {name: round(statistics.median(values), 3) for name, values in times.items()}}
 
     def steps(self, variant: str, method: str, phase: str, share: float = 1.0) -> int:
-        """CRATE's steps fill a share of the budget; ``vit`` takes as many, ``vit-time`` as many as take it as long."""
+        """Number of steps. CRATE's steps fill a share of the budget. ``vit`` takes as many steps, ``vit-time`` as much
+        time."""
         seconds = {"pretrain": self.budget["pretrain"], "finetune": self.budget["finetune"]}
         seconds["scratch"] = sum(seconds.values())
         cost = self.done["calibration"]["milliseconds"]
@@ -340,7 +341,7 @@ class Study:
         return self.folder / f"{kind}-{method}-{rate}.pt"
 
     def tune_pretraining(self, kind: str, method: str) -> None:
-        """The learning rate and the layer with the best linear probe on validation images."""
+        """Find the learning rate and the layer with the best linear probe on validation images."""
         for rate in RATES:
             self.piece(f"tune {kind} {method} {rate}", lambda r=rate: self.try_pretraining(kind, method, r))
 
@@ -356,7 +357,7 @@ class Study:
         return {"rate": rate, "steps": steps, "cpu_seconds": seconds, "validation_probe": found}
 
     def chosen(self, kind: str, method: str) -> dict:
-        """What validation chose: the learning rate of pretraining, and the layer that the probe reads."""
+        """The choice by validation: the learning rate of pretraining, and the layer for the probe."""
         tried = [self.done[f"tune {kind} {method} {rate}"] for rate in RATES]
         best = max(tried, key=lambda record: max(record["validation_probe"]))
         layer = best["validation_probe"].index(max(best["validation_probe"]))
@@ -404,7 +405,7 @@ class Study:
         return record | {"accuracy": accuracy(network, *self.data.test())}
 
     def untrained(self, kind: str, seed: int) -> dict:
-        """The linear probe of a network as it was drawn, at the layer that is best on validation images."""
+        """The linear probe of a network with random weights, at the layer that is best on validation images."""
         torch.manual_seed(seed)
         network, few = classifier(kind, "scratch"), self.data.labelled(seed)
         found = [probe(network, layer, few, self.data.validation()) for layer in range(DEPTH)]
@@ -443,12 +444,14 @@ def render(done: dict[str, dict]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--root", help="folder of Fashion-MNIST; that of the Debian package without it")
-    parser.add_argument("--pretrain-seconds", type=float, default=18.0, help="of CPU, for CRATE's steps")
-    parser.add_argument("--finetune-seconds", type=float, default=12.0, help="of CPU, for CRATE's steps")
+    parser.add_argument("--root", help="folder of Fashion-MNIST; default: that of the Debian package")
+    parser.add_argument("--pretrain-seconds", type=float, default=18.0, help="CPU time of CRATE's pretraining")
+    parser.add_argument("--finetune-seconds", type=float, default=12.0, help="CPU time of CRATE's fine-tuning")
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results" / "pretraining_study.jsonl")
     parser.add_argument("--folder", type=Path, default=Path("runs/pretraining_study"), help="for weights")
-    parser.add_argument("--minutes", type=float, default=math.inf, help="end after the piece in which they are over")
+    parser.add_argument(
+        "--minutes", type=float, default=math.inf, help="end after the first piece of work beyond this time"
+    )
     parser.add_argument("--render", action="store_true", help="only print the table")
     args = parser.parse_args()
     if args.render:

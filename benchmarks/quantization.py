@@ -1,12 +1,12 @@
-"""Weights of eight bits against float32: accuracy on the default data set, size, and speed on this CPU.
+"""Eight-bit weights compared with float32: accuracy on the default data set, size, and speed on this CPU.
 
     crate-kernels train
     python benchmarks/quantization.py runs/mnist5k [--small] [--rounds 15] [--json benchmarks/results/quantization.json]
 
-The accuracy is that of the trained model on all its test images. The speed is that of the same model, and with
-``--small`` that of CRATE-S, in interleaved rounds: this package's kernels, and the copy of Linear layers under
-``torch.compile`` in float32, with int8 weights, and with int8 weights and activations. Ratios are above 1 where a model
-is faster than this package's kernels in float32.
+The accuracy is that of the trained model on all its test images. Interleaved rounds measure the speed of the same
+model, and with ``--small`` that of CRATE-S. They time this package's kernels, and the copy of Linear layers under
+``torch.compile`` in float32, with int8 weights, and with int8 weights and activations. A ratio above 1 means faster
+than this package's kernels in float32.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ from crate_kernels.timing import measure, paired_ratio
 
 
 def variants(model) -> dict[str, torch.nn.Module]:
-    """Name -> model, not yet compiled."""
+    """Name -> model that is not yet compiled."""
     quantized = {scheme: quantize(model, scheme) for scheme in SCHEMES}
     return {"kernels": Deployable(model), "float32": linear_copy(model)} | quantized
 
 
 @torch.no_grad()
 def accuracies(model, metadata) -> dict[str, float]:
-    """Share of the test images that each variant classifies rightly."""
+    """Share of the test images that each variant classifies correctly."""
     labels = torch.from_numpy(load(ImageSource(metadata["data"])).test.labels)
     images, _ = real_inputs(model, metadata, len(labels))
     found = {}
@@ -51,7 +51,7 @@ def accuracies(model, metadata) -> dict[str, float]:
 @torch.no_grad()
 def speeds(model, batch: int, rounds: int) -> dict[str, dict[str, float]]:
     """Median milliseconds of each variant, and how many times as fast as this package's kernels it is."""
-    torch._dynamo.reset()  # else the second size would be compiled for all sizes
+    torch._dynamo.reset()  # otherwise the second size would be compiled for all sizes
     images = torch.randn(batch, model.in_chans, *model.image_size)
     built = variants(model)
     calls = {

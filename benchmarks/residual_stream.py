@@ -2,8 +2,8 @@
 
     python benchmarks/residual_stream.py
 
-Errors are relative to the reference equations in float64: of the logits, and of all gradients together. The weights
-are random. Prints the table of ``docs/numerics.md``.
+The table has the relative errors of the logits, and of all gradients together, against the reference equations in
+float64. The weights are random. The script prints the table of ``docs/numerics.md``.
 """
 
 import copy

@@ -1,12 +1,12 @@
-"""Memory over time of ``prepare-text`` and ``train-text`` on a generated corpus: a picture and a file of figures.
+"""Memory over time of ``prepare-text`` and ``train-text`` on a generated corpus: a picture and a file of the numbers.
 
 ::
 
     python benchmarks/text_memory.py --gigabytes 4 --folder /tmp/text_memory --steps 300
 
-The corpus is JSON lines: documents of words, drawn from a pool, each with a number of its own. What is measured is the
-memory of all processes of a command together, shared pages counted once (PSS), and that of its largest process (RSS).
-The corpus, the shards and the run are deleted at the end. Linux only.
+The corpus is JSON lines. A document consists of words from a pool, with its own number. The script measures the memory
+of all processes of a command together (PSS, which counts shared pages once) and that of its largest process (RSS). It
+deletes the corpus, the shards and the run at the end. Linux only.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ ROOT = Path(__file__).parents[1]
 
 
 def write_corpus(path: Path, size: int, seed: int = 0) -> None:
-    """JSON lines of about ``size`` bytes: 4,000 documents of 50 to 3,000 words, repeated with another number each."""
+    """JSON lines of about ``size`` bytes: 4,000 documents of 50 to 3,000 words, repeated with different numbers."""
     generator = np.random.default_rng(seed)
     letters = np.array(list("etaoinshrdlucmfwypvbgk"))
     words = np.array(["".join(generator.choice(letters, generator.integers(2, 11))) for _ in range(20_000)])
@@ -67,7 +67,7 @@ def memory(pid: int) -> tuple[float, float]:
 
 
 def watch(command: list[str], seconds: float) -> dict:
-    """Run a command of the package and look at its memory every so many ``seconds``."""
+    """Run a command of the package, and record its memory every ``seconds`` seconds."""
     began = time.monotonic()
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     process = subprocess.Popen([sys.executable, "-m", "crate_kernels", *command], env=environment)
@@ -123,7 +123,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path("/tmp/text_memory"))
     parser.add_argument("--workers", default="2")
     parser.add_argument("--steps", default="300")
-    parser.add_argument("--seconds", type=float, default=1.0, help="between two looks at the memory")
+    parser.add_argument("--seconds", type=float, default=1.0, help="time between two records of the memory")
     parser.add_argument("--picture", type=Path, default=ROOT / "docs" / "images" / "text_memory.png")
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results" / "text_memory.json")
     args = parser.parse_args()
@@ -132,7 +132,7 @@ def main() -> None:
         corpus, shards = args.folder / "corpus.jsonl", args.folder / "shards"
         write_corpus(corpus, int(args.gigabytes * 1e9))
         prepare = ["prepare-text", str(corpus), "--output", str(shards), "--workers", args.workers]
-        # Many windows a step, so that the run reads from all over the shards.
+        # Many windows per step, so that the run reads from all parts of the shards.
         train = ["train-text", "--text", str(shards), "--context", "128", "--batch-size", "64", "--dim", "32"]
         train += ["--depth", "1", "--heads", "2", "--steps", args.steps, "--evaluate-steps", "1000000"]
         train += ["--sample-tokens", "20", "--device", "cpu", "--output", str(args.folder / "run")]

@@ -1,4 +1,5 @@
-"""Speed up a CRATE model that you wrote yourself: ``fuse`` finds its layers, whatever their classes are called."""
+"""Speed up a CRATE model that you wrote yourself. ``fuse`` finds its layers, whatever the names of their classes
+are."""
 
 import torch
 from torch import nn
@@ -48,7 +49,7 @@ def main():
     torch.manual_seed(0)
     model, x = nn.Sequential(*(Layer(192, 6) for _ in range(4))), torch.randn(8, 197, 192)
     before = model(x)
-    print(fuse(model))  # in place; parameters, state_dict keys and hooks stay what they were
+    print(fuse(model))  # in place; parameters, state_dict keys and hooks do not change
     difference = (model(x) - before).abs().max().item()
     print(f"largest difference of the outputs: {difference:.1e}")
     unfuse(model)

@@ -1,4 +1,4 @@
-"""Train a small causal CRATE on a text of yours, byte by byte, and let it continue a prompt.
+"""Train a small causal CRATE on your own text, byte by byte, and let it continue a prompt.
 
     python examples/generate_text.py BOOK.txt --prompt "It was "
 
@@ -41,7 +41,7 @@ def main(arguments=None):
         if (step + 1) % 100 == 0 or step + 1 == args.steps:
             print(f"step {step + 1}: loss {loss.item():.2f} nats per byte")
 
-    # Generation keeps one tensor per layer where other transformers keep a key and a value.
+    # Generation stores one tensor per layer. Other transformers store a key and a value.
     model.eval()
     text = args.prompt
     print(f"\n{text}", end="")

@@ -19,7 +19,7 @@ CONTEXT = 64
 
 
 def windows(text):
-    """Pieces of the text that follow each other; the model shifts the labels itself."""
+    """Consecutive pieces of the text. The model shifts the labels itself."""
     tokens = torch.tensor(ByteTokenizer().encode(text))
     return [
         {"input_ids": piece, "labels": piece} for piece in tokens[: len(tokens) // CONTEXT * CONTEXT].split(CONTEXT)
@@ -28,9 +28,9 @@ def windows(text):
 
 def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("text", type=Path, nargs="?", help="the manual that comes with Python without it")
+    parser.add_argument("text", type=Path, nargs="?", help="a text file; default: the manual that comes with Python")
     parser.add_argument("--output", default="runs/trainer")
-    parser.add_argument("--bytes", type=int, help="read so much of the text only")
+    parser.add_argument("--bytes", type=int, help="read only this many bytes of the text")
     args = parser.parse_args(arguments)
     torch.manual_seed(0)
 

@@ -1,7 +1,7 @@
-"""Use one operator in a network that is no transformer: ISTA steps as the layers of a small digit classifier.
+"""Use one operator in a network that is not a transformer: ISTA steps as the layers of a small digit classifier.
 
-Each layer codes the image against a dictionary of its own; no coefficient is negative and many are zero. The data are
-the 1,797 digits of 8 x 8 pixels that come with scikit-learn.
+Each layer codes the image with its own dictionary. No coefficient is negative, and many are zero. The data are the
+1,797 digits of 8 x 8 pixels that come with scikit-learn.
 """
 
 import torch
@@ -12,7 +12,7 @@ from crate_kernels.ops import ista_step
 
 
 class SparseCoder(nn.Module):
-    """``depth`` ISTA steps with a dictionary each, then a linear classifier."""
+    """``depth`` ISTA steps, each with its own dictionary, then a linear classifier."""
 
     def __init__(self, dim=64, depth=3, classes=10, threshold=0.1):
         super().__init__()
@@ -23,7 +23,7 @@ class SparseCoder(nn.Module):
     def codes(self, x):
         """``x (B, d)`` -> sparse codes ``(B, d)``, none negative."""
         for dictionary in self.dictionaries:
-            # One differentiable operator. It computes one matrix product where the equation has three.
+            # One differentiable operator. It computes one matrix product instead of the three in the equation.
             x = ista_step(x, dictionary, step_size=0.5, lambd=self.threshold)
         return x
 

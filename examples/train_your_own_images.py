@@ -33,7 +33,7 @@ def main(arguments=None):
     images = ImageFolder(args.folder, to_input)
     training, test = random_split(images, [0.8, 0.2])
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    # The kernels are chosen automatically: there is nothing to switch on.
+    # The kernels are chosen automatically. No option is needed.
     sizes = dict(dim=96, depth=4, heads=4, dim_head=24, pool="mean")
     model = CRATE(image_size=args.size, patch_size=8, num_classes=len(images.classes), **sizes).to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)

@@ -1,7 +1,7 @@
 """Write a new variant of CRATE: change the layer, keep everything else of the model.
 
-The variant takes several ISTA steps in each layer instead of one, and ties the output projection to the subspaces, as
-the papers' equation has it. Every other part (embedding, head, saving, timm-style features) is inherited.
+The variant takes several ISTA steps in each layer instead of one. It also ties the output projection to the subspaces,
+as in the paper's equation. Every other part (embedding, head, saving, timm-style features) is inherited.
 
     python examples/write_a_variant.py
 """
@@ -14,7 +14,7 @@ from crate_kernels.nn import CrateBlock
 
 
 class UnrolledBlock(CrateBlock):
-    """``z' = z + MSSA(LN z)``, then K ISTA steps against one dictionary instead of a single step."""
+    """``z' = z + MSSA(LN z)``, then K ISTA steps with one dictionary instead of a single step."""
 
     steps = 3
 
@@ -41,7 +41,7 @@ def main():
     model = UnrolledCRATE(**sizes).double()
     images = torch.randn(2, 3, 32, 32, dtype=torch.float64)
     logits = model(images)
-    with use_backend("reference"):  # the published equations, without any kernel: a check for free
+    with use_backend("reference"):  # the published equations without kernels, as a check
         expected = model(images)
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters, logits {tuple(logits.shape)}")
     error = (logits - expected).abs().max().item()

@@ -1,4 +1,4 @@
-"""Tiny data sets on disk, in the layouts that the readers take."""
+"""Tiny data sets on disk, in the layouts that the readers accept."""
 
 import gzip
 import importlib.util
@@ -10,9 +10,9 @@ import pytest
 
 @pytest.fixture(autouse=True)
 def loader_measured_briefly(monkeypatch):
-    """The speed of the loader is measured at the end of every run on images, for two seconds outside of tests.
+    """Measure the loader's speed briefly in tests. A run on images measures it for two seconds at its end.
 
-    Tests of kernels run without Pillow too, which the loader needs.
+    The loader needs Pillow. Tests of kernels also run without Pillow.
     """
     if importlib.util.find_spec("PIL"):
         monkeypatch.setattr("crate_kernels.data.batches.MEASURED_SECONDS", 0.0)
@@ -20,7 +20,7 @@ def loader_measured_briefly(monkeypatch):
 
 @pytest.fixture(autouse=True, scope="session")
 def small_figures():
-    """Nearly every run ends with figures, which take as long to lay out and to draw as a small run takes to train."""
+    """Draw small figures in tests. Nearly every run ends with figures, which otherwise take as long as a small run."""
     try:
         from matplotlib.figure import Figure
     except ImportError:

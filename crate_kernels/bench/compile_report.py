@@ -4,9 +4,8 @@
     python -m crate_kernels.bench.compile_report --write-budget tests/triton/budget.json
 
 Each launch has a row: tile, warps, stages, bytes of shared memory, registers, programs that a multiprocessor holds,
-    bytes
-of local memory (``spilled``), and how many instructions inside loops read or write local memory (``in loops``). The
-loops of the launch follow. Each has its number of instructions in each unit, and for each wait the groups of copies
+bytes of local memory (``spilled``), and how many instructions inside loops read or write local memory (``in loops``).
+The loops of the launch follow. Each has its number of instructions in each unit, and for each wait the groups of copies
 that may be in flight.
 
 The exit status is 1 if a kernel fails to compile, needs more shared memory than the target has, waits for every single

@@ -194,7 +194,7 @@ def outputs(
     """The results to compare: the logits of the first images, or all logits and the gradient of every parameter.
 
     The loss is not compared: it is one number, so the error of the reference, which sets the budget, may be zero by
-        chance.
+    chance.
     """
     if task == "forward":
         with torch.inference_mode(), implementation.running():

@@ -8,8 +8,7 @@
     validation-00000.bin  the same for the validation documents
 
 Documents are packed: each ends with the tokenizer's end-of-text token, and the next follows directly. No document
-    contains
-this token, so it marks every boundary.
+contains this token, so it marks every boundary.
 """
 
 from __future__ import annotations
@@ -106,8 +105,7 @@ class Tokens:
     """The shards of one split as one long sequence of tokens. Only the tokens that are read are in memory.
 
     The files are read, not mapped: with a mapping, the kernel would count clusters of pages around each window as
-        memory of
-    the process.
+    memory of the process.
 
     Args:
         folder: folder of the shards.

@@ -237,8 +237,8 @@ def concatenate(x: Tensor, dim: int) -> Tensor:
     """The tensors ``x`` of all ranks, which have equal shapes, joined along ``dim``.
 
     Differentiable: the gradient of this rank's part is the sum of its gradients on all ranks. If every rank computes
-        the
-    same term from the result, and gradients are averaged over the ranks, the term's gradient is that of one process.
+    the same term from the result, and gradients are averaged over the ranks, the term's gradient is that of one
+    process.
     """
     return x if size() == 1 else _Concatenate.apply(x, dim)
 

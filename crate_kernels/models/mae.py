@@ -204,7 +204,7 @@ class CrateMAE(VisionModel):
 
         Returns:
             The loss, a scalar: the mean squared error over masked patches (0 if no patch is masked); the predicted
-                patches ``(B, N, patch height·patch width·C)``; the mask ``(B, N)``, 1 for hidden patches.
+            patches ``(B, N, patch height·patch width·C)``; the mask ``(B, N)``, 1 for hidden patches.
         """
         mask = self.random_mask(images, mask_ratio, noise)
         prediction = self.forward_decoder(self.forward_encoder(images, mask))

@@ -26,7 +26,7 @@ def kept(owner: Tensor, purpose: Hashable, make: Callable[[], Made], weights: Se
 
     Returns:
         None if the value cannot be cached: ``owner`` does not persist between calls, a tensor has no version counter,
-            or a CUDA graph is being captured (it would own the memory of a new value).
+        or a CUDA graph is being captured (it would own the memory of a new value).
     """
     read = (owner, *weights)
     if any(t.is_inference() for t in read) or not (isinstance(owner, torch.nn.Parameter) or owner.is_leaf):

@@ -1,4 +1,4 @@
-"""analyze, segment and report on small models and real data, as the command line runs them."""
+"""The commands analyze, segment and report, on small models and real data."""
 
 import argparse
 import base64

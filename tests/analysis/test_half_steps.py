@@ -1,4 +1,4 @@
-"""Half-steps are measured where they happen, on every family, and mean what they say."""
+"""Half-steps of every family are measured at the right points, and with the right meaning."""
 
 import json
 

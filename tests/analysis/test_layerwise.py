@@ -1,4 +1,4 @@
-"""The layer-wise probe measures what the layers really computed, and leaves the model as it was."""
+"""The layer-wise probe measures what the layers computed, and does not change the model."""
 
 import re
 

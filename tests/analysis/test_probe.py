@@ -1,4 +1,4 @@
-"""The probe measures on its steps only, keeps its file whole, and changes nothing."""
+"""The probe measures only on its steps, keeps its file complete, and does not change the run."""
 
 import pytest
 import torch

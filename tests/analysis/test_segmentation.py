@@ -1,4 +1,4 @@
-"""Planted structure is found again, and files that cannot be segmented are refused in one sentence."""
+"""Segmentation finds planted objects. Files that cannot be segmented are refused with one sentence."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""The score compares what it says: exact masks, the models' own attention, settings chosen on validation images."""
+"""The segmentation score uses exact masks, the models' own attention, and settings chosen on validation images."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""A small pair of result files, as the suites write them, with figures that can be reckoned by hand."""
+"""A small pair of result files in the format of the suites. Their ratios can be computed by hand."""
 
 ENVIRONMENT = {
     "versions": {"crate_kernels": "0", "python": "3", "torch": "2.11.0"},

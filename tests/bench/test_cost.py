@@ -1,4 +1,4 @@
-"""The cost model against numbers counted by hand, and the figures the project states for one device."""
+"""The cost model compared with numbers counted by hand, and the bounds that the project states for one device."""
 
 import pytest
 

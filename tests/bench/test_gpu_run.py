@@ -1,4 +1,4 @@
-"""The script for GPU runs: stages that fail, hang or are missing; its summary and files; a complete dry run."""
+"""The script for GPU runs: stages that fail, hang or are missing; its summary and its files; a complete dry run."""
 
 import importlib.util
 import json
@@ -14,7 +14,7 @@ SCRIPT = Path(__file__).parents[2] / "benchmarks" / "gpu_run.py"
 def script():
     specification = importlib.util.spec_from_file_location("gpu_run", SCRIPT)
     module = importlib.util.module_from_spec(specification)
-    sys.modules["gpu_run"] = module  # dataclasses look their module up
+    sys.modules["gpu_run"] = module  # dataclasses looks up the module of a class
     specification.loader.exec_module(module)
     yield module
     del sys.modules["gpu_run"]

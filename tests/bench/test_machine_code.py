@@ -1,4 +1,4 @@
-"""Loops and instructions of machine code, and the predictions made of them. Nothing is compiled here."""
+"""Loops and instructions of machine code, and the predictions from them. Nothing is compiled here."""
 
 import math
 
@@ -49,7 +49,7 @@ NESTED = """
 def test_loops_are_told_from_code_that_is_laid_out_of_line():
     program = machine_code.read_nvidia(LAID_OUT_OF_LINE)
     assert " ".join(i.mnemonic for i in program.instructions) == "STL LDL BRA BRA EXIT LDL BRA BRA LDL BRA"
-    # Lines 5 and 6 lie behind the loop and belong to it; the last three are never reached.
+    # Lines 5 and 6 are after the loop and belong to it. The last three are never reached.
     assert [loop.own for loop in program.loops] == [(1, 2, 3, 5, 6)]
 
 

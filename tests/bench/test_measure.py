@@ -1,4 +1,4 @@
-"""Clocks, the correctness gate, and the suites end to end on tiny shapes."""
+"""Clocks, the correctness check, and the suites from end to end on tiny shapes."""
 
 import json
 import time

@@ -1,4 +1,4 @@
-"""``crate-kernels tune``: what it stores, and that the automatic choice follows."""
+"""``crate-kernels tune``: what it stores, and that the automatic choice uses it."""
 
 import pytest
 import torch

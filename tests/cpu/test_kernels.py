@@ -24,7 +24,7 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 @pytest.fixture(params=cpu_kernels.RUNNABLE)
 def instruction_set(request):
-    """Every set that this processor runs, in turn; afterwards the fastest one again."""
+    """Run with every instruction set of this processor, and restore the fastest one afterwards."""
     cpu_kernels.use_instruction_set(request.param)
     yield request.param
     cpu_kernels.use_instruction_set(None)
@@ -71,7 +71,7 @@ def test_shapes_at_the_edges_of_the_blocks(name, dtype, instruction_set):
 
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
 def test_the_gradient_of_huge_scores_stays_in_bounds(dtype, instruction_set):
-    # The normalizer of scores of 1e9 is rounded by 64, and no weight may become 2^64 for that.
+    # Rounding can change the normalizer of scores of 1e9 by 64. No weight may become 2^64 because of this.
     w = 1e4 * torch.randn(3, 40, 2, 8, generator=torch.Generator().manual_seed(0))
     case = Case("", ops.subspace_attention, (w.to(dtype).double(), None), {})
     exact, got = (oracle.run(case, *run)[1].double() for run in (("reference", torch.float64), ("cpu", dtype)))
@@ -202,7 +202,8 @@ def test_a_prepared_layer_packs_once_and_notices_changed_weights(autocast):
         before = len(addresses())
         first = block(z)
         made = addresses()
-        # Projection, output projection and folded dictionary are packed. Autocast casts them, the bias, the dictionary.
+        # Projection, output projection and folded dictionary are packed. Autocast casts them, the bias and the
+        # dictionary.
         assert len(made) == before + (8 if autocast else 3)
         assert torch.equal(block(z), first)
         assert addresses() == made

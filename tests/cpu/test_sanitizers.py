@@ -1,6 +1,6 @@
-"""The CPU kernels in a program of their own: random shapes, types and strides, one to four threads.
+"""The CPU kernels in a separate program: random shapes, types and strides, with one to four threads.
 
-Under the compiler's sanitizers for this processor, and in an emulator for ARM.
+The program runs under the compiler's sanitizers for this processor, and in an emulator for ARM.
 """
 
 import platform

@@ -1,6 +1,6 @@
-"""Runs one head through a build of the emulator, once without a fault and once with each of those that are planted in
-it: ``python -m tests.cuda.planted MODULE IN OUT``.
+"""Runs one head in a build of the emulator with a planted fault: ``python -m tests.cuda.planted MODULE IN OUT``.
 
+It is a separate process, because Python would confuse a second module of the same name with the first.
 In a process of its own, because Python would take a second module of the same name for the first.
 """
 

@@ -23,7 +23,7 @@ END = ByteTokenizer.end_of_text
 
 @pytest.fixture(autouse=True)
 def no_waiting_for_the_disk(monkeypatch):
-    """Hundreds of small shards would each wait for it."""
+    """Do not wait for the disk after each of hundreds of small shards."""
     monkeypatch.setattr(os, "fsync", lambda file: None)
 
 

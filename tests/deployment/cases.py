@@ -1,4 +1,4 @@
-"""Small models of every kind, their inputs, and what they should give."""
+"""Small models of every kind, their inputs, and the outputs that they should give."""
 
 import pytest
 import torch
@@ -31,7 +31,7 @@ def build(name):
     torch.manual_seed(0)
     model = MODELS[name]()
     with torch.no_grad():
-        for parameter in model.parameters():  # nobody's default, and attention far from uniform
+        for parameter in model.parameters():  # not the default values, and attention far from uniform
             parameter.add_(0.3 * torch.randn_like(parameter))
     return model.eval()
 
@@ -54,7 +54,7 @@ def inputs_of(deployed, batch, seed=1):
 
 
 def visible(model, inputs, output):
-    """The output without what padding says."""
+    """The output without the positions of padding."""
     if isinstance(model, CrateBert) and not model.num_classes:
         return output[torch.arange(output.shape[1]) < inputs[1][:, None]]
     return output

@@ -1,4 +1,4 @@
-"""Folded models of Linear layers, and eight bits of weight."""
+"""Folded models made of Linear layers, and eight-bit weights."""
 
 import importlib.util
 

@@ -1,4 +1,4 @@
-"""``python -m crate_kernels``, but rank 1 dies of SIGKILL at step ``KILL_AT``, unless torchrun has started it again."""
+"""``python -m crate_kernels``, but SIGKILL ends rank 1 at step ``KILL_AT``, unless torchrun has restarted it."""
 
 import os
 import signal

@@ -38,5 +38,5 @@ def _rank(rank: int, size: int, port: int, function, arguments) -> None:
         function(*arguments)
     finally:
         dist.destroy_process_group()
-    # Without the interpreter's own end: a thread of gloo that is late to let go of a tensor would abort it.
+    # Skip the shutdown of the interpreter: a thread of gloo that still holds a tensor would abort it.
     os._exit(0)

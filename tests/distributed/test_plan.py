@@ -34,7 +34,7 @@ def autocast(precision):
 
 
 def saved_bytes(model, inputs, precision):
-    """What the autograd graph of a forward pass holds: storages, each once, those of parameters left out."""
+    """Bytes that the autograd graph of a forward pass holds: each storage once, without those of parameters."""
     own = {p.untyped_storage().data_ptr() for p in model.parameters()}
     storages = {}
 
@@ -58,7 +58,7 @@ def test_bytes_saved_for_backward_are_those_of_the_autograd_graph(name, precisio
 
 
 def peak(step):
-    """The most bytes that ``step`` held at once beyond what there was before, as torch's profiler counts them."""
+    """The largest memory of ``step`` in addition to what was allocated before, as torch's profiler counts it."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         step()
     events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
@@ -78,7 +78,8 @@ def training_step(model, inputs, precision, optimizer=None):
 
 
 def bounds(name, precision, checkpointing, samples=8):
-    """Of one training step: the predicted bytes of saved tensors, and with gradients and working memory."""
+    """For one training step: the predicted bytes of saved tensors, and the prediction with gradients and working
+    memory."""
     if name == "language":
         model = CrateGPT(block_size=64, vocab_size=200, n_layer=4, n_head=4, n_embd=128)
     else:
@@ -103,7 +104,7 @@ def test_the_peak_of_a_step_lies_below_the_predicted_sum_and_not_far(name, preci
 
 
 WHOLE = {"_allgather_base_": ("all_gather", 0), "_reduce_scatter_base_": ("reduce_scatter", 1)}
-"""Operator of torch -> name of the collective, and which argument is the whole tensor."""
+"""Operator of torch -> name of the collective, and position of the argument that is the whole tensor."""
 
 
 class Counter(TorchDispatchMode):

@@ -1,4 +1,4 @@
-"""Ring attention equals attention on one device, and sends what it says."""
+"""Ring attention equals attention on one device, and sends as many bytes as documented."""
 
 import pytest
 import torch
@@ -61,7 +61,7 @@ def refuses_other_shapes():
 
 
 def everything_on_three_ranks():
-    # One start of the processes for all of it: starting them costs more than what they compute.
+    # One start of the processes for all checks, because the start takes longer than the checks.
     for shards in ([4, 4, 4], [3, 1, 6]):
         equal_to_one_device(shards)
     sends_one_tensor(tokens=4)

@@ -61,7 +61,7 @@ def build(name, seed=0):
 
 
 def run(name, model, rows=slice(None)):
-    """Some output and a loss of ``model`` on its part of one fixed batch; the loss is a sum over the samples."""
+    """An output and a loss of ``model`` on its part of a fixed batch. The loss is a sum over the samples."""
     generator = torch.Generator().manual_seed(5)
 
     def normal(*shape):
@@ -99,7 +99,7 @@ def assert_equal_gradients(model, reference):
 def equals_one_device(mesh):
     for name in MODELS:
         reference = build(name)
-        # Other weights than the first rank's: tensor_parallel must make them equal.
+        # The weights differ from the first rank's. tensor_parallel must make them equal.
         model = tensor_parallel(build(name, seed=mesh.get_local_rank()), mesh)
         expected, loss = run(name, reference)
         loss.backward()
@@ -150,7 +150,7 @@ def goes_in_and_out_as_ordinary_state(name, model, reference):
 
 
 class Traffic(TorchDispatchMode):
-    """The collectives that are started inside, each with the number of elements it is given."""
+    """The collectives that start inside, each with its number of elements."""
 
     def __enter__(self):
         self.seen = []
@@ -245,7 +245,7 @@ def the_styles_serve_a_plan_of_torch(mesh):
 
 
 def everything_on_four_ranks():
-    # One start of the processes for all of it: starting them costs more than what they compute.
+    # One start of the processes for all checks, because the start takes longer than the checks.
     equals_one_device(init_device_mesh("cpu", (4,)))
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "tensor"))
     with pytest.raises(ValueError, match="expected one dimension"):

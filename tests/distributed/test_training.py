@@ -1,4 +1,5 @@
-"""Training on several ranks equals training on one, for every command; a checkpoint resumes on any number of ranks."""
+"""Training on several ranks equals training on one rank, for every command. A checkpoint resumes on any number of
+ranks."""
 
 import itertools
 import os
@@ -21,7 +22,7 @@ from crate_kernels.runs import checkpoints
 from .ranks import run_on_ranks
 from .trainers import RUNS, follow
 
-# Rounding in float64, grown by an optimizer that divides by the gradient's own size.
+# Rounding errors in float64, increased by an optimizer that divides by the size of the gradient.
 CLOSE = dict(rtol=1e-11, atol=1e-12)
 BF16 = dict(precision="bf16", double=False)
 
@@ -44,7 +45,7 @@ def source(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def alone(source, tmp_path_factory):
-    """Every run on one rank, whole; and its state after half of it in ``folder / name``."""
+    """Every run on one rank: complete, and with a checkpoint after half of it in ``folder / name``."""
     folder = tmp_path_factory.mktemp("alone")
     results = {name: follow(name, source, folder / "whole" / name) for name in RUNS}
     for name in ("classifier", "dino"):
@@ -56,7 +57,7 @@ def alone(source, tmp_path_factory):
 
 
 def assert_same(got, expected):
-    """The same course: losses, metrics, layer-wise measurements and weights."""
+    """Compare losses, metrics, layer-wise measurements and weights."""
     count = len(got["losses"])
     torch.testing.assert_close(got["losses"], expected["losses"][-count:], **CLOSE)
     for metrics in ("before", "after"):
@@ -66,7 +67,7 @@ def assert_same(got, expected):
         assert ours["step"] == theirs["step"]
         for name in ("coding_rate_mean", "sparsity_mean"):
             assert ours[name] == pytest.approx(theirs[name], rel=1e-6)
-    # Rank 0 alone holds them all.
+    # Only rank 0 has all of them.
     assert got["weights"].keys() == (expected["weights"].keys() if launch.is_main() else set())
     for name, value in got["weights"].items():
         torch.testing.assert_close(value, expected["weights"][name], **CLOSE, msg=lambda text, n=name: f"{n}: {text}")
@@ -93,7 +94,7 @@ def on_two_ranks(source, folder, expected, output):
 
 
 def a_full_disk(folder):
-    """One rank of two has a full disk: the previous checkpoint stays, and rank 0 says so in a sentence."""
+    """One of two ranks has a full disk. The previous checkpoint stays, and rank 0 prints one sentence."""
     model = torch.nn.Linear(300, 300)
     sharding.shard([model], torch.device("cpu"))
     folder.mkdir(exist_ok=True)
@@ -129,9 +130,9 @@ def refusals(source, output):
 
 
 def pieces():
-    """What the trainers are made of."""
+    """The functions from which the trainers are built."""
     rank, ranks = launch.rank(), launch.size()
-    # Every sample belongs to one rank; numbers drawn for all are shared out.
+    # Every sample belongs to one rank. Numbers that are drawn for all samples are divided among the ranks.
     assert [launch.gather(torch.arange(n)[launch.share(n)]).tolist() for n in (1, 2, 5)] == [
         list(range(n)) for n in (1, 2, 5)
     ]
@@ -146,7 +147,7 @@ def pieces():
     (joined.T @ joined).logdet().backward()
     torch.testing.assert_close(part.grad / ranks, everything.grad[launch.share(4)])
 
-    # What one rank cannot do, no rank does, and rank 0 says it.
+    # If one rank fails, all ranks stop, and rank 0 prints the reason.
     def only_on_rank_one():
         with launch.together():
             if rank == 1:
@@ -219,7 +220,8 @@ def write_a_sharded_state(folder):
 
 
 def test_the_newer_checkpoint_counts(tmp_path):
-    """Killed between writing a state and dropping the one before, a run has two."""
+    """A run that was killed between the write of a checkpoint and the removal of the previous one has two
+    checkpoints."""
     checkpoints.save_run(tmp_path, {"step": 5})
     (tmp_path / "last-00000009").mkdir()
     assert checkpoints.find(tmp_path) == tmp_path / "last.pt"  # that folder holds nothing

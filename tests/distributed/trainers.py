@@ -1,4 +1,4 @@
-"""Tiny runs of every training command, in float64, so that only a mistake and no rounding tells the ranks apart."""
+"""Tiny runs of every training command, in float64, so that a difference between ranks is a mistake and not rounding."""
 
 from __future__ import annotations
 

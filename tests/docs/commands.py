@@ -26,7 +26,7 @@ ELSEWHERE = ("apt", "apt-get", "cd", ".", "source")
 
 
 class BadCommand(AssertionError):
-    """A command that would be refused; the message says why."""
+    """A command that would be refused. The message gives the reason."""
 
 
 def commands(text: str) -> list[list[str]]:
@@ -42,7 +42,7 @@ def commands(text: str) -> list[list[str]]:
 
 
 def check(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Raise :class:`BadCommand` where a command would be refused for its program, options or files."""
+    """Raise :class:`BadCommand` if the program, the options or the files of a command would be refused."""
     program, *arguments = words
     if program == "crate-kernels":
         _cli(arguments, monkeypatch)
@@ -63,7 +63,7 @@ def check(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _cli(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Parse with the real parser; the subcommand itself is replaced."""
+    """Parse with the real parser. The subcommand itself does not run."""
     if not arguments or arguments[0] not in cli.COMMANDS:
         raise BadCommand(f"crate-kernels has no subcommand {arguments[:1]}")
     module = importlib.import_module(cli.COMMANDS[arguments[0]][0])
@@ -109,7 +109,7 @@ def _python(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _known_options(program: tuple[str, ...], arguments: list[str]) -> None:
-    """Every option of the command stands in the program's help."""
+    """Check that the program's help lists every option of the command."""
     options = [argument.partition("=")[0] for argument in arguments if argument.startswith("--")]
     if options and (unknown := [option for option in options if option not in _help(program)]):
         raise BadCommand(f"python {' '.join(program)} has no option {', '.join(unknown)}")

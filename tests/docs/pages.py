@@ -1,8 +1,8 @@
 """The Markdown pages of the project: their code blocks, headings and links.
 
-Two comments, which a reader of the rendered page does not see, may stand before a code block:
+Two comments before a code block control the test. They are invisible in the rendered page:
 
-- ``<!-- setup: ... -->``: Python code that the test runs before the block, such as the model a block speaks of
+- ``<!-- setup: ... -->``: Python code that the test runs before the block, for example to build the model of the block
 - ``<!-- not run: REASON -->``: the test does not run the block
 """
 

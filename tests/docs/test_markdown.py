@@ -105,7 +105,7 @@ def test_every_block_names_a_language_that_is_checked(block):
     elif block.language == "json":
         json.loads(block.text)
     else:
-        # Of C++, tests/deployment/test_formats.py compiles the one block.
+        # tests/deployment/test_formats.py compiles the only C++ block.
         assert block.language in ("python", "sh", "text", "cpp"), f"{block}: language {block.language!r}"
     if block.not_run is not None:
         assert len(block.not_run.split()) > 2, f"{block}: say why the block is not run"

@@ -1,4 +1,4 @@
-"""The documentation site: every public name has a place in the API reference, and every page has one in the menu."""
+"""The documentation site: the API reference has every public name, and the menu has every page."""
 
 import importlib
 import importlib.util
@@ -45,9 +45,9 @@ def is_module(name):
 
 
 def documented():
-    """The functions and classes with a directive of their own.
+    """The functions and classes with their own directive.
 
-    A directive that names a module documents the module, even where a function of that name shadows it.
+    A directive that names a module documents the module, even if a function has the same name.
     """
     found = []
     for name in DIRECTIVES:

@@ -1,4 +1,4 @@
-"""Comparing models: outputs, gradients, and which operators they call."""
+"""Compares models: outputs, gradients, and the operators that they call."""
 
 import torch
 
@@ -6,7 +6,7 @@ from crate_kernels import ops
 
 
 def double(module):
-    """``module`` in float64, with parameters that are nobody's default."""
+    """``module`` in float64, with parameters that differ from the defaults."""
     with torch.no_grad():
         for parameter in module.double().parameters():
             parameter.add_(0.2 * torch.randn_like(parameter))
@@ -33,7 +33,7 @@ def check(got, want, tolerance=1e-10):
 
 
 class Calls:
-    """Counts the calls of fused operators, so that a test can tell which route was taken."""
+    """Counts the calls of operators, so that a test can check which route was taken."""
 
     NAMES = ("crate_layer", "subspace_attention", "mssa_block", "ista_step", "ista_block", "overcomplete_ista")
 

@@ -1,4 +1,4 @@
-"""ISTA modules whose step size and threshold stand as numbers in their code."""
+"""ISTA modules with their step size and threshold as numbers in their code."""
 
 import pickle
 

@@ -1,4 +1,4 @@
-"""Fused models under DistributedDataParallel and fully_shard, on two ranks: the gradients of one process."""
+"""Fused models with DistributedDataParallel and fully_shard on two ranks have the gradients of one process."""
 
 import copy
 

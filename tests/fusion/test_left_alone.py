@@ -1,4 +1,4 @@
-"""What ``fuse`` leaves alone, and the reason that it reports."""
+"""Modules that ``fuse`` leaves alone, and the reasons that it reports."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ F = nn.functional
 
 
 class OtherAttention(Attention):
-    """q, k and v of three projections, as in a ViT."""
+    """q, k and v from three projections, as in a ViT."""
 
     def __init__(self, dim, heads):
         super().__init__(dim, heads, dim // heads)

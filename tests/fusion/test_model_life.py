@@ -1,4 +1,4 @@
-"""What people do with a fused model: copies, pickles, conversion, compilation, activation checkpointing."""
+"""Typical uses of a fused model: copies, pickles, conversion, compilation, activation checkpointing."""
 
 import copy
 import io

@@ -1,4 +1,4 @@
-"""When a fused module takes its own ``forward``: dropout, hooks, changed attributes, checkpointing."""
+"""Cases in which a fused module runs its own ``forward``: dropout, hooks, changed attributes, checkpointing."""
 
 import pytest
 import torch
@@ -45,7 +45,8 @@ HOOKED_ATTENTION = {"crate_layer": 1, "subspace_attention": 1, "ista_block": 1}
 @pytest.mark.parametrize(
     ("path", "expected"),
     [
-        # Hooked, a module is called; what contains it takes the route that calls it; the others stay fused.
+        # A module with a hook is called. The module that contains it takes the route that calls it. The others stay
+        # fused.
         ("0.0.fn.qkv", HOOKED_ATTENTION),
         ("0.0.fn.to_out.0", HOOKED_ATTENTION),
         ("0.0.fn", HOOKED_ATTENTION),

@@ -1,4 +1,4 @@
-"""The five code bases in float32, under bfloat16 autocast, in pure bfloat16: dtypes and errors of the model before."""
+"""The five code bases in float32, under bfloat16 autocast, and in pure bfloat16: dtypes and errors do not change."""
 
 import copy
 
@@ -18,7 +18,7 @@ WIDE = {
     "language": dict(n_embd=96, n_head=4, block_size=64),
     "overcomplete-language": dict(n_embd=96, n_head=4),
 }
-"""Sizes at which errors are averages of many roundings."""
+"""Sizes at which an error is an average over many roundings."""
 
 
 def outcome(model, x, autocast):
@@ -33,7 +33,7 @@ def outcome(model, x, autocast):
 
 
 def three(name, precision, seed, depth=4):
-    """What the model gives exactly, what it gives in a precision, and what the fused model gives in it."""
+    """The exact result of the model, its result in a precision, and the result of the fused model in that precision."""
     build, width = CODE_BASES[name]
     sizes = WIDE[name]
     torch.manual_seed(seed)
@@ -60,7 +60,7 @@ def test_same_dtypes_within_the_budget(name, precision):
 @pytest.mark.parametrize("name", CODE_BASES)
 def test_under_autocast_errors_are_those_of_the_model_before(name):
     ratios = []
-    # The vision model has few outputs: a unit of a ReLU that flips makes the error of one seed three times as large.
+    # The vision model has few outputs. One ReLU unit that flips makes the error of a seed three times as large.
     for seed in range(24 if name == "vision" else 6):
         exact, before, got = three(name, "autocast", seed)
         errors = [[relative(t, e) for t, e in zip(tensors, exact, strict=True)] for tensors in (got, before)]
@@ -76,7 +76,7 @@ def test_under_autocast_errors_are_those_of_the_model_before(name):
 
 
 def saved_bytes(model, x):
-    """Bytes that the graph of ``model(x)`` holds under autocast, apart from the parameters; and the output."""
+    """Bytes that the graph of ``model(x)`` holds under autocast, without the parameters; and the output."""
     parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
     storages = {}
 

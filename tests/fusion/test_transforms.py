@@ -16,7 +16,8 @@ from .twins import CODE_BASES, Transformer, Vision
 
 @pytest.fixture(autouse=True)
 def _differentiable_attention():
-    """torch's flash attention has neither forward-mode nor second derivatives: its plain one has both."""
+    """Replace torch's flash attention, which has neither forward-mode nor second derivatives, by torch's plain
+    attention."""
     with sdpa_kernel(SDPBackend.MATH):
         yield
 

@@ -1,4 +1,4 @@
-"""Whatever is changed after ``fuse``: the fused model gives what the unfused model with the same change gives."""
+"""Changes after ``fuse``: the fused model gives the result of the unfused model with the same change."""
 
 import copy
 import functools
@@ -25,7 +25,7 @@ OF_EVERY_MODULE = nn.Module().__dict__.keys()
 
 
 class Doubled(nn.Module):
-    """Twice what the module in it gives; twice its input without a module."""
+    """Twice the result of the inner module, or twice its input without an inner module."""
 
     def __init__(self, module):
         super().__init__()
@@ -36,7 +36,7 @@ class Doubled(nn.Module):
 
 
 def other_value(value):
-    """Another value of the same type; None if none comes to mind."""
+    """Another value of the same type; None for other types."""
     if isinstance(value, bool):
         return not value
     if isinstance(value, int):
@@ -102,7 +102,7 @@ def changes(model):
 
 
 def result(model, x):
-    """Output and gradient of ``x``, or the type of the error."""
+    """Output and gradient of ``x``, or the type of the raised error."""
     x = x.clone().requires_grad_()
     try:
         out = model(x)
@@ -148,7 +148,7 @@ def test_every_change_counts(name):
 
 
 def check_change(build, width, change, undo=None, calls=None, expected=None):
-    """A fused model, used once, then changed, gives what the unfused model gives after the same change."""
+    """Fuse a model, use it once, change it, and compare it with the unfused model after the same change."""
     torch.manual_seed(0)
     own = double(build())
     x = torch.randn(2, 9, width, dtype=torch.float64)
@@ -476,7 +476,7 @@ def test_a_decision_is_kept_while_nothing_changes(monkeypatch):
     for _ in range(3):
         model(x).sum().backward()
         optimizer.step()
-    # One decision for the whole stack: its layers are not asked.
+    # One decision for the whole stack, so its layers decide nothing.
     assert [kind.__name__ for kind in decided] == ["FusedTransformer"]
     model.eval()
     model(x)

@@ -1,4 +1,4 @@
-"""Structural twins of the public code's classes: written here, with the attribute names that the public code uses."""
+"""Copies of the structure of the public code's classes, written for these tests, with the public attribute names."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""A model under two backends, and against equations written out: outputs and every gradient."""
+"""Compares a model under two backends, and with written-out equations: outputs and every gradient."""
 
 import torch
 
@@ -39,7 +39,7 @@ def assert_backends_agree(model, function, unused=()):
 
 
 def logits_and_gradients(model, images, backend):
-    """Of a classifier, with image i in class i."""
+    """Logits and gradients of a classifier, with image i in class i."""
     with ops.use_backend(backend):
         logits = model(images)
         loss = torch.nn.functional.cross_entropy(logits.float(), torch.arange(len(images), device=images.device))

@@ -1,4 +1,4 @@
-"""Files of other people's trainers: what they save beside the weights, and what is refused."""
+"""Files of other trainers: the objects that they save beside the weights, and the files that are refused."""
 
 import argparse
 import collections
@@ -28,7 +28,7 @@ def save(content, path, zipped=True):
 
 
 class Settings(dict):
-    """A configuration as yacs and easydict have it: a dictionary with attributes."""
+    """A configuration like those of yacs and easydict: a dictionary with attributes."""
 
 
 class Hyperparameters:
@@ -104,7 +104,7 @@ def test_what_the_user_has_allowed_is_built(tmp_path):
 
 
 class Rows(list):
-    """torch fills no list but its own kind."""
+    """torch fills only its own list types."""
 
 
 @ZIP

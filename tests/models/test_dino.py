@@ -142,7 +142,7 @@ def test_probes_find_what_is_there():
 
 @pytest.fixture
 def digits(monkeypatch):
-    """Sixty images of two kinds, in place of the readers: stripes that lie or stand."""
+    """Sixty images of two kinds instead of the data sets: horizontal or vertical stripes."""
     generator = torch.Generator().manual_seed(0)
     labels = torch.arange(60) % 2
     stripes = ((torch.arange(8) % 4 < 2) * 200).float()

@@ -16,7 +16,7 @@ def small(overcomplete=False, dtype=torch.float64, **options):
     torch.manual_seed(0)
     sizes = dict(block_size=24, vocab_size=31, n_layer=3, n_head=2, n_embd=16, overcomplete=overcomplete)
     model = CrateGPT(**sizes | options).to(dtype)
-    # Embeddings as large as a trained model's, so that what is said depends on what was read.
+    # Embeddings as large as those of a trained model, so that the output depends on the input.
     torch.nn.init.normal_(model.token_embedding.weight)
     torch.nn.init.normal_(model.position_embedding.weight)
     return model

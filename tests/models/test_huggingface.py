@@ -1,4 +1,4 @@
-"""The language models as Hugging Face models: what transformers asks of its own models, checked on tiny ones."""
+"""The language models as Hugging Face models: the checks of transformers for its own models, on tiny models."""
 
 import functools
 import importlib.util
@@ -69,7 +69,7 @@ def build(cls, **options):
 
 
 def result(model, *arguments, **options):
-    """The tokens or logits that ``model`` gives."""
+    """The tokens or logits that ``model`` returns."""
     output = model(*arguments, **options)
     return output.logits if "logits" in output else output.last_hidden_state
 
@@ -272,7 +272,7 @@ def test_padding_may_stand_anywhere(cls):
         alone = result(model, idx[row : row + 1, real], position_ids=positions)
         wanted = got[row] if got.dim() == 2 else got[row, real]
         torch.testing.assert_close(wanted, alone[0], rtol=0, atol=1e-12)
-    # What padding holds changes nothing; not-a-number in its place reaches nobody.
+    # The content of padding changes nothing. NaN in padding reaches no other token.
     embeddings = model.get_input_embeddings()(idx).detach()
     broken = embeddings.masked_fill(mask[..., None] == 0, 1e6)
     again = result(model, inputs_embeds=broken, attention_mask=mask)
@@ -608,7 +608,7 @@ def test_the_byte_tokenizer_has_our_tokens(tmp_path):
 
 
 def test_merges_follow_from_ranks():
-    """A small table of ranks, merged as tiktoken does: always the pair of least rank."""
+    """A small table of ranks. Merges always take the pair with the lowest rank, as tiktoken does."""
     ranks = {bytes([b]): b for b in range(256)}
     for token in (b"he", b"ll", b"or", b"hell", b" w", b"hello", b" wor"):
         ranks[token] = len(ranks)

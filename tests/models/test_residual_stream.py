@@ -1,4 +1,4 @@
-"""The residual stream under autocast, in every family: its dtype, and the error of the reference equations."""
+"""The residual stream under autocast, in every family: its dtype, and errors compared with the reference equations."""
 
 import copy
 
@@ -63,7 +63,7 @@ FAMILIES = {
 
 
 def outcome(family, model, x, backend, autocast=True):
-    """The output and the gradients of all parameters; and the dtypes of what the blocks take and give."""
+    """The output, the gradients of all parameters, and the dtypes of the inputs and outputs of the blocks."""
     stream = []
     handles = [
         m.register_forward_hook(lambda _, args, out: stream.append((args[0].dtype, out.dtype)))

@@ -1,6 +1,6 @@
-"""timm's own model tests on our models, where their source is at hand.
+"""timm's own model tests on the models of this package, if their source is present.
 
-The installed package does not carry them, its source distribution does. Unpack that and name its folder of tests::
+The installed package does not contain them. The source distribution does. Unpack it and name its folder of tests::
 
     pip download --no-deps --no-binary :all: timm && tar xzf timm-*.tar.gz
     CRATE_KERNELS_TIMM_TESTS=timm-1.0.31/tests python -m pytest tests/models/test_timm_common.py

@@ -1,6 +1,6 @@
-"""transformers' own common model tests on our models, where their source is at hand.
+"""transformers' own common model tests on the models of this package, if their source is present.
 
-The installed package does not carry them, its source distribution does. Unpack that and name its folder of tests::
+The installed package does not contain them. The source distribution does. Unpack it and name its folder of tests::
 
     pip download --no-deps --no-binary :all: transformers && tar xzf transformers-*.tar.gz
     pip install parameterized
@@ -65,7 +65,7 @@ VOCABULARY = 99
 
 
 class Sizes:
-    """A tiny configuration and inputs for it, as the common tests ask for them."""
+    """A tiny configuration and its inputs, in the form of the common tests."""
 
     is_training = True
     batch_size, seq_length, hidden_size, num_hidden_layers, num_attention_heads = 4, 7, 16, 2, 2

@@ -1,4 +1,5 @@
-"""Inputs of every operator, on shapes that hurt: one list for all the tests that go over all operators."""
+"""Inputs of every operator, on shapes that are likely to break. All tests that loop over the operators use this
+list."""
 
 from __future__ import annotations
 
@@ -24,7 +25,7 @@ class Case:
         return replace(self, tensors=tuple(None if t is None else t.to(dtype) for t in self.tensors))
 
     def run(self, **options) -> list[Tensor]:
-        """The output and the gradient of every tensor, for a fixed random output gradient."""
+        """The output and the gradient of every tensor, for a fixed random gradient of the output."""
         leaves = [None if t is None else t.detach().clone(memory_format=torch.preserve_format) for t in self.tensors]
         for leaf in leaves:
             if leaf is not None:
@@ -38,7 +39,7 @@ class Case:
         return self.operator not in (ops.subspace_attention, ops.subspace_cross_attention, ops.mssa_block)
 
     def largest_score(self) -> float:
-        """The largest score an attention in this call takes the exponential of, ``scale·max‖w‖²``; 0 without one."""
+        """The largest score in an attention, ``scale·max‖w‖²``; 0 without attention."""
         if self.operator in (ops.mssa_block, ops.crate_layer):
             z, norm_weight, norm_bias, u_weight, *_ = self.tensors
             x = torch.nn.functional.layer_norm(z, z.shape[-1:], norm_weight, norm_bias, self.options.get("eps", 1e-5))
@@ -152,4 +153,4 @@ SMALL = [
     "ista-50x8", "overcomplete-7x8", "overcomplete-decoupled", "mssa-decoder", "mssa-identity-output",
     "mssa-causal-lengths", "ista_block-2x33x12", "layer-odd", "layer-identity-output",
 ]  # fmt: skip
-"""A smaller list, still one of every operator and option, for what is slow."""
+"""A smaller list for slow tests. It still has every operator and option."""

@@ -1,4 +1,4 @@
-"""A kernel's results against the reference backend in float64."""
+"""Compares a kernel's results with the reference backend in float64."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def skip_without(backend: str) -> None:
-    """Skip the test where the compiled CPU library is missing and ``backend`` needs it."""
+    """Skip the test if ``backend`` needs the compiled CPU library and the library is missing."""
     if backend == "cpu" and cpu_kernels.MISSING:
         pytest.skip(cpu_kernels.MISSING)
 
 
 def run(case: Case, backend: str, dtype: torch.dtype, device: str = DEVICE) -> list[Tensor]:
-    """The output and the gradient of every tensor of ``case``, for a fixed random output gradient; on the CPU.
+    """The output and the gradient of every tensor of ``case``, on the CPU, for a fixed random gradient of the output.
 
-    The tensors are rounded to ``dtype`` by the caller, so that only the arithmetic is judged.
+    The caller has rounded the tensors to ``dtype``, so that only errors of the arithmetic count.
     """
     leaves = [None if t is None else _moved(t, dtype, device).requires_grad_() for t in case.tensors]
     options = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in case.options.items()}
@@ -38,8 +38,8 @@ def run(case: Case, backend: str, dtype: torch.dtype, device: str = DEVICE) -> l
 def check(case: Case, dtype: torch.dtype, backend: str) -> None:
     """The output and all gradients of ``backend`` are within the error budget: see ``crate_kernels.agreement``.
 
-    Gradients of a whole layer pass a ReLU behind long sums, so units may flip there. The other cases keep clear of the
-    threshold and need no allowance.
+    The gradients of a whole layer pass a ReLU after long sums, so units may flip there. The inputs of the other cases
+    stay away from the threshold and need no allowance.
     """
     rounded = case.to(dtype)
     exact, reference, got = (

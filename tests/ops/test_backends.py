@@ -1,4 +1,4 @@
-"""How a backend is chosen: obeyed or refused with a reason, never replaced."""
+"""The choice of a backend: a request is followed or refused with a reason, and never replaced."""
 
 import os
 import subprocess
@@ -17,7 +17,7 @@ W = torch.randn(1, 3, 1, 4, dtype=torch.float64)
 
 
 def test_an_explicit_backend_that_cannot_run_raises_with_its_reason():
-    # float64 is run by no kernel backend, with or without a GPU, an interpreter or an extension.
+    # No kernel backend runs float64, with or without a GPU, an interpreter or an extension.
     for name in ("cuda", "triton"):
         with pytest.raises(RuntimeError, match=rf"backend '{name}' cannot run these inputs: \S+"):
             ops.subspace_attention(W, backend=name)
@@ -45,7 +45,7 @@ def test_a_request_is_that_of_its_thread():
 
 
 def test_a_compiled_function_follows_use_backend():
-    # float64 is run by no kernel: the request must be seen and refused, not the first call's choice be repeated.
+    # No kernel runs float64. The request must be refused, and the choice of the first call must not be repeated.
     torch._dynamo.reset()
     compiled = torch.compile(ops.subspace_attention, backend="eager", fullgraph=True)
     expected = ops.subspace_attention(W)

@@ -1,4 +1,4 @@
-"""Bad input: the message names the argument, what was got and what is accepted."""
+"""Wrong inputs: the message names the argument, its value and the accepted values."""
 
 import math
 

@@ -1,4 +1,5 @@
-"""The path of a call: how many operators and allocations a layer costs, and that nothing else changes its result."""
+"""The host path of a call: how many operators and allocations a layer needs, and that nothing else changes its
+result."""
 
 from collections import Counter
 
@@ -20,7 +21,7 @@ def layers():
 
 
 def events(call):
-    """Name -> number of events in a call that is not the first of its kind."""
+    """Name -> number of events in a call. Earlier calls of the same kind have run."""
     for _ in range(2):
         call()
     with profile(activities=[ProfilerActivity.CPU]) as recorded:

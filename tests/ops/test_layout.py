@@ -1,4 +1,4 @@
-"""The rule of the operators' folders: which files may import which."""
+"""The import rule of the operators' folders."""
 
 import ast
 from pathlib import Path
@@ -13,7 +13,7 @@ FILES = sorted(path for path in OPS.glob("*/*.py") if path.stem in IMPLEMENTATIO
 
 
 def imported(path: Path) -> list[str]:
-    """Absolute names of everything that the file ``path`` imports, relative imports resolved."""
+    """Absolute names of all imports in the file ``path``, with relative imports resolved."""
     package = ["crate_kernels", *path.relative_to(OPS.parent).parent.parts]
     names = []
     for node in ast.walk(ast.parse(path.read_text())):

@@ -1,15 +1,15 @@
 """Subspace attention in Triton: the scores are symmetric and one tensor is query, key and value.
 
-Forward: one program per tile of queries, the online softmax. The tiles that a mask cuts come first, straight down; one
-loop over whole tiles follows.
+Forward: one program per tile of queries computes the online softmax. The tiles that a mask cuts come first, as
+straight-line code. One loop over whole tiles follows.
 
-Backward: one program per tile of tokens, one loop over all other tokens, one output. Token i is a query to j and a key
-to j, and both roles take the score ``w_i·w_j``::
+Backward: one program per tile of tokens has one loop over all other tokens and one output. Token i is a query to j and
+a key to j. Both roles use the score ``w_i·w_j``::
 
     dw_i = Σ_j scale·(dS_ij + dS_ji) w_j + P_ji g_j,    dS = P∘(g valueᵀ − delta),    delta = rowsum(g∘o)
 
-and ``P_ji = P_ij·2^(lse_i − lse_j)``, one exponential for both where the log-normalizers of a head lie close enough
-together. No atomics, so gradients are bitwise repeatable.
+and ``P_ji = P_ij·2^(lse_i − lse_j)``, so one exponential serves both roles if the log-normalizers of a head are close
+enough. There are no atomics, so gradients are bitwise repeatable.
 """
 
 from __future__ import annotations
@@ -37,14 +37,15 @@ def why_not(w: Tensor, value: Tensor | None, lengths: Tensor | None, scale: floa
 
 
 def why_not_width(width: int, tensor: Tensor) -> str | None:
-    """The same for heads of ``width`` channels on the device and in the dtype of ``tensor``."""
+    """The reason for heads of ``width`` channels, on the device and in the dtype of ``tensor``; None if the kernels can
+    run."""
     if not 8 <= width <= MAX_WIDTH:
         return f"the Triton attention kernels take heads of width 8 to {MAX_WIDTH}, not {width}"
     return launch.why_not(tensor)
 
 
 def _operands(w: Tensor, value: Tensor | None, lengths: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """What the kernels read. They multiply hidden rows by zero, so these rows must be finite."""
+    """The kernels' operands. The kernels multiply hidden rows by zero, so these rows must be finite."""
     w, value = (None if t is None else launch.unit_stride(finite_where_hidden(t, lengths)) for t in (w, value))
     return w, value
 
@@ -100,7 +101,7 @@ def backward(
     scale: float,
     causal: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """-> ``(dw, dvalue)``; ``dvalue`` is None without a separate value, its part is then in ``dw``."""
+    """-> ``(dw, dvalue)``. Without a separate value, ``dvalue`` is None and its part is included in ``dw``."""
     batch, tokens, heads, width = w.shape
     w, value = _operands(w, value, lengths)
     grad = launch.unit_stride(grad)
@@ -149,17 +150,17 @@ def _backward_options(
     options |= {"CUT": _cut(options, tokens, causal or hiding), "CAUSAL": causal, "PRECISION": precision}
     options["SEPARATE"] = value or launch.tensor_memory(device)
     if launch.tensor_memory(device) and shape["WIDTH"] > 64:
-        options["num_stages"] = 1  # operands that wait for tensor memory fill the shared memory beside a second stage
+        options["num_stages"] = 1  # two stages of operands that wait for tensor memory would not fit shared memory
     return triton.cdiv(tokens, delta["BLOCK_M"]), delta, triton.cdiv(tokens, options["BLOCK_M"]), options
 
 
 def _padded(width: int) -> int:
-    """The power of two that a head's width is padded to; a matrix product takes 16 at least."""
+    """The power of two to which a head's width is padded. A matrix product takes at least 16."""
     return max(16, triton.next_power_of_2(width))
 
 
 def _cut(options: dict, tokens: int, masked: bool) -> int:
-    """The width of the tile that holds the last tokens: no wider than they need, where its place is known here."""
+    """The width of the tile with the last tokens. It is no wider than they need, if their position is known here."""
     block = options["BLOCK_N"]
     rest = (tokens - 1) % block + 1
     return block if masked else min(block, max(options["CUT"], triton.next_power_of_2(rest)))
@@ -170,7 +171,7 @@ def _cut(options: dict, tokens: int, masked: bool) -> int:
 
 @triton.jit
 def _rows(head, stride, start, limit, P: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, MASKED: tl.constexpr):
-    """Rows start, start+1, … of a head as a tile (BLOCK, WIDTH); zero at and beyond row ``limit`` and column P."""
+    """Rows start, start+1, … of a head as a tile (BLOCK, WIDTH), with zeros from row ``limit`` and from column P on."""
     row = tl.arange(0, BLOCK)[:, None]
     column = tl.arange(0, WIDTH)[None, :]
     pointers = head + tl.cast(start, tl.int64) * stride + tl.cast(row, tl.int64) * stride + column
@@ -192,7 +193,7 @@ def _store_rows(head, stride, start, limit, tile, P: tl.constexpr, WIDTH: tl.con
 
 @triton.jit
 def _visible(lengths, batch, tokens):
-    """The number of keys that a sequence shows; within bounds whatever ``lengths`` holds."""
+    """The number of visible keys of a sequence, limited to valid values whatever ``lengths`` contains."""
     visible = tokens
     if lengths is not None:
         visible = tl.minimum(tl.maximum(tl.load(lengths + batch).to(tl.int64), 0), tokens).to(tl.int32)
@@ -201,7 +202,7 @@ def _visible(lengths, batch, tokens):
 
 @triton.jit
 def _last_tile(keys, BLOCK: tl.constexpr):
-    """Where the last of the tiles that hold ``keys`` keys starts; 0 for no key."""
+    """The start of the last tile that contains any of ``keys`` keys; 0 for no keys."""
     return tl.maximum(keys - 1, 0) // BLOCK * BLOCK
 
 
@@ -211,7 +212,8 @@ def _attend(
     P: tl.constexpr, WIDTH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     CAUSAL: tl.constexpr, MASKED: tl.constexpr, FIRST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Add the keys start … start + BLOCK_N to the softmax sums of a tile of queries; FIRST: there are no sums yet."""
+    """Add the keys start … start + BLOCK_N to the softmax sums of a tile of queries. FIRST: the sums are still
+    empty."""
     k = _rows(w, w_n, start, visible, P=P, WIDTH=WIDTH, BLOCK=BLOCK_N, MASKED=MASKED)
     v = k
     if value is not None:
@@ -228,7 +230,8 @@ def _attend(
         higher = tl.maximum(top, higher)
     p = tl.exp2(scores * scale - higher[:, None])
     if MASKED:
-        # Not left to the exponential: under a scale of 0 a hidden key would weigh as much as a seen one.
+        # The exponential alone does not hide keys: with a scale of 0 a hidden key would have the weight of a visible
+        # one.
         p = tl.where(seen, p, 0.0)
     if FIRST:
         total = tl.sum(p, 1)
@@ -250,15 +253,15 @@ def _forward(
     head = tl.program_id(0) // tiles
     tile = tl.program_id(0) % tiles
     if CAUSAL:
-        tile = tiles - 1 - tile  # the longest rows first
+        tile = tiles - 1 - tile  # begin with the longest rows
     batch = (head // heads).to(tl.int64)
     w += batch * w_b + (head % heads).to(tl.int64) * w_h
     if value is not None:
         value += batch * v_b + (head % heads).to(tl.int64) * v_h
     first = tile * BLOCK_M
     visible = _visible(lengths, batch, tokens)
-    # The tiles that not every row sees in full come first, straight down: between two loops that carry one
-    # accumulator ptxas waits for every single wgmma. Each row sees a key of the very first tile.
+    # The tiles that some rows do not see completely come first, as straight-line code. Between two loops with one
+    # accumulator, ptxas would wait for every single wgmma. Each row sees a key of the very first tile.
     full = _last_tile(visible, BLOCK_N)
     if CAUSAL:
         full = tl.minimum(full, first // BLOCK_N * BLOCK_N)
@@ -292,9 +295,9 @@ def _delta(
     o, g, lse, delta, weight, middle, g_b, g_n, g_h, heads, tokens,
     P: tl.constexpr, WIDTH: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """``delta = rowsum(g∘o)``; where ``weight`` is given also ``weight = 2^(middle − lse)`` with one ``middle`` a head.
+    """``delta = rowsum(g∘o)``. With ``weight``, also ``weight = 2^(middle − lse)`` with one ``middle`` per head.
 
-    ``middle`` is NaN where the log-normalizers of the head lie too far apart for that.
+    ``middle`` is NaN if the log-normalizers of the head differ too much for this.
     """
     tiles = tl.cdiv(tokens, BLOCK_M)
     head = tl.program_id(0) // tiles
@@ -333,13 +336,14 @@ def _pair(
     QUERY: tl.constexpr, KEY: tl.constexpr, DIAGONAL: tl.constexpr, MASKED: tl.constexpr, HIDING: tl.constexpr,
     SYMMETRIC: tl.constexpr, SEPARATE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Add to the gradients of tile i what tile j contributes: as keys of i (QUERY), as queries to i (KEY), or both.
+    """Add to the gradients of tile i the contribution of tile j: as keys of i (QUERY), as queries to i (KEY), or both.
 
-    MASKED: tile j reaches beyond the last token. HIDING: ``lengths`` hide keys. SYMMETRIC: both roles, no mask but that
-    of MASKED, and ``P_ij = e·weight_i``, ``P_ji = e·weight_j`` with the symmetric ``e = 2^(score − middle)``.
+    MASKED: tile j extends beyond the last token. HIDING: ``lengths`` hide keys. SYMMETRIC: both roles, no mask except
+    MASKED, and ``P_ij = e·weight_i``, ``P_ji = e·weight_j`` with the symmetric ``e = 2^(score − middle)``.
 
-    ``weight_i`` and ``delta_i`` come multiplied by ``scale``, ``delta_i`` under SYMMETRIC by ``weight_i`` as well.
-    ``slope`` is ``scale·log2 e`` rounded once, as in the forward: else large scores would miss their log-normalizer.
+    ``weight_i`` and ``delta_i`` are already multiplied by ``scale``. With SYMMETRIC, ``delta_i`` is also multiplied by
+    ``weight_i``. ``slope`` is ``scale·log2 e``, rounded once as in the forward. Otherwise large scores would not match
+    their log-normalizer.
     """
     i = first + tl.arange(0, BLOCK_M)[:, None]
     j = start + tl.arange(0, BLOCK_N)
@@ -370,7 +374,7 @@ def _pair(
             ds = query * weight_i[:, None] - delta_i[:, None]
             ds = e * (ds + (key - delta_j[None, :]) * (weight_j * scale)[None, :])
         else:
-            # No query beyond the last token: exp(-inf).
+            # Queries beyond the last token get exp(-inf).
             p = tl.exp2(scores - _entries(lse, j, tokens, float("inf"), MASKED=MASKED)[None, :])
             if DIAGONAL:
                 p = tl.where((i < visible) & (i <= j[None, :]), p, 0.0)
@@ -431,7 +435,7 @@ def _backward(
     dw = tl.zeros([BLOCK_M, WIDTH], tl.float32)
     dv = tl.zeros([BLOCK_M, WIDTH], tl.float32) if SEPARATE else dw
 
-    # As in the forward, tiles under a mask come first, straight down, and every loop after them needs none.
+    # As in the forward, tiles with a mask come first, as straight-line code. The loops after them need no mask.
     if CAUSAL:
         for cut in tl.static_range(BLOCK_M // BLOCK_N):
             dw, dv = _pair(

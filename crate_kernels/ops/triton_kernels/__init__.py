@@ -1,1 +1,1 @@
-"""What the Triton backends of several operators share: launching, launch configurations, and the common kernels."""
+"""Code that the Triton backends of several operators share: launches, launch configurations, and common kernels."""

@@ -1,7 +1,8 @@
-"""Matrix product and rounding as every kernel does them, on hardware and in Triton's interpreter.
+"""Matrix product and rounding for all kernels, on hardware and in Triton's interpreter.
 
-The interpreter multiplies the bit patterns of bfloat16, truncates where hardware rounds to nearest even, and knows no
-tf32, whose last 13 bits hardware drops. Under ``TRITON_INTERPRET=1`` both functions do in float32 what hardware does.
+The interpreter multiplies the bit patterns of bfloat16, and truncates where hardware rounds to nearest even. It does
+not implement tf32, for which hardware drops the last 13 bits. Under ``TRITON_INTERPRET=1`` both functions therefore
+compute in float32 what the hardware would compute.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Attention of a few new tokens to a cache in Triton, split over the keys.
 
-One tensor is key and value, so each tile of the cache is read once for both roles. A head of one sequence is too little
-work for a GPU: several programs share its keys, and a second kernel merges their sums. The cache is one tensor for each
-sequence, or a pool of blocks with a table that says which of them a sequence has.
+Key and value are one tensor, so each tile of the cache is read once for both roles. One head of one sequence is too
+little work for a GPU. Several programs therefore share its keys, and a second kernel merges their sums. The cache is
+one tensor for each sequence, or a pool of blocks with a table of the blocks of each sequence.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from .configurations import configuration, once
 LOG2E = 1.4426950408889634
 MAX_WIDTH = 256
 MAX_QUERIES = 64
-"""More new tokens at a time are a prompt: its attention is no decoding."""
+"""Largest number of new tokens at a time. More tokens are a prompt, whose attention is not decoding."""
 ROUNDS = 4
-"""Programs per multiprocessor to aim at: so many reads are in flight at a time."""
+"""Target number of programs per multiprocessor, so that enough reads are in flight."""
 
 
 def why_not(w: Tensor, cache: Tensor) -> str | None:
-    """Why the kernel cannot run on ``w (B, M, H, p)`` and ``cache (B, N, H, p)``; None if it can."""
+    """The reason why the kernel cannot run on ``w (B, M, H, p)`` and ``cache (B, N, H, p)``; None if it can."""
     _, queries, _, width = w.shape
     if not 8 <= width <= MAX_WIDTH:
         return f"the Triton decoding kernel takes heads of width 8 to {MAX_WIDTH}, not {width}"
@@ -78,7 +78,7 @@ def _options(
     page: int,
     precision: str,
 ) -> tuple[int, int, dict, dict]:
-    """Over how many programs the keys of a head are split, the keys of each, and the parameters of both kernels."""
+    """The number of programs that share the keys of a head, the keys of each, and the parameters of both kernels."""
     options = configuration("decoding", device, dtype, keys, width)
     block = options["BLOCK_N"]
     tiles = triton.cdiv(keys, block)
@@ -86,7 +86,7 @@ def _options(
     span = triton.cdiv(tiles, splits) * block
     splits = triton.cdiv(keys, span)
     shape = {"P": width, "WIDTH": max(16, triton.next_power_of_2(width))}
-    # One query needs no matrix product; tl.dot multiplies 16 rows at least.
+    # One query needs no matrix product. tl.dot multiplies at least 16 rows.
     rows = 1 if queries == 1 else max(16, triton.next_power_of_2(queries))
     options |= shape | {"BLOCK_M": rows, "PAGE": page, "STAGES": options["num_stages"], "PRECISION": precision}
     return splits, span, options, shape | {"SPLITS": triton.next_power_of_2(splits), "num_warps": 4}
@@ -102,7 +102,7 @@ def _decode(
     P: tl.constexpr, WIDTH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PAGE: tl.constexpr,
     STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The attention of the queries of one head to the keys of one split; without ``lse`` the split is all there is."""
+    """The attention of the queries of one head to the keys of one split. Without ``lse`` there is only one split."""
     split = tl.program_id(0) % splits
     head = tl.program_id(0) // splits
     batch = (head // heads).to(tl.int64)
@@ -113,7 +113,7 @@ def _decode(
     m_in = (m < queries)[:, None]
     c_in = column < P
     place = tl.load(positions + batch * queries + m, mask=m < queries, other=-1)
-    place = tl.minimum(place, keys - 1).to(tl.int32)  # within bounds whatever the positions hold
+    place = tl.minimum(place, keys - 1).to(tl.int32)  # valid whatever the positions contain
     end = tl.minimum(tl.max(place, 0) + 1, (split + 1) * span)
     q = tl.load(w + batch * w_b + inner * w_h + m[:, None] * w_m + column, mask=m_in & c_in, other=0.0)
     if BLOCK_M == 1:
@@ -126,15 +126,15 @@ def _decode(
     acc = tl.zeros([BLOCK_M, WIDTH], tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     top = tl.full([BLOCK_M], -3.0e38, tl.float32)
-    # By name, because Triton prefetches by itself only what a matrix product takes.
+    # Stages are requested explicitly, because Triton itself prefetches only operands of a matrix product.
     for start in tl.range(split * span, end, BLOCK_N, num_stages=STAGES):
         key = start + n
         if table is None:
             row = tl.cast(key, tl.int64) * c_n
         else:
-            # One entry for each key, even where a block holds the whole tile: a single one would not be prefetched.
+            # One entry for each key, even if a block contains the whole tile. A single entry would not be prefetched.
             block = tl.load(table + key // PAGE, mask=key < end, other=0)
-            block = tl.minimum(tl.maximum(tl.cast(block, tl.int64), 0), blocks - 1)  # whatever the table holds
+            block = tl.minimum(tl.maximum(tl.cast(block, tl.int64), 0), blocks - 1)  # valid whatever the table contains
             row = block * c_b + tl.cast(key % PAGE, tl.int64) * c_n
         at = cache + row[:, None] + column
         k = tl.load(at, mask=(key < end)[:, None] & c_in, other=0.0)
@@ -154,7 +154,7 @@ def _decode(
         else:
             acc = dot(rounded(p, k.dtype), k, acc, PRECISION)
         top = higher
-    o = tl.where(total[:, None] > 0, acc / total[:, None], acc)  # NaN stays; a split without keys has zeros
+    o = tl.where(total[:, None] > 0, acc / total[:, None], acc)  # NaN stays; a split without keys gives zeros
     if lse is None:
         at = out + ((batch * queries + m[:, None]) * heads + inner) * P + column
         tl.store(at, rounded(o, out.dtype.element_ty), mask=m_in & c_in)
@@ -168,7 +168,7 @@ def _decode(
 def _merge(
     part, lse, o, heads, queries, splits, P: tl.constexpr, WIDTH: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
-    """One query of one head: the mean of its splits, each weighed by the sum of its exponentials."""
+    """One query of one head: the mean of its splits, weighted by their sums of exponentials."""
     m = tl.program_id(0) % queries
     head = (tl.program_id(0) // queries).to(tl.int64)
     split = tl.arange(0, SPLITS)

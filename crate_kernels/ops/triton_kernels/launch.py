@@ -1,4 +1,4 @@
-"""Where Triton kernels can run, and how they are launched."""
+"""The devices on which Triton kernels can run, and their launch."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import triton
 from torch import Tensor
 
 INTERPRETED = triton.knobs.runtime.interpret
-"""True under ``TRITON_INTERPRET=1``: kernels are then run by Triton's interpreter, on CPU tensors too."""
+"""True under ``TRITON_INTERPRET=1``. Triton's interpreter then runs the kernels, also on CPU tensors."""
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -37,7 +37,7 @@ def _properties(device: torch.device):
 
 def launch(kernel, grid: int, tensor: Tensor, *arguments, **options):
     """Run ``kernel`` with ``grid`` programs on the device of ``tensor``, its first argument."""
-    # The kernels count on fused multiply-adds; Triton's own default differs between versions.
+    # The kernels need fused multiply-adds. Triton's own default differs between versions.
     options["enable_fp_fusion"] = True
     if tensor.device.type == "cuda" and tensor.device.index != torch.cuda.current_device():
         with torch.cuda.device(tensor.device):
@@ -47,7 +47,7 @@ def launch(kernel, grid: int, tensor: Tensor, *arguments, **options):
 
 
 def dot_precision(dtype: torch.dtype) -> str:
-    """``input_precision`` of ``tl.dot``: float32 is multiplied as tf32 only where torch's own flag allows it."""
+    """``input_precision`` of ``tl.dot``. Float32 is multiplied as tf32 only if torch's own flag allows it."""
     if dtype != torch.float32 or torch.version.hip is not None:
         return "ieee"
     return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
@@ -64,7 +64,7 @@ def shared_memory(device: torch.device) -> int:
 
 @functools.cache
 def multiprocessors(device: torch.device) -> int:
-    """The number of multiprocessors of the device; a few for one that runs the interpreter."""
+    """The number of multiprocessors of the device. The interpreter gets a small number."""
     return _properties(device).multi_processor_count if device.type == "cuda" else 4
 
 
@@ -78,7 +78,7 @@ def wgmma(device: torch.device) -> bool:
 def tensor_memory(device: torch.device) -> bool:
     """Whether products are summed in tensor memory (data-center Blackwell).
 
-    Triton 3.6 to 3.8 may miscompile two products per iteration chained through one carried accumulator there.
+    There Triton 3.6 to 3.8 may miscompile two products per iteration that are chained through one accumulator.
     """
     if device.type != "cuda" or torch.version.hip is not None:
         return False
@@ -86,5 +86,5 @@ def tensor_memory(device: torch.device) -> bool:
 
 
 def unit_stride(tensor: Tensor) -> Tensor:
-    """``tensor`` itself where its last axis is dense, else a contiguous copy."""
+    """``tensor`` itself if its last axis is dense, else a contiguous copy."""
     return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()

@@ -1,4 +1,4 @@
-"""LayerNorm backward, with the pieces of a block's backward that read the same rows."""
+"""LayerNorm backward, together with the other parts of a block's backward that read the same rows."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from .arithmetic import rounded
 
 MAX_WIDTH = 8192
 PROGRAMS = 512
-"""Partial sums over the rows: fixed, so that gradients do not depend on the device's size."""
+"""Number of partial sums over the rows. It is fixed, so that gradients do not depend on the device's size."""
 
 
 def why_not(z: Tensor) -> str | None:
-    """Why the kernel cannot take the rows of ``z (..., d)``."""
+    """The reason why the kernel cannot take the rows of ``z (..., d)``; None if it can."""
     if z.shape[-1] > MAX_WIDTH:
         return f"the Triton LayerNorm kernel takes rows of up to {MAX_WIDTH} channels, not {z.shape[-1]}"
     return None
@@ -36,9 +36,9 @@ def layer_norm_backward(
     """Gradients of ``x = LN(z)`` for ``grad (n, d)``, all in one pass over the rows.
 
     Returns:
-        ``dz (n, d)``, to which ``residual (n, d)`` is added, in the dtype of ``residual``, without one in that of
-        ``grad``; ``dweight, dbias (d,)``; ``x (n, d)`` itself in ``dtype`` (that of ``z`` if None), which the gradient
-        of the matrix behind it needs; the float32 sum (d,) of the rows of ``residual``, or None.
+        ``dz (n, d)``, with ``residual (n, d)`` added if it is given, in the dtype of ``residual``, else in that of
+        ``grad``; ``dweight, dbias (d,)``; ``x (n, d)`` in ``dtype`` (that of ``z`` if None), which the gradient of the
+        next matrix needs; the float32 sum (d,) of the rows of ``residual``, or None.
     """
     rows, width = z.shape
     dz = torch.empty((rows, width), dtype=(grad if residual is None else residual).dtype, device=z.device)
@@ -50,7 +50,9 @@ def layer_norm_backward(
     partial = torch.empty((kinds, programs, width), dtype=torch.float32, device=z.device)
     if rows:
         grad, z = launch.unit_stride(grad), launch.unit_stride(z)
-        weight, bias, mean, rstd = (t.contiguous() for t in (weight, bias, mean, rstd))  # read densely
+        weight, bias, mean, rstd = (
+            t.contiguous() for t in (weight, bias, mean, rstd)
+        )  # the kernel needs dense vectors
         residual = None if residual is None else launch.unit_stride(residual)
         launch.launch(
             _layer_norm_backward, programs,
@@ -58,7 +60,7 @@ def layer_norm_backward(
             rows, width, programs, grad.stride(0), z.stride(0), 0 if residual is None else residual.stride(0),
             BLOCK_M=tile, BLOCK_N=block, num_warps=min(16, max(4, block * tile // 512)),
         )  # fmt: skip
-    # Apart, because an operator's outputs may not share memory.
+    # Separate tensors, because outputs of an operator must not share memory.
     dweight, dbias, *total = (p.sum(0) for p in partial)
     return dz, dweight.to(weight.dtype), dbias.to(bias.dtype), x, total[0] if total else None
 

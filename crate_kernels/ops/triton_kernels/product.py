@@ -1,9 +1,9 @@
-"""One matrix product with what stands around the products of a CRATE layer.
+"""GEMM with an optional LayerNorm prologue, and bias, residual, threshold, ReLU and row statistics in the epilogue.
 
-The LayerNorm in front (``norm``) is folded into the product: with ``A = γ∘a``, ``LN(z) a = (z A − μ·1ᵀA)/σ + βᵀa``. The
-product reads raw rows. Their statistics come from the kernel that wrote the rows, or from one pass over them;
-``LN(z)`` is never written. Behind the product, in float32: bias, scale, residual, threshold, ReLU, the mask of a ReLU's
-gradient, and the statistics of the rows that result.
+The LayerNorm (``norm``) is folded into the product: with ``A = γ∘a``, ``LN(z) a = (z A − μ·1ᵀA)/σ + βᵀa``. The product
+reads raw rows. Their statistics come from the kernel that wrote the rows, or from one pass over them. ``LN(z)`` is
+never written. The epilogue computes in float32: bias, scale, residual, threshold, ReLU, the mask of a ReLU's gradient,
+and the statistics of the resulting rows.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ from .configurations import configuration, once
 
 
 class Statistics(NamedTuple):
-    """Mean and spread of the rows of a matrix ``(n, k)``, each for ``part`` columns of a row at a time."""
+    """Mean and spread of the rows of a matrix ``(n, k)``, in parts of ``part`` columns."""
 
     mean: Tensor
     """``(parts, n)`` float32."""
     spread: Tensor
-    """``(parts, n)`` float32: the sum of the squared distances from that mean."""
+    """``(parts, n)`` float32: the sum of the squared distances from the mean."""
     part: int
-    """Columns of a part; the last part may be shorter."""
+    """Number of columns in a part. The last part may be shorter."""
 
 
 class Result(NamedTuple):
-    """What :func:`product` returns; None for what was not requested."""
+    """Results of :func:`product`; None for those that were not requested."""
 
     out: Tensor
     mean: Tensor | None = None
@@ -43,7 +43,7 @@ class Result(NamedTuple):
 
 
 class FoldedNorm(NamedTuple):
-    """LayerNorm and the matrix ``a (k, m)`` behind it, prepared by :func:`fold_norm`."""
+    """LayerNorm and the matrix ``a (k, m)`` after it, prepared by :func:`fold_norm`."""
 
     weight: Tensor
     bias: Tensor
@@ -51,7 +51,7 @@ class FoldedNorm(NamedTuple):
     folded: Tensor
     """``γ∘a (k, m)`` in the dtype of ``a``."""
     column_sum: Tensor
-    """``1ᵀ(γ∘a) (m,)`` of the rounded matrix, float32: what a row's mean contributes, to the last bit."""
+    """``1ᵀ(γ∘a) (m,)`` of the rounded matrix, float32: the exact factor of a row's mean."""
     shift: Tensor
     """``βᵀa (m,)``, float32."""
 
@@ -59,8 +59,8 @@ class FoldedNorm(NamedTuple):
 def fold_norm(a: Tensor, weight: Tensor, bias: Tensor, eps: float) -> FoldedNorm:
     """Fold LayerNorm's ``weight, bias (k,)`` into ``a (k, m)`` (any strides)."""
     inner, columns = a.shape
-    weight, bias = weight.contiguous(), bias.contiguous()  # kernels read vectors densely
-    folded = torch.empty_like(a)  # keeps the strides of a dense a, so that it is read the way it was laid out
+    weight, bias = weight.contiguous(), bias.contiguous()  # kernels need dense vectors
+    folded = torch.empty_like(a)  # has the strides of a dense a, so that the product reads it in the same order
     column_sum = torch.empty(columns, dtype=torch.float32, device=a.device)
     shift = torch.empty_like(column_sum)
     options = _fold_options(a.device, a.dtype, columns, inner)
@@ -105,18 +105,19 @@ def product(
 ) -> Result:
     """``relu(alpha·(a b + bias) + beta·residual − shift)`` for ``a (n, k)``, ``b (k, m)``; the ReLU where asked for.
 
-    - ``b`` a :class:`FoldedNorm`: ``a`` and, if given, ``residual`` (then the same tensor) are normalized. The rows'
-      ``mean`` and ``rstd`` are returned as well. ``statistics`` are those of ``a``; without them one more pass reads
-      ``a``. Float32 rows are normalized before the product. 16-bit rows are multiplied as they are: the mean's part is
-      then subtracted from a float32 sum that holds it, which leaves an error of about ``2^-23·√k·|μ|/σ·|A|`` in the
-      result. Rows whose mean is thousands of standard deviations away should be normalized first.
-    - ``gate (n, m)``: the result is zeroed where ``gate <= 0``, the gradient of the ReLU that produced ``gate``.
-    - ``gate_rows (n, k)``: the same on ``a``, whose rows are not normalized. That ``gated`` a is returned as well, in
-      the dtype of ``b``; where ``residual is a``, it is gated too.
-    - ``a`` may be float32 beside a 16-bit ``b``. The kernel rounds it to the dtype of ``b`` before it multiplies.
-    - The result has the dtype of ``residual``, without one that of ``b``.
-    - ``copy``: a copy of the result in this dtype is returned as well.
-    - ``measure``: the ``statistics`` of the result's rows are returned as well, for the product behind the next norm.
+    - ``b`` a :class:`FoldedNorm`: ``a`` and, if given, ``residual`` (which must be the same tensor) are normalized. The
+      rows' ``mean`` and ``rstd`` are also returned. ``statistics`` are those of ``a``. Without them one more pass reads
+      ``a``. Float32 rows are normalized before the product. 16-bit rows are multiplied directly, and the mean's part is
+      then subtracted from a float32 sum. This leaves an error of about ``2^-23·√k·|μ|/σ·|A|`` in the result. Rows whose
+      mean is thousands of standard deviations away from zero should be normalized first.
+    - ``gate (n, m)``: the result is zeroed where ``gate <= 0``. This is the gradient of the ReLU that produced
+      ``gate``.
+    - ``gate_rows (n, k)``: the same for ``a``, whose rows are not normalized. The ``gated`` a is also returned, in the
+      dtype of ``b``. If ``residual is a``, it is gated, too.
+    - ``a`` may be float32 with a 16-bit ``b``. The kernel rounds it to the dtype of ``b`` before it multiplies.
+    - The result has the dtype of ``residual``, or of ``b`` if there is no residual.
+    - ``copy``: a copy of the result in this dtype is also returned.
+    - ``measure``: the ``statistics`` of the result's rows are also returned, for the product after the next norm.
     """
     norm = b if isinstance(b, FoldedNorm) else None
     matrix = b if norm is None else norm.folded
@@ -184,20 +185,21 @@ def _options(
     added: bool,
     precision: str,
 ) -> tuple[int, int, dict]:
-    """The programs of a product, those of them side by side over its columns, and its compile-time parameters.
+    """The number of programs of a product, the number of them side by side over its columns, and its compile-time
+    parameters.
 
-    ``changed``: the rows are gated or normalized on their way into the product. ``read``: the bytes that each of their
-    elements takes, its gate included. ``added``: a residual is all that the product meets behind it.
+    ``changed``: the rows are gated or normalized before the product. ``read``: the bytes that each of their elements
+    needs, including its gate. ``added``: the epilogue adds a residual and does nothing else.
     """
     options = configuration("product", device, dtype, rows, columns)
     options["BLOCK_K"] = max(16, min(options["BLOCK_K"], triton.next_power_of_2(inner)))
-    # As many stages as fit. With sums in registers one stage is being read while the others arrive, in their buffers.
+    # As many stages as fit. With sums in registers, the product reads one stage while copies fill the others.
     stage = options["BLOCK_K"] * (options["BLOCK_M"] * read + options["BLOCK_N"] * dtype.itemsize)
     buffers = launch.shared_memory(device) // stage + (0 if launch.tensor_memory(device) else 1)
     options["num_stages"] = max(1, min(options["num_stages"], buffers))
     if added and launch.wgmma(device) and options["num_warps"] == 8:
-        # The sums and a residual need a few registers more than the 128 that let a multiprocessor hold two programs.
-        # The compiler then stores eight of them, once a tile. Behind a norm it would store 80.
+        # The sums and a residual need slightly more than the 128 registers with which a multiprocessor holds two
+        # programs. The compiler then stores eight registers once per tile. After a norm it would store 80.
         options.setdefault("maxnreg", 128)
     across = triton.cdiv(columns, options["BLOCK_N"])
     options |= {
@@ -252,7 +254,7 @@ def _row_statistics(
 
 @triton.jit
 def _spread(values, inside, count):
-    """The mean of each row of a tile that is zero outside, and the sum of the squared distances from it."""
+    """The mean of each row of a tile (with zeros outside), and the sum of the squared distances from it."""
     middle = tl.sum(values, 1) / count
     off = tl.where(inside, values - middle[:, None], 0.0)
     return middle, tl.sum(off * off, 1)
@@ -267,10 +269,10 @@ def _product(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     NORM: tl.constexpr = norm_weight is not None
-    # Float32 rows are normalized before the product: what rounds them for the tensor cores (tf32, a 16-bit b) would
-    # round the mean with the rest. 16-bit rows are exact there as they are; their float32 sums are not (``product``).
+    # Float32 rows are normalized before the product: rounding for the tensor cores (tf32, or a 16-bit b) would also
+    # round the mean. 16-bit rows are exact without this; their float32 sums are not (see ``product``).
     CENTRE: tl.constexpr = NORM and a.dtype.element_ty == tl.float32
-    # All column tiles of some rows run together: the rows are read once, the small b stays in L2.
+    # All column tiles of some rows run together, so the rows are read once, and the small b stays in L2.
     across = tl.cdiv(columns, BLOCK_N)
     tile_n = tl.program_id(0) % across
     first = tl.program_id(0) // across * BLOCK_M
@@ -284,7 +286,7 @@ def _product(
     mean = tl.zeros([BLOCK_M], tl.float32)
     rstd = mean
     if NORM:
-        # The parts of a row are merged as Chan et al. do: as exact as two passes over the row.
+        # The parts of a row are merged by the formula of Chan et al., which is as exact as two passes over the row.
         t = tl.arange(0, PARTS)
         at = tl.cast(t, tl.int64)[None, :] * rows + row[:, None]
         inside = m_in & (t < parts)[None, :]
@@ -303,8 +305,8 @@ def _product(
     g_at = gate_rows
     if gate_rows is not None:
         g_at = gate_rows + row[:, None] * inner + k[None, :]
-    # FLIP: bᵀaᵀ in place of a b. Rows that change on their way would be wgmma's first operand in registers, and ptxas
-    # then waits for every wgmma (C7515). As the second operand they go through shared memory.
+    # FLIP: bᵀaᵀ instead of a b. Changed rows would be wgmma's first operand in registers, and ptxas would then wait for
+    # every wgmma (C7515). As the second operand they go through shared memory.
     acc = tl.zeros([BLOCK_N if FLIP else BLOCK_M, BLOCK_M if FLIP else BLOCK_N], tl.float32)
     for start in range(0, inner, BLOCK_K):
         if EVEN_K:
@@ -322,7 +324,7 @@ def _product(
             x = tl.where(open_.to(tl.float32) <= 0, 0.0, x)
             g_at += BLOCK_K
         if CENTRE:
-            x = (x - mean[:, None]) * rstd[:, None]  # beyond column k it meets zeros of b
+            x = (x - mean[:, None]) * rstd[:, None]  # beyond column k it is multiplied by zeros of b
         if x.dtype != y.dtype:
             x = rounded(x.to(tl.float32), y.dtype)
         if FLIP:
@@ -337,7 +339,7 @@ def _product(
     if NORM and not CENTRE:
         sums = tl.load(column_sum + n, mask=n < columns, other=0.0)
         acc = (acc - mean[:, None] * sums[None, :]) * rstd[:, None]
-    # All that is added to a column as one vector: each vector that is live in here costs a register per column.
+    # All additions to a column are one vector, because each vector that is live here needs a register per column.
     column = tl.zeros([BLOCK_N], tl.float32) - shift
     if bias is not None:
         column += alpha * tl.load(bias + n, mask=n < columns, other=0.0).to(tl.float32)
@@ -364,7 +366,7 @@ def _product(
     if copy is not None:
         tl.store(copy + out_at, rounded(acc, copy.dtype.element_ty), mask=inside)
     if measured_mean is not None:
-        # Of what was stored, which is what the next norm reads.
+        # The statistics are those of the stored values, because the next norm reads these.
         count = tl.minimum(columns - tile_n * BLOCK_N, BLOCK_N)
         middle, squares = _spread(tl.where(inside, result.to(tl.float32), 0.0), inside, count)
         at = tl.cast(tile_n, tl.int64) * rows + row

@@ -49,7 +49,7 @@ Error bad_columns(int64_t rows, int columns) {
     return served ? nullptr : "the number of columns must be a multiple of 8, up to 2048";
 }
 
-// The first that is not null.
+// Returns the first pointer that is not null.
 template <class... Errors>
 Error first(Errors... errors) {
     Error found = nullptr;

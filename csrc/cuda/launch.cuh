@@ -1,4 +1,4 @@
-// Launching a kernel of csrc/include/crate.
+// Launches a kernel of csrc/include/crate.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -10,7 +10,7 @@
 
 namespace crate {
 
-// The text of an error, which is taken here: the next call would otherwise report it.
+// Returns the text of an error and clears the error. Otherwise the next call would report it.
 inline Error text(cudaError_t error) {
     if (error == cudaSuccess) return nullptr;
     cudaGetLastError();
@@ -22,9 +22,9 @@ __global__ void __launch_bounds__(Kernel::kMaxThreads, Kernel::kMinBlocks) head_
     Kernel::run(params);
 }
 
-// Lets blocks of a kernel have the shared memory that its largest head needs, as far as the device has it, and gives
-// shared memory preference over the cache, so that two blocks fit a multiprocessor. Once for each device and always with
-// the same values: a call that asked for its own need could take away what a call of another thread had asked for.
+// Allows blocks of a kernel the shared memory that its largest head needs, up to the limit of the device. Also prefers
+// shared memory to the cache, so that two blocks fit a multiprocessor. This runs once per device, always with the same
+// values: a call that sets only its own need could lower the limit that a call of another thread has set.
 template <class Kernel>
 cudaError_t prepare() {
     static std::atomic<uint64_t> prepared{0};
@@ -44,7 +44,7 @@ cudaError_t prepare() {
     return cudaSuccess;
 }
 
-// One block a head.
+// One block per head.
 template <class Kernel>
 Error launch_heads(const typename Kernel::Params& params, int batch, Stream stream) {
     const int64_t blocks = int64_t(batch) * params.heads;

@@ -7,7 +7,7 @@
 
 namespace crate {
 
-// Enough blocks to fill any device a few times over; each then takes rows in turn.
+// Enough blocks to fill any device several times. Each block then computes several rows in turn.
 constexpr int64_t kForwardBlocks = 4096;
 
 template <class Kernel>

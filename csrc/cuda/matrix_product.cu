@@ -1,10 +1,10 @@
 // Matrix products through cuBLASLt, with the epilogue of an ISTA step: relu(alpha a b + beta c + bias).
 //
-// cuBLASLt is column-major. A row-major matrix is its own transpose there, so outᵀ = bᵀ aᵀ is what is asked of it: b
-// comes first, and the bias, one element a column of out, is one a row of outᵀ, which is what its epilogue adds.
+// cuBLASLt is column-major, so a row-major matrix is its own transpose there. The library therefore computes outᵀ = bᵀ
+// aᵀ: b comes first. The bias, one element per column of out, is one per row of outᵀ, and the epilogue adds it.
 //
-// The build needs cuBLASLt's header only. The library is opened when the first product asks for it: a torch built with
-// CUDA has loaded it by then, and a process without it still has the other kernels.
+// The build needs only cuBLASLt's header. The first product opens the library. A torch built with CUDA has loaded it by
+// then. A process without the library still has the other kernels.
 #include "cuda/launch.cuh"
 
 #if __has_include(<cublasLt.h>)
@@ -24,7 +24,7 @@ namespace {
 #define CRATE_STRING_OF(x) #x
 #define CRATE_STRING(x) CRATE_STRING_OF(x)
 
-// The functions of the library; `missing` says why they are not there.
+// The functions of the library. `missing` is the reason why they are not available.
 struct Blas {
     std::string missing;
 #define CRATE_CUBLASLT_FUNCTIONS(each)                                                                                    \
@@ -94,7 +94,7 @@ void set(cublasLtMatmulPreference_t preference, cublasLtMatmulPreferenceAttribut
     check(blas().MatmulPreferenceSetAttribute(preference, attribute, &value, sizeof(T)));
 }
 
-// A product in cuBLASLt's terms.
+// A product in the form that cuBLASLt needs.
 struct Problem {
     Owned<cublasLtMatmulDesc_t> operation;
     Owned<cublasLtMatrixLayout_t> a, b, c, out;
@@ -102,8 +102,9 @@ struct Problem {
     int64_t workspace_bytes;
 };
 
-// The algorithm that the library's heuristic puts first. Sums of a split depth stay in the accumulator's precision and
-// are added in a fixed order, so that results are repeatable; a shape for which no such algorithm is left takes any.
+// The first algorithm of the library's heuristic. Sums of a split depth must stay in the accumulator's precision and be
+// added in a fixed order, so that results are repeatable. If no such algorithm is left for a shape, any algorithm is
+// taken.
 cublasLtMatmulAlgo_t choose(cublasLtHandle_t handle, const Problem& problem) {
     cublasLtMatmulPreference_t raw;
     check(blas().MatmulPreferenceCreate(&raw));
@@ -125,15 +126,15 @@ cublasLtMatmulAlgo_t choose(cublasLtHandle_t handle, const Problem& problem) {
     throw Failure{status == CUBLAS_STATUS_SUCCESS ? CUBLAS_STATUS_NOT_SUPPORTED : status};
 }
 
-// Everything that the choice of an algorithm depends on.
+// Everything on which the choice of an algorithm depends.
 using Key = std::tuple<int, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, bool, bool, int, int, int, int, int,
                        int, int, int64_t>;
-// Sequences of ever new lengths would otherwise fill the memory.
+// Otherwise sequences of ever new lengths would fill the memory.
 constexpr size_t kMostAlgorithms = 4096;
 
 struct Cache {
     std::mutex mutex;
-    std::map<int, cublasLtHandle_t> handles;  // by device; kept for the life of the process
+    std::map<int, cublasLtHandle_t> handles;  // by device; they live as long as the process
     std::map<Key, cublasLtMatmulAlgo_t> algorithms;
 };
 

@@ -1,7 +1,6 @@
 """Runs one head in a build of the emulator with a planted fault: ``python -m tests.cuda.planted MODULE IN OUT``.
 
 It is a separate process, because Python would confuse a second module of the same name with the first.
-In a process of its own, because Python would take a second module of the same name for the first.
 """
 
 import os
@@ -13,7 +12,7 @@ import torch
 from . import emulator
 
 VARIABLE = "CRATE_PLANTED_FAULT"
-"""The environment variable that names the fault to commit."""
+"""The environment variable that names the active fault."""
 
 BARRIER = "if (step == 0) continue;\n            sync_block();"
 NO_BARRIER = BARRIER.replace("sync_block", "if (!HERE) sync_block")
@@ -31,7 +30,7 @@ FAULTS = {
         "a[1] = HERE ? pack<T>(c[0][3], c[0][2]) : pack<T>(c[0][2], c[0][3]);",
     ),
 }
-"""Name -> the file, what stands there, and what takes its place; ``HERE`` is whether this is the fault to commit."""
+"""Name -> the file, the text to replace, and its replacement. ``HERE`` is true if this fault is active."""
 
 CHOICE = f"""#pragma once
 #include <cstdlib>
@@ -44,7 +43,7 @@ inline bool planted(const char* fault) {{
 
 
 def plant(sources: Path) -> None:
-    """Plant all the faults in a copy of the sources; each is committed while the environment variable names it."""
+    """Plant all faults in a copy of the sources. A fault is active while the environment variable names it."""
     headers = sources / "include" / "crate"
     choice = headers / "dispatch.h", "#pragma once\n", CHOICE
     faults = [(headers / f, old, new.replace("HERE", f'planted("{n}")')) for n, (f, old, new) in FAULTS.items()]
@@ -55,7 +54,7 @@ def plant(sources: Path) -> None:
 
 
 def run(kernels: emulator.Kernels, w, grad, o, lse) -> dict:
-    """What each call returned, or the machine's error."""
+    """The result of each call, or the machine's error."""
     calls = {
         "forward": lambda: kernels.attention(w)[0],
         "backward": lambda: kernels.attention_backward(grad, w, o, lse)[0],

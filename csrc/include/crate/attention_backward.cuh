@@ -1,18 +1,18 @@
-// The gradient of attention_forward.cuh: one block a head, one output.
+// The gradient of attention_forward.cuh: one block per head, one output.
 //
 //   P_ij = exp(s w_i·w_j - lse_i)      D_ij = g_i·w_j      delta_i = g_i·o_i
 //   X_ij = s (P_ij (D_ij - delta_i) + P_ji (D_ji - delta_j))         symmetric
 //   dw_i = Σ_j X_ij w_j + Σ_j P_ji g_j
 //
-// A pair of row tiles (i, j) meets once (round_robin.cuh). It costs one product for the scores, two for D_ij and D_ji,
-// and then each side needs two: seven of the ten that separate dq, dk and dv would take. The warp that computes keeps
-// X_ij and P_ji as left operands for its own rows and hands X_ij and P_ij, transposed, to the other. Sums stay in
-// registers in an order fixed by the shape alone: no atomics, bitwise the same every time.
+// A pair of row tiles (i, j) is computed once (round_robin.cuh). It takes one product for the scores, two for D_ij and
+// D_ji, and two for each side: seven products instead of the ten for separate dq, dk and dv. The computing warp keeps
+// X_ij and P_ji as left operands for its own rows, and passes the transposes of X_ij and P_ij to the other warp. Sums
+// stay in registers, in an order that the shape alone fixes. There are no atomics, so results are bitwise repeatable.
 //
-// Exponents are taken against each row's own lse, so nothing can overflow whatever the norms are and no second path is
-// needed; it costs a second exponential a pair, of which the products leave room for many.
+// Exponents are relative to each row's own lse, so nothing can overflow, whatever the norms are, and no second path is
+// needed. This takes a second exponential per pair, which the products hide.
 //
-// Global traffic is w, g and o once, four bytes a row, and dw once.
+// Global traffic: w, g and o are read once, with four bytes per row, and dw is written once.
 #pragma once
 
 #include "crate/dispatch.h"
@@ -34,13 +34,14 @@ struct AttentionBackward {
     static constexpr int kRowBytes = (kWidth + kChunkElements) * 2;
     static constexpr int kMaxThreads = (kTokens + kBand - 1) / kBand * kWarpSize;
     static constexpr int kMinBlocks = 1;
-    // Whether a warp keeps its own rows of w and g in registers or reads them again for every pair.
+    // Whether a warp keeps its own rows of w and g in registers, or reads them again for every pair.
     static constexpr bool kKeepOwn = kWidth <= (kTokens <= kSmallTokens ? 64 : 16);
     static constexpr int kOwn = kKeepOwn ? kWidth / 16 : 1;
-    // Whether the products of a pair that sees each other in full are written out without questions in between: the
-    // registers of larger heads do not hold the loads that would run ahead.
+    // Whether the products of a pair without masks are unrolled without predicates between them. For larger heads the
+    // registers do not suffice for the loads that run ahead.
     static constexpr bool kAhead = kTokens <= kSmallTokens;
-    // Where the output of 16 rows does not fit the registers, the head is gone through twice, for half the columns each.
+    // If the output of 16 rows does not fit the registers, the kernel passes over the head twice, for half the columns
+    // each time.
     static constexpr int kPasses = kTokens > kSmallTokens && kWidth > 80 ? 2 : 1;
     static constexpr int kPassWidth = kWidth / kPasses;
     static constexpr int kStagingRowBytes = kPasses == 1 ? kRowBytes : (kPassWidth + kChunkElements) * 2;
@@ -58,10 +59,10 @@ struct AttentionBackward {
     const Params& params;
     const RoundRobin meeting;
     const int band;    // first row of this warp
-    const int length;  // keys that may be attended to
-    const SharedAddress w_rows, grad_rows, exchange, scalars;  // scalars: of every row, lse in powers of two and delta
+    const int length;  // number of visible keys
+    const SharedAddress w_rows, grad_rows, exchange, scalars;  // scalars: for every row, lse in powers of two and delta
     uint32_t own_w[kOwn][4], own_grad[kOwn][4];
-    int first_column;  // of this pass
+    int first_column;  // first column of this pass
     float out[kPassWidth / 16][2][4];
 
     CRATE_DEVICE static void run(const Params& params) {
@@ -82,7 +83,7 @@ struct AttentionBackward {
         const int padded = meeting.warps * kBand;
         copy_rows<kWidth>(w_rows, kRowBytes, w, params.w_token_stride, params.tokens, padded);
         copy_rows<kWidth>(grad_rows, kRowBytes, grad, params.grad_token_stride, params.tokens, padded);
-        const Outputs outputs = load_outputs();  // on their way while the copies are
+        const Outputs outputs = load_outputs();  // these loads run at the same time as the copies
         wait_async<0>();
         if (length < params.tokens) clean_rows<kWidth, T>(w_rows, kRowBytes, length, params.tokens);
         sync_block();
@@ -101,7 +102,7 @@ struct AttentionBackward {
             CRATE_UNROLL
             for (int i = 0; i < kPassWidth / 2; ++i) out[i / 8][i / 4 % 2][i % 4] = 0.0f;
             meet();
-            sync_block();  // the exchange is free again, and after the last pass the rows too
+            sync_block();  // the exchange can be reused, and after the last pass also the rows
             write();
         }
     }
@@ -111,7 +112,8 @@ struct AttentionBackward {
         const int batch = block_index() / params.heads, head = block_index() % params.heads;
         const int64_t token_stride = int64_t(params.heads) * kWidth;
         T* dw = static_cast<T*>(params.dw) + (int64_t(batch) * params.tokens + band) * token_stride + head * kWidth;
-        // With one pass the rows of w have served, and are the staging; otherwise it lies behind everything else.
+        // With one pass the rows of w are no longer needed and serve as staging memory. Otherwise the staging memory
+        // follows all else.
         const SharedAddress staging =
             kPasses == 1 ? address(w_rows, band, 0)
                          : scalars_of(meeting.warps * kBand) + band * kStagingRowBytes;
@@ -139,7 +141,7 @@ struct AttentionBackward {
 
     CRATE_DEVICE SharedAddress scalars_of(int row) const { return scalars + row * int(sizeof(Float2)); }
 
-    // What this lane needs of o and lse: four lanes have a row, and each two rows, eight apart.
+    // The values of o and lse that this lane needs. Four lanes share a row, and each lane has two rows, eight apart.
     struct Outputs {
         static constexpr int kChunks = kWidth / kChunkElements, kOfLane = (kChunks + 3) / 4;
         Chunk o[2][kOfLane];
@@ -189,15 +191,16 @@ struct AttentionBackward {
         }
     }
 
-    // May a query of one tile see a key of the other? Which products a pair needs follows; both warps ask the same.
+    // Whether a query of one tile may see a key of the other. This decides which products a pair needs; both warps
+    // compute it.
     CRATE_DEVICE bool sees(int query_tile, int key_tile) const {
         return key_tile * kBand < length && (!params.causal || key_tile <= query_tile);
     }
 
     using Tile = float[2][4];
 
-    // s += w_i·w_j, d += g_i·w_j, d_other += w_i·g_j. A pair that sees each other in full asks no question between its
-    // products, and so its loads run ahead of them.
+    // s += w_i·w_j, d += g_i·w_j, d_other += w_i·g_j. For a pair without masks there are no predicates between the
+    // products, so its loads run ahead of them.
     template <bool kInFull>
     CRATE_DEVICE void multiply_pair(Tile& s, Tile& d, Tile& d_other, int partner, bool forward, bool backward) {
         CRATE_UNROLL
@@ -234,7 +237,7 @@ struct AttentionBackward {
         const bool masked = params.causal || band + kBand > length || (partner + 1) * kBand > length;
         CRATE_UNROLL
         for (int n = 0; n < 2; ++n) {
-            const int first = partner * kBand + 8 * n + 2 * t;  // this lane's columns: first and the next
+            const int first = partner * kBand + 8 * n + 2 * t;  // this lane has the columns `first` and `first + 1`
             const TwoRows columns = load_shared<TwoRows>(scalars_of(first));
             float p[4], p_other[4];
             CRATE_UNROLL
@@ -250,7 +253,7 @@ struct AttentionBackward {
                 CRATE_UNROLL
                 for (int e = 0; e < 4; ++e) {
                     const int column = first + e % 2, row = band + lane / 4 + e / 2 * 8;
-                    // A hidden token may be so large that the differences are infinite: they go as well.
+                    // A hidden token may be so large that the differences are infinite. These are removed, too.
                     if (column >= length || (params.causal && column > row)) p[e] = d[n][e] = 0.0f;
                     if (row >= length || (params.causal && row > column)) p_other[e] = d_other[n][e] = 0.0f;
                 }
@@ -290,7 +293,7 @@ struct AttentionBackward {
         }
     }
 
-    // out += a · rows of the tile, the columns of this pass
+    // out += a · rows of the tile, for the columns of this pass
     CRATE_DEVICE void accumulate(const uint32_t (&a)[4], SharedAddress rows, int tile) {
         CRATE_UNROLL
         for (int n = 0; n < kPassWidth / 16; ++n) {

@@ -1,19 +1,19 @@
-// o = softmax(s w wᵀ) w for one head of up to a few hundred tokens: one block a head, the head in shared memory.
+// o = softmax(s w wᵀ) w for one head of up to a few hundred tokens: one block per head, with the head in shared memory.
 //
-// The scores are symmetric, so every pair of row bands computes its tile of a = exp(s w wᵀ - K) once and both bands use
-// it (round_robin.cuh). K is one number for the head, the greatest s‖w_i‖², which no score exceeds: there is no row
-// maximum to find and nothing to rescale, o_i = Σ_j a_ij w_j / Σ_j a_ij. Row i holds the term a_ii = exp(s‖w_i‖² - K),
-// so it can only underflow when the norms of the tokens differ widely; the block looks at its norms first, and takes
-// the ordinary online softmax (`online`) when they do, or when anything is not finite, or s < 0.
+// The scores are symmetric. Every pair of row bands computes its tile of a = exp(s w wᵀ - K) once, and both bands use
+// it (round_robin.cuh). K is one number for the head, the largest s‖w_i‖², which no score exceeds. There is no row
+// maximum and no rescaling: o_i = Σ_j a_ij w_j / Σ_j a_ij. Row i contains the term a_ii = exp(s‖w_i‖² - K), which
+// underflows only if the norms of the tokens differ widely. The block checks its norms first. It takes the ordinary
+// online softmax (`online`) if they differ widely, if a value is not finite, or if s < 0.
 //
-// Per head, with T = ceil(N/16) row tiles: T² + T(T+1)/2 tile products of depth p, roughly, against 2T² for an
-// attention that does not know its scores are symmetric, and half the exponentials. Global traffic is w once, o once
-// and four bytes a row; docs/cuda.md has the table.
+// Per head, with T = ceil(N/16) row tiles, there are about T² + T(T+1)/2 tile products of depth p. An attention that
+// does not use the symmetry needs 2T² products and twice the exponentials. Global traffic is w once, o once and four
+// bytes per row; docs/cuda.md has the table.
 //
-// Each row is summed twice. The sum that o is divided by is one more tensor-core product, with a column of ones: there
-// the weights are rounded as in the numerator, and where one weight outgrows all others the rounding cancels. lse is
-// the sum of the fp32 weights, because the backward subtracts it from exact scores, and a weight near one must come
-// out near one.
+// Each row is summed twice. o is divided by a sum from one more tensor-core product, with a column of ones. There the
+// weights are rounded as in the numerator, so the rounding cancels if one weight is much larger than all others. lse is
+// the sum of the fp32 weights, because the backward subtracts it from exact scores, and a weight near one must stay
+// near one.
 #pragma once
 
 #include "crate/dispatch.h"
@@ -23,9 +23,9 @@
 
 namespace crate {
 
-// How far powers of two may reach down from K before a term loses accuracy, and where K is put: bf16 has the range of
-// fp32; fp16 does not, and uses its range above 1: a row's
-// own term stays at 1 or more, so what underflows is 2^-24 of it, as in any softmax in fp16.
+// The range of powers of two below K in which a term stays accurate, and the position of K. bf16 has the range of fp32.
+// fp16 has not, and uses its range above 1: a row's own term stays at 1 or more, so terms that underflow are below
+// 2^-24 of it, as in any softmax in fp16.
 template <class T>
 struct ExponentRange;
 template <>
@@ -41,31 +41,33 @@ template <class T, int kWidth, int kTokens>
 struct AttentionForward {
     static_assert(kWidth % 16 == 0);
     static constexpr int kMostTokens = kTokens;
-    // Two row tiles a warp share every operand they read from shared memory, as long as the registers hold both.
+    // Two row tiles of a warp share every operand that they read from shared memory, as long as the registers hold
+    // both.
     static constexpr int kRowTiles = kTokens > kSmallTokens || kWidth <= 64 ? 2 : 1;
     static constexpr int kBand = 16 * kRowTiles;  // rows of a warp
     static constexpr int kRowBytes = (kWidth + kChunkElements) * 2;
     static constexpr int kMaxThreads = (kTokens + kBand - 1) / kBand * kWarpSize;
-    // Blocks a multiprocessor should hold at once, so that one computes while another loads.
+    // Number of blocks that a multiprocessor should hold at once, so that one computes while another loads.
     static constexpr int kMinBlocks = kMaxThreads <= 224 ? 2 : 1;
-    // Whether a warp keeps its own rows in registers as the left operand or reads them again for every product.
+    // Whether a warp keeps its own rows in registers as the left operand, or reads them again for every product.
     static constexpr bool kKeepOwn = kTokens > kSmallTokens ? kWidth <= 48 : kRowTiles == 1 ? kWidth <= 96 : kWidth <= 32;
 
-    // Where the output of a band does not fit the registers, the head is gone through twice, for half the columns each.
+    // If the output of a band does not fit the registers, the kernel passes over the head twice, for half the columns
+    // each time.
     static constexpr int kPasses = kTokens > kSmallTokens && kWidth > 80 ? 2 : 1;
     static constexpr int kPassWidth = kWidth / kPasses;
     static constexpr int kStagingRowBytes = kPasses == 1 ? kRowBytes : (kPassWidth + kChunkElements) * 2;
 
     using Params = AttentionForwardParams;
     using Output = float[kRowTiles][kPassWidth / 16][2][4];
-    // Row tile r is multiplied by ones in the columns of parity r, so that one accumulator holds the sums of both:
-    // element 2 half + r is that of row g + 8 half of tile r.
+    // Row tile r is multiplied by ones in the columns of parity r, so that one accumulator holds the sums of both
+    // tiles. Element 2 half + r belongs to row g + 8 half of tile r.
     using RoundedSums = float[4];
-    using ExactSums = float[kRowTiles][2];  // of rows g and g + 8, this lane's part
+    using ExactSums = float[kRowTiles][2];  // this lane's part for rows g and g + 8
 
     CRATE_HOST_DEVICE static int warps(int tokens) { return (tokens + kBand - 1) / kBand; }
     CRATE_HOST_DEVICE static int rows_bytes(int warps) { return warps * kBand * kRowBytes; }
-    // What the warps hand over in one step: tiles, and the sums of their columns.
+    // The data that warps exchange in one step: tiles, and the sums of their columns.
     CRATE_HOST_DEVICE static int tiles_bytes(int warps) { return warps * kRowTiles * kRowTiles * kTileBytes; }
     CRATE_HOST_DEVICE static int exchange_bytes(int warps) {
         return tiles_bytes(warps) + warps * kBand * int(sizeof(float));
@@ -79,10 +81,10 @@ struct AttentionForward {
     const Params& params;
     const RoundRobin meeting;
     const int band;  // first row of this warp
-    const int length;  // keys that may be attended to
+    const int length;  // number of visible keys
     const SharedAddress rows;
     uint32_t own[kRowTiles][kKeepOwn ? kWidth / 16 : 1][4];  // this warp's rows, as left operands
-    int first_column;  // of this pass
+    int first_column;  // first column of this pass
     Output out;
     RoundedSums rounded;
     ExactSums exact;
@@ -113,7 +115,7 @@ struct AttentionForward {
         const float top = head_maximum();
         CRATE_NO_UNROLL
         for (first_column = 0; first_column < kWidth; first_column += kPassWidth) {
-            float reference[kRowTiles][2];  // what was subtracted from each row's exponents, in powers of two
+            float reference[kRowTiles][2];  // the number subtracted from each row's exponents, in powers of two
             clear();
             if (top < kInfinity) {
                 CRATE_UNROLL
@@ -122,7 +124,7 @@ struct AttentionForward {
             } else {
                 online(reference);
             }
-            sync_block();  // the exchange is free again, and after the last pass the rows too
+            sync_block();  // the exchange can be reused, and after the last pass also the rows
             write(reference);
         }
     }
@@ -139,7 +141,7 @@ struct AttentionForward {
         }
     }
 
-    // The exponent K, in powers of two; infinity when the norms do not allow the symmetric path.
+    // The exponent K, in powers of two. It is infinite if the norms do not allow the symmetric path.
     CRATE_DEVICE float head_maximum() {
         const int lane = lane_index(), g = lane / 4, t = lane % 4;
         float low = kInfinity, high = -kInfinity;
@@ -152,7 +154,7 @@ struct AttentionForward {
                 load_right_of_transpose(b, row_address(band + 16 * r) + 32 * k, kRowBytes);
                 multiply<T>(c, own_rows(r, k), b);
             }
-            // The diagonal: rows g and g + 8, in the lanes that hold column g%8 of their half.
+            // The diagonal: rows g and g + 8, in the lanes with column g%8 of their half.
             const float diagonal[2] = {g % 2 ? c[0][1] : c[0][0], g % 2 ? c[1][3] : c[1][2]};
             CRATE_UNROLL
             for (int half = 0; half < 2; ++half) {
@@ -174,7 +176,7 @@ struct AttentionForward {
             low = fminf(low, other.x);
             high = fmaxf(high, other.y);
         }
-        // With masked keys a row may miss its own term, and its scores are bounded below by -K only.
+        // With masked keys a row may lack its own term. Its scores then have only the lower bound -K.
         const float span = length < params.tokens ? 2 * high : high - low;
         const bool safe = params.scale_log2 >= 0 && span <= ExponentRange<T>::kSpan;
         return safe ? high - ExponentRange<T>::kTop : kInfinity;
@@ -201,7 +203,7 @@ struct AttentionForward {
         }
     }
 
-    // out += a · w[key, key + 16), the columns of this pass; rounded += a · 1
+    // out += a · w[key, key + 16), for the columns of this pass; rounded += a · 1
     CRATE_DEVICE void accumulate(const uint32_t (&a)[kRowTiles][4], int key) {
         CRATE_UNROLL
         for (int r = 0; r < kRowTiles; ++r) {
@@ -217,7 +219,7 @@ struct AttentionForward {
         }
     }
 
-    // Is the key in column `e` of a tile one that its row may attend to?
+    // Whether the row may attend to the key in column `e` of a tile.
     CRATE_DEVICE bool visible(int row_tile, int key, int half, int e) const {
         const int lane = lane_index();
         const int column = key + 8 * half + 2 * (lane % 4) + e % 2;
@@ -239,7 +241,7 @@ struct AttentionForward {
         return exchange(step) + tiles_bytes(meeting.warps) + (warp * kBand + column) * int(sizeof(float));
     }
 
-    // The last band may be so short that its second row tile has no rows: nobody computes that tile.
+    // The last band may be so short that its second row tile has no rows. That tile is skipped.
     CRATE_DEVICE bool has_rows(int row_tile) const { return row_tile == 0 || band + 16 * row_tile < params.tokens; }
 
     CRATE_DEVICE void symmetric(float top) {
@@ -247,7 +249,7 @@ struct AttentionForward {
         for (int step = 0; meeting.meets(step); ++step) {
             const int partner = meeting.partner(step), giver = meeting.giver(step);
             if (meeting.computes(step, meeting.warp)) {
-                // In causal attention the later band has the queries, whichever of the two warps computes.
+                // In causal attention the later band has the queries, whichever of the two warps computes the tile.
                 const bool use = !params.causal || partner <= meeting.warp;
                 const bool give = step > 0 && (!params.causal || partner > meeting.warp);
                 CRATE_NO_UNROLL
@@ -295,7 +297,7 @@ struct AttentionForward {
         }
         if (give) {
             float columns[4] = {};
-            // The rows of this warp are the keys of the other. Only the last bands have rows that are hidden from it.
+            // The rows of this warp are the keys of the other warp. Only the last bands have hidden rows.
             if (band + kBand <= length)
                 give_tile<true>(c, a, step, tile, columns);
             else
@@ -338,8 +340,8 @@ struct AttentionForward {
             for (int e = 0; e < 8; ++e) exact[r][e % 4 / 2] += c[r][e / 4][e % 4];
     }
 
-    // Sums columns[2 n + i], of column 8 n + 2 t + i, over the eight lanes with the same t. Each exchange halves what a
-    // lane still answers for, so four shuffles do.
+    // Sums columns[2 n + i], of column 8 n + 2 t + i, over the eight lanes with the same t. Each exchange halves the
+    // number of sums per lane, so four shuffles are enough.
     CRATE_DEVICE static void hand_over_columns(SharedAddress to, const float (&columns)[4]) {
         const int lane = lane_index(), g = lane / 4, t = lane % 4, i = g % 2, n = g / 2 % 2;
         const float first = (i ? columns[1] : columns[0]) + shuffle_xor(i ? columns[0] : columns[1], 4);
@@ -349,7 +351,7 @@ struct AttentionForward {
         if (g < 4) store_shared(to + (8 * n + 2 * t + i) * int(sizeof(float)), sum);
     }
 
-    // The ordinary way: every warp looks at all keys of its rows and keeps a running maximum.
+    // The ordinary softmax: every warp reads all keys of its rows and keeps a running maximum.
     CRATE_DEVICE void online(float (&maximum)[kRowTiles][2]) {
         CRATE_UNROLL
         for (int r = 0; r < kRowTiles; ++r) maximum[r][0] = maximum[r][1] = -kInfinity;
@@ -401,7 +403,8 @@ struct AttentionForward {
         for (int r = 0; r < kRowTiles; ++r) {
             const int row = band + 16 * r;
             if (row >= params.tokens) break;
-            // With one pass the rows have served, and are the staging; otherwise it lies behind everything else.
+            // With one pass the rows are no longer needed and serve as staging memory. Otherwise the staging memory
+            // follows all else.
             const SharedAddress staging =
                 kPasses == 1 ? row_address(row) : scratch() + scratch_bytes(meeting.warps) + row * kStagingRowBytes;
             store_rows<T, kPassWidth>(o + row * token_stride, token_stride, params.tokens - row, out[r],

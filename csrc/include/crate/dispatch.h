@@ -1,14 +1,15 @@
-// Which instantiation of a kernel serves a call: the shapes and formats built are listed here and nowhere else.
+// Chooses the instantiation of a kernel for a call. All shapes and formats that are built are listed here.
 #pragma once
 
 #include "crate/numeric.h"
 
 namespace crate {
 
-// Heads of up to 208 tokens (13 row tiles; ViT at patch 16 has 197) leave each warp more registers than larger ones.
+// Heads of up to 208 tokens (13 row tiles; ViT with patch size 16 has 197) leave more registers to each warp than
+// larger heads.
 constexpr int kSmallTokens = 208, kMaxTokens = 272;
 
-// Calls f.template operator()<T, kWidth, kMaxTokens>(); false if no instantiation serves this head.
+// Calls f.template operator()<T, kWidth, kMaxTokens>(). Returns false if there is no instantiation for this head.
 template <class F>
 bool dispatch_attention(bool is_bf16, int width, int tokens, F f) {
     const auto by_tokens = [&]<class T, int kWidth>() {

@@ -1,8 +1,9 @@
-// LayerNorm around the products of a block: forward with its statistics, backward with everything that can ride along.
+// LayerNorm around the products of a block: forward with statistics, backward with the other operations on the same
+// rows.
 //
-// One thread owns eight columns (one 16-byte chunk) of every row its block visits, so column sums need no exchange
-// between threads: each block keeps them in registers and writes one partial sum, and ReduceRows adds the partial sums
-// in a fixed order. A block takes four rows at a time, which share each reduction over the columns.
+// One thread has eight columns (one 16-byte chunk) of every row of its block, so column sums need no exchange between
+// threads. Each block keeps them in registers and writes one partial sum. ReduceRows adds the partial sums in a fixed
+// order. A block takes four rows at a time, which share each reduction over the columns.
 #pragma once
 
 #include "crate/params.h"
@@ -23,15 +24,15 @@ CRATE_HOST_DEVICE int layer_norm_shared_bytes(int columns) {
     return layer_norm_threads(columns) / kWarpSize * int(sizeof(RowSums));
 }
 
-// The sums of four values over the block, in every thread. Each exchange between lanes halves what a lane still answers
-// for, so that six shuffles do for the four.
+// The sums of four values over the block, in every thread. Each exchange between lanes halves the number of sums per
+// lane, so six shuffles are enough for the four.
 CRATE_DEVICE RowSums sum_over_block(const RowSums& v) {
     const int lane = lane_index(), i = lane % 2, j = lane / 2 % 2, warps = block_threads() / kWarpSize;
     const float first = (i ? v.row[1] : v.row[0]) + shuffle_xor(i ? v.row[0] : v.row[1], 1);
     const float second = (i ? v.row[3] : v.row[2]) + shuffle_xor(i ? v.row[2] : v.row[3], 1);
     float sum = (j ? second : first) + shuffle_xor(j ? first : second, 2);
     for (int mask = 4; mask < kWarpSize; mask *= 2) sum += shuffle_xor(sum, mask);
-    sync_block();  // the results of the previous call have been read
+    sync_block();  // all threads have read the results of the previous call
     const SharedAddress scratch = shared_base();
     if (lane < kRowsAtOnce) store_shared(scratch + (warp_index() * kRowsAtOnce + lane) * int(sizeof(float)), sum);
     sync_block();
@@ -131,10 +132,10 @@ struct LayerNormForward {
         }
     }
 
-    // Takes the mean from each row, and returns it and 1/σ.
+    // Subtracts the mean from each row, and returns it together with 1/σ.
     CRATE_DEVICE static void center(float (&z)[kRowsAtOnce][kChunkElements], RowSums& mean, RowSums& rstd, int columns,
                                     bool active, float eps) {
-        const float share = 1.0f / columns;  // a division takes ten instructions and more
+        const float share = 1.0f / columns;  // a division takes at least ten instructions
         RowSums sums{}, squares{};
         CRATE_UNROLL
         for (int r = 0; r < kRowsAtOnce; ++r)
@@ -233,8 +234,8 @@ struct LayerNormBackward {
     }
 };
 
-// Sums over the rows in an order that depends on their number alone. A block has 32 columns of all sums side by side, its
-// warps take the rows in turn.
+// Sums over the rows in an order that depends only on their number. A block has 32 columns of all sums side by side,
+// and its warps take the rows in turn.
 struct ReduceRows {
     using Params = ReduceRowsParams;
     static constexpr int kThreads = 512;

@@ -14,7 +14,7 @@ struct fp16 {
     uint16_t bits;
 };
 
-// 16 bytes: the widest access of one thread, eight 16-bit elements.
+// 16 bytes, the widest access of one thread: eight 16-bit elements.
 struct alignas(16) Chunk {
     uint32_t word[4];
 };
@@ -23,7 +23,7 @@ struct alignas(8) Float2 {
     float x, y;
 };
 
-// Formats of elements as the C interface numbers them.
+// Numbers of the element formats in the C interface.
 enum Format { kBfloat16 = 0, kFloat16 = 1, kFloat32 = 2 };
 
 constexpr int kChunkElements = 8;

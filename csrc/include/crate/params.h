@@ -1,11 +1,11 @@
-// What the kernels are given: free of device code, so that launchers and the C interface see the same structures.
+// The parameters of the kernels. This header has no device code, so that launchers and the C interface can include it.
 #pragma once
 
 #include "crate/numeric.h"
 
 namespace crate {
 
-// LayerNorm: most columns of a row. A thread has eight of them, and a block at most 256 threads.
+// LayerNorm: largest number of columns in a row. A thread has eight of them, and a block has at most 256 threads.
 constexpr int kMaxColumns = 2048;
 
 struct AttentionForwardParams {
@@ -33,14 +33,14 @@ struct AttentionBackwardParams {
     bool causal;
 };
 
-// Rows of the stream (z, grad, out, the wide results) have the format of the operands of the products, or are float32.
+// Rows of the stream (z, grad, out, the wide results) have the format of the products' operands, or are float32.
 struct LayerNormForwardParams {
     const void* z;        // (rows, columns)
     const float* weight;  // (columns,)
     const float* bias;
     void* x;           // (rows, columns): LN(z), the operand of a product
-    float* x_wide;     // LN(z) in float32 too, or null; only beside a float32 stream
-    float* mean;       // (rows,): results, or operands where they are known
+    float* x_wide;     // LN(z) in float32, or null; only with a float32 stream
+    float* mean;       // (rows,): results, or operands if they are known
     float* rstd;
     const void* grad;  // (rows, columns), or null; with `out`, also writes gated = grad where out > 0, else 0
     const void* out;
@@ -75,9 +75,9 @@ struct ReduceRowsParams {
 // A row-major matrix, or its transpose.
 struct Matrix {
     const void* data;
-    int64_t rows, columns, stride;  // stride in elements, between rows of what is stored
-    bool transposed;                // rows and columns are those of the matrix as it enters the product
-    int format;                     // of its elements, see numeric.h
+    int64_t rows, columns, stride;  // stride in elements, between rows of the stored matrix
+    bool transposed;                // rows and columns are those of the matrix in the product
+    int format;                     // format of its elements, see numeric.h
 };
 
 struct ProductParams {

@@ -1,6 +1,6 @@
-// Everything a kernel may ask of the machine. Kernels include this header and nothing of CUDA, so the same source is
-// compiled twice: by nvcc, where each function is an instruction or two of PTX, and by the host compiler, where it is
-// a call into the emulator of csrc/simt. Both headers declare exactly these functions, in namespace crate:
+// All functions of the machine that a kernel may use. Kernels include this header and nothing of CUDA, so the same
+// source is compiled twice. With nvcc each function is one or two PTX instructions. With the host compiler each
+// function is a call into the emulator of csrc/simt. Both headers declare exactly these functions, in namespace crate:
 //
 //   thread_index() warp_index() lane_index() block_index() block_threads()
 //   warp_index_again()                           the same as warp_index(), but held in no register until here

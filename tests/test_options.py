@@ -69,6 +69,7 @@ def no_work(monkeypatch, tmp_path):
     monkeypatch.setattr(prepare_text, "write", lambda *arguments: 0)
     monkeypatch.setattr(prepare_images, "write", lambda *arguments: 0)
     monkeypatch.setattr(selftest, "run", lambda *arguments: 0)
+    monkeypatch.setattr("crate_kernels.bench.predict.text", lambda *arguments: "")
     for name in ("measure", "render", "compare"):
         monkeypatch.setattr(bench, name, lambda *arguments: 0)
 

@@ -28,7 +28,7 @@ COMMANDS = {
     "plan": ("crate_kernels.distributed.plan", "predict the memory and communication of a run on many GPUs"),
     "bench": ("crate_kernels.bench.command", "measure operators and models, compare and report results"),
     "tune": ("crate_kernels.bench.tune", "measure which backend is fastest on this device, and remember it"),
-    "selftest": ("crate_kernels.selftest", "test every kernel on the device at hand"),
+    "selftest": ("crate_kernels.selftest", "test every kernel on this device"),
     "info": ("crate_kernels.collect_env", "print versions, devices and why each backend can or cannot run"),
 }
 """Subcommand -> the module with ``add_arguments(parser)`` and ``run(args)``, and one line of help."""

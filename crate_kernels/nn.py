@@ -120,7 +120,7 @@ class MSSA(nn.Module):
         """``x (B, N, d)`` -> ``(B, N, d)``, or a feature map ``(B, d, rows, columns)`` -> the same.
 
         Args:
-            lengths: ``(B,)``, the number of real tokens; the padding behind them is masked. With ``context`` it counts
+            lengths: ``(B,)``, the number of real tokens; the padding after them is masked. With ``context`` it counts
                 the tokens of ``context``.
             context: ``(B, M, d)`` or a feature map, for cross-attention ``softmax(scale · w_x w_cᵀ) w_c``. The tokens
                 of ``x`` are the queries, those of ``context`` are keys and values; U projects both. Not with causal

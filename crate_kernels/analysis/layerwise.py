@@ -75,7 +75,7 @@ class Layerwise:
             return f"{text} R^c falls from {first} nats in the first layer to {last} in the last."
         return (
             f"{text} From the first layer to the last R^c does not fall ({first} to {last} nats): every layer "
-            "measures it in subspaces of its own."
+            "measures it in its own subspaces."
         )
 
 

@@ -162,7 +162,7 @@ class ImageManifest:
         except FileNotFoundError as error:
             raise DataError(f"there is no {path}: crate-kernels prepare-images writes it") from error
         except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
-            raise DataError(f"{path} is damaged or no manifest of image shards: {error!r}") from error
+            raise DataError(f"{path} is damaged or not a manifest of image shards: {error!r}") from error
 
 
 def is_prepared(path: str) -> bool:

@@ -281,7 +281,7 @@ def _scan(root: Path) -> tuple[list[str], list[str], np.ndarray]:
         found = sorted(str(path) for path in (root / name).rglob("*") if path.suffix.lower() in IMG_EXTENSIONS)
         if not found:
             raise DataError(
-                f"{root} is no folder of class folders: {root / name} has no images (accepted endings: "
+                f"{root} is not a folder of class folders: {root / name} has no images (accepted endings: "
                 f"{' '.join(IMG_EXTENSIONS)})"
             )
         paths += found
@@ -315,9 +315,9 @@ def read_idx(folder: Path, name: str) -> np.ndarray:
         with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as file:
             content = file.read()
     except (OSError, EOFError) as error:
-        raise DataError(f"{path} is truncated or no gzip file: {error}") from error
+        raise DataError(f"{path} is truncated or not a gzip file: {error}") from error
     rank = content[3] if content[:3] == b"\x00\x00\x08" else 0  # two zero bytes, the code of uint8, the rank
     shape = tuple(np.frombuffer(content, ">u4", count=rank, offset=4).tolist()) if len(content) >= 4 + 4 * rank else ()
     if not rank or len(content) != 4 + 4 * rank + int(np.prod(shape)):
-        raise DataError(f"{path} is truncated or no IDX file of bytes ({len(content)} bytes)")
+        raise DataError(f"{path} is truncated or not an IDX file of bytes ({len(content)} bytes)")
     return np.frombuffer(content, np.uint8, offset=4 + 4 * rank).reshape(shape)

@@ -261,14 +261,14 @@ def _text(record: bytes, path: str, offset: int) -> str:
     try:
         return record.decode()
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is no UTF-8 text: byte {offset + error.start:,}, {error.reason}") from error
+        raise ValueError(f"{path} is not UTF-8 text: byte {offset + error.start:,}, {error.reason}") from error
 
 
 def _field(record: bytes, path: str, offset: int, field: str) -> str:
     try:
         content: Any = json.loads(record)
     except ValueError as error:
-        raise ValueError(f"{path}: the line at byte {offset:,} is no JSON: {error}") from error
+        raise ValueError(f"{path}: the line at byte {offset:,} is not JSON: {error}") from error
     text = content.get(field) if isinstance(content, dict) else None
     if not isinstance(text, str):
         raise ValueError(f"{path}: the line at byte {offset:,} has no text in the field {field!r}")
@@ -298,7 +298,7 @@ def _arrow_batches(path: Path | str) -> Iterator[Any]:
             try:
                 yield from pyarrow.ipc.open_stream(mapped)
             except pyarrow.ArrowInvalid as error:
-                raise ValueError(f"{path} is truncated or no Arrow file: {error}") from error
+                raise ValueError(f"{path} is truncated or not an Arrow file: {error}") from error
         else:
             for i in range(reader.num_record_batches):
                 yield reader.get_batch(i)
@@ -311,7 +311,7 @@ def _parquet(path: Path | str):
     try:
         return ParquetFile(path)
     except pyarrow.ArrowInvalid as error:
-        raise ValueError(f"{path} is truncated or no Parquet file: {error}") from error
+        raise ValueError(f"{path} is truncated or not a Parquet file: {error}") from error
 
 
 def _rows(part: Range, field: str) -> Iterator[str | None]:

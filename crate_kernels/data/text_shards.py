@@ -93,7 +93,7 @@ class Manifest:
                 f"{folder} has no {MANIFEST}: crate-kernels prepare-text writes it when all shards are complete"
             ) from error
         except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise ValueError(f"{path} is damaged or no manifest of token shards: {error!r}") from error
+            raise ValueError(f"{path} is damaged or not a manifest of token shards: {error!r}") from error
 
 
 def is_prepared(path: Path) -> bool:

@@ -43,7 +43,7 @@ class ProjectionHead(nn.Module):
 
 
 class Branch(nn.Module):
-    """A backbone without classifier and the head behind it."""
+    """A backbone without classifier, followed by a head."""
 
     def __init__(self, backbone: CRATE, head: ProjectionHead):
         super().__init__()

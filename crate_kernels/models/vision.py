@@ -26,7 +26,7 @@ class PatchSizeError(ValueError):
 
     def __init__(self, name: str, image: tuple[int, int], patch: tuple[int, int]):
         self.image, self.patch = f"{image[0]} x {image[1]}", f"{patch[0]} x {patch[1]}"
-        super().__init__(f"{name}: {self.image} pixels are no multiple of the patch size {self.patch}")
+        super().__init__(f"{name}: {self.image} pixels are not a multiple of the patch size {self.patch}")
 
 
 def whole_patches(name: str, image: tuple[int, int], patch: tuple[int, int]) -> tuple[int, int]:
@@ -54,7 +54,7 @@ def patch_grid(
     checks.model_dtype("images", images, weight)
     height, width = images.shape[2:]
     if height % rows or width % columns or not height or not width:
-        raise ValueError(f"images: {height} x {width} pixels are no multiple of the patch size {rows} x {columns}")
+        raise ValueError(f"images: {height} x {width} pixels are not a multiple of the patch size {rows} x {columns}")
     return height // rows, width // columns
 
 
@@ -178,7 +178,7 @@ class VisionModel(CrateModel):
         """Interpolate the positions for images of ``img_size`` permanently. The outputs for such images do not change.
 
         Raises:
-            ValueError: ``img_size`` is no multiple of the patch size, or ``patch_size`` differs from the model's.
+            ValueError: ``img_size`` is not a multiple of the patch size, or ``patch_size`` differs from the model's.
         """
         rows, columns = self.patch_embedding.patch_size
         if patch_size is not None and pair("patch_size", patch_size) != (rows, columns):

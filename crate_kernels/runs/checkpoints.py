@@ -201,9 +201,11 @@ def load(path: Path) -> dict[str, Any]:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        raise CheckpointError(f"{path} is truncated or no checkpoint of a run ({path.stat().st_size} bytes)") from error
+        raise CheckpointError(
+            f"{path} is truncated or not a checkpoint of a run ({path.stat().st_size} bytes)"
+        ) from error
     if not isinstance(state, dict) or state.get("format") != FORMAT:
-        raise CheckpointError(f"{path} is no checkpoint of a run; give a file of weights with --init")
+        raise CheckpointError(f"{path} is not a checkpoint of a run; give a file of weights with --init")
     return state
 
 

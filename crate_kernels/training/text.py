@@ -333,7 +333,7 @@ class TextTrainer(Engine):
             with self.autocast():
                 logits, mean = self.model(**batch)
             asked = targets != IGNORED_TARGET
-            if count := int(asked.sum()):  # the mean of nothing is no number
+            if count := int(asked.sum()):  # without target tokens there is no mean
                 meter.add(count, mean.double() * count, (logits.argmax(-1) == targets)[asked].sum())
         return meter.read()
 

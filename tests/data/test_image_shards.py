@@ -353,7 +353,11 @@ def test_the_speed_of_the_loader_counts_images(folder, monkeypatch):
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [("{", "damaged or no manifest"), ('{"format": 1}', "damaged or no manifest"), ('{"format": 7}', "reads format 1")],
+    [
+        ("{", "damaged or not a manifest"),
+        ('{"format": 1}', "damaged or not a manifest"),
+        ('{"format": 7}', "reads format 1"),
+    ],
 )
 def test_a_damaged_manifest_is_named(folder, content, message):
     output = shards_of(folder)

@@ -168,7 +168,7 @@ def test_missing_and_empty_folders(tmp_path):
     (tmp_path / "cat").mkdir()
     (tmp_path / "cat" / "notes.txt").write_text("no image")
     with pytest.raises(
-        d.DataError, match=r"^\S* is no folder of class folders: \S*cat has no images \(accepted endings: .*\.png"
+        d.DataError, match=r"^\S* is not a folder of class folders: \S*cat has no images \(accepted endings: .*\.png"
     ):
         d.load(ImageSource(data=str(tmp_path)))
 
@@ -214,7 +214,7 @@ def test_damaged_idx_files(fashion_root, tmp_path):
     labels = raw / "t10k-labels-idx1-ubyte"
     whole = labels.read_bytes()
     labels.write_bytes(whole[:-1])
-    with pytest.raises(d.DataError, match="t10k-labels-idx1-ubyte is truncated or no IDX file"):
+    with pytest.raises(d.DataError, match="t10k-labels-idx1-ubyte is truncated or not an IDX file"):
         d.load(source)
     labels.write_bytes(whole[:-1] + b"\x0b")
     with pytest.raises(d.DataError, match="labels run from 0 to 11, but there are 10 classes"):

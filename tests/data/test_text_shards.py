@@ -284,7 +284,7 @@ def test_damage_is_named(tmp_path):
     with pytest.raises(ValueError, match="but the manifest says"):
         TextShards(tmp_path / "out")
     (tmp_path / "out" / "manifest.json").write_text('{"format": 1}')
-    with pytest.raises(ValueError, match="damaged or no manifest"):
+    with pytest.raises(ValueError, match="damaged or not a manifest"):
         TextShards(tmp_path / "out")
     (tmp_path / "out" / "manifest.json").write_text('{"format": 9}')
     with pytest.raises(ValueError, match="this version reads format 1"):
@@ -294,11 +294,11 @@ def test_damage_is_named(tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("x.jsonl", b'{"text": "a"}\n{"text": \n', "the line at byte 14 is no JSON"),
+        ("x.jsonl", b'{"text": "a"}\n{"text": \n', "the line at byte 14 is not JSON"),
         ("x.jsonl", b'{"text": "a"}\n{"title": "b"}\n', "the line at byte 14 has no text in the field 'text'"),
-        ("x.txt", b"abc\nab\xff\xd8", "is no UTF-8 text: byte 6"),
-        ("x.arrow", b"no table", "truncated or no Arrow file"),
-        ("x.parquet", b"no table", "truncated or no Parquet file"),
+        ("x.txt", b"abc\nab\xff\xd8", "is not UTF-8 text: byte 6"),
+        ("x.arrow", b"no table", "truncated or not an Arrow file"),
+        ("x.parquet", b"no table", "truncated or not a Parquet file"),
     ],
 )
 def test_files_that_are_something_else_are_named(tmp_path, name, content, message):

@@ -208,7 +208,7 @@ def test_a_sharded_checkpoint_executes_no_code_and_must_be_complete(source, tmp_
             checkpoints.restore(state, lambda keys: None)
     assert not (tmp_path / "should-not-exist").exists()
     (path / "state.pt").write_bytes(b"half")
-    with pytest.raises(CheckpointError, match="truncated or no checkpoint of a run"):
+    with pytest.raises(CheckpointError, match="truncated or not a checkpoint of a run"):
         checkpoints.load(path)
 
 

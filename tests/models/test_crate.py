@@ -159,7 +159,7 @@ def test_other_image_sizes_interpolate_positions():
         (torch.randn(3, 8, 12), r"expected shape \(B, 3, H, W\), got \(3, 8, 12\)"),
         (torch.randn(1, 1, 8, 12), r"expected shape \(B, 3, H, W\), got \(1, 1, 8, 12\)"),
         (torch.zeros(1, 3, 8, 12, dtype=torch.long), r"images: expected a floating dtype, got torch\.int64"),
-        (torch.randn(1, 3, 9, 12), r"9 x 12 pixels are no multiple of the patch size 4 x 2"),
+        (torch.randn(1, 3, 9, 12), r"9 x 12 pixels are not a multiple of the patch size 4 x 2"),
     ],
 )
 def test_bad_images(images, message):
@@ -170,7 +170,7 @@ def test_bad_images(images, message):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (dict(image_size=9), "image_size: 9 x 9 pixels are no multiple of the patch size 4 x 2"),
+        (dict(image_size=9), "image_size: 9 x 9 pixels are not a multiple of the patch size 4 x 2"),
         (dict(pool="max"), "pool: expected 'cls', 'mean' or '', got 'max'"),
         (dict(patch_size=(4, 2, 2)), "patch_size: expected a positive integer or a pair"),
     ],

@@ -197,7 +197,7 @@ def test_features_of_whole_images():
     ("options", "message"),
     [
         (dict(decoder_embed_dim=8), "decoder_embed_dim"),
-        (dict(img_size=9), "img_size: 9 x 9 pixels are no multiple of the patch size"),
+        (dict(img_size=9), "img_size: 9 x 9 pixels are not a multiple of the patch size"),
         (dict(embed_dim=18), "multiple of 4"),
     ],
 )

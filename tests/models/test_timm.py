@@ -157,7 +157,7 @@ def test_other_image_sizes(name):
     torch.testing.assert_close(strict.eval().forward_features(images), before)
     assert strict.image_size == (24, 8)
     assert not any(p.requires_grad for p in strict.parameters())
-    with pytest.raises(ValueError, match="img_size: 25 x 8 pixels are no multiple of the patch size 4 x 4"):
+    with pytest.raises(ValueError, match="img_size: 25 x 8 pixels are not a multiple of the patch size 4 x 4"):
         strict.set_input_size(img_size=(25, 8))
     with pytest.raises(ValueError, match="patch_size: is 4 x 4 and cannot change"):
         strict.set_input_size(patch_size=8)

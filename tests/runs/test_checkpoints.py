@@ -61,7 +61,7 @@ def test_only_complete_checkpoints_of_runs_are_read_and_no_code_runs(tmp_path, m
         checkpoints.load(path)
     checkpoints.save(path, STATE)
     path.write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(CheckpointError, match="truncated or no checkpoint of a run"):
+    with pytest.raises(CheckpointError, match="truncated or not a checkpoint of a run"):
         checkpoints.load(path)
     torch.save(STATE["model"], path)
     with pytest.raises(CheckpointError, match="give a file of weights with --init"):

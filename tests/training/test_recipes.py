@@ -102,14 +102,14 @@ def test_the_second_moment_of_a_recipe_reaches_the_optimizer(tmp_path):
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        (("epochs = 150", "epoch = 150"), "epoch is no option of crate-kernels train"),
+        (("epochs = 150", "epoch = 150"), "epoch is not an option of crate-kernels train"),
         (("epochs = 150", "epochs = 1.5"), "epochs must be of type int, got 1.5"),
         (("epochs = 150", "epochs = true"), "epochs must be of type int, got True"),
         (("flip = 0.5", "flip = 'half'"), "flip must be of type float, got 'half'"),
         (('model = "crate_base', 'model = "crate_basis'), "model must be one of .*crate_base_patch16_224"),
         (("[smoke]", "[smock]"), "must have the keys .* and no others; see smock, smoke"),
         (("parameters = ", "parameters = '1' #"), "parameters must be of type int, got '1'"),
-        (("[model]", "[model"), "is no TOML file"),
+        (("[model]", "[model"), "is not a TOML file"),
     ],
 )
 def test_a_file_that_does_not_fit_is_refused(tmp_path, change, sentence):

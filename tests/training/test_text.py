@@ -242,7 +242,7 @@ def test_errors_are_sentences(tmp_path, rhyme, arguments, message):
 
 def test_a_file_that_is_no_text(tmp_path):
     (tmp_path / "picture").write_bytes(b"\xff\xd8\xff\xe0" * 100)
-    with pytest.raises(ValueError, match="is no UTF-8 text"):
+    with pytest.raises(ValueError, match="is not UTF-8 text"):
         train("--text", tmp_path / "picture", "--output", tmp_path)
     with pytest.raises(FileNotFoundError):
         train("--text", tmp_path / "missing", "--output", tmp_path)

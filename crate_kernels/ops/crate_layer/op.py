@@ -1,4 +1,4 @@
-"""``crate::crate_layer``: schema and fake. The implementations stand beside this file.
+"""``crate::crate_layer``: schema and fake. The files beside this one contain the implementations.
 
 The interface of every implementation (``C`` is the dtype of the matrices, ``S`` that of the stream ``z``; ``S`` is
 ``C`` except under autocast, where it is float32)::

@@ -1,7 +1,7 @@
-"""The CUDA library: whether it is there, what it takes, and its kernels on tensors that they allocate.
+"""The CUDA library: whether it is available, which inputs it accepts, and its kernels on torch tensors.
 
-``csrc/cuda`` compiles to ``crate_kernels/_cuda.so``, and ``csrc/cuda/interface.h`` documents what it exports. The
-functions here enqueue kernels on the current stream of the tensors' device.
+``csrc/cuda`` compiles to ``crate_kernels/_cuda.so``. ``csrc/cuda/interface.h`` documents its functions. The functions
+here enqueue kernels on the current stream of the tensors' device.
 """
 
 from __future__ import annotations
@@ -20,16 +20,17 @@ WIDTHS = (16, 32, 48, 64, 80, 96, 128)
 MAX_TOKENS = 272
 MAX_COLUMNS = 2048
 ALIGNMENT = 8
-"""Elements in 16 bytes, what one thread moves at a time."""
+"""Elements in 16 bytes, the largest access of one thread."""
 
 WORKSPACE_BYTES = 32 << 20
-"""For cuBLASLt; what NVIDIA recommends on Hopper."""
+"""Workspace of cuBLASLt, as NVIDIA recommends for Hopper."""
 
 PARTIAL_SUMS = 1024
-"""Most blocks of a LayerNorm backward: fixed, so that gradients do not depend on the device's size."""
+"""Largest number of blocks of a LayerNorm backward. It is fixed, so that gradients do not depend on the device's
+size."""
 
 INTERFACE = 2
-"""The number of the C interface that this file speaks; ``interface.cpp`` holds that of the library."""
+"""The number of the C interface that this file uses. ``interface.cpp`` has that of the library."""
 
 FUNCTIONS = {
     "error": (c_char_p,),
@@ -53,14 +54,15 @@ except libraries.Missing as reason:
     LIBRARY, MISSING = None, str(reason)
 
 ARCHITECTURES: tuple[str, ...] = tuple(libraries.record().get("cuda", {}).get("architectures", ()))
-"""What the library was built for: ``sm_90`` is machine code, ``compute_90`` what newer devices compile themselves."""
+"""Targets of the build: ``sm_90`` is machine code, ``compute_90`` is code that newer devices compile themselves."""
 
 
 # -- what can run ----------------------------------------------------------------------------------------------------
 
 
 def why_not(tensor: Tensor) -> str | None:
-    """Why no kernel of the library can run beside ``tensor``, an operand of the tensor cores."""
+    """The reason why no kernel of the library can run with ``tensor``, an operand of the tensor cores; None if one
+    can."""
     if MISSING is not None:
         return MISSING
     if tensor.dtype not in DTYPES:
@@ -83,7 +85,7 @@ def _why_not_device(device: torch.device) -> str | None:
 
 @functools.cache
 def _most_tokens(device: torch.device, width: int) -> int:
-    """How many tokens of a head of this width fit the shared memory of a block."""
+    """The number of tokens of a head of this width that fit the shared memory of a block."""
     available = torch.cuda.get_device_properties(device).shared_memory_per_block_optin
     sizes = (LIBRARY.crate_cuda_attention_shared_bytes(width, n) for n in range(16, MAX_TOKENS + 1, 16))
     return 16 * sum(size <= available for size in sizes)
@@ -92,8 +94,8 @@ def _most_tokens(device: torch.device, width: int) -> int:
 def runs_on(architectures: tuple[str, ...], major: int, minor: int) -> bool:
     """Whether a device of compute capability ``major.minor`` runs code built for ``architectures``.
 
-    Machine code runs on the same major version from its minor on (``sm_90a`` on that version
-    alone), intermediate code on everything from its version on.
+    Machine code runs on the same major version, from its minor version on (``sm_90a`` only on that version).
+    Intermediate code runs on everything from its version on.
     """
     for architecture in architectures:
         kind, _, version = architecture.partition("_")
@@ -111,7 +113,7 @@ def runs_on(architectures: tuple[str, ...], major: int, minor: int) -> bool:
 
 
 def why_not_heads(w: Tensor, tokens: int, width: int) -> str | None:
-    """Why no attention kernel can run on heads of ``tokens`` by ``width``; ``w`` names dtype and device."""
+    """The reason why no attention kernel can run on heads of ``tokens`` by ``width``. ``w`` gives dtype and device."""
     reason = why_not(w)
     if reason is not None:
         return reason
@@ -126,9 +128,9 @@ def why_not_heads(w: Tensor, tokens: int, width: int) -> str | None:
 
 
 def why_not_columns(stream: Tensor, matrix: Tensor, *sizes: int) -> str | None:
-    """Why LayerNorm and the products cannot run on rows of these ``sizes``.
+    """The reason why LayerNorm and the products cannot run on rows of these ``sizes``; None if they can.
 
-    ``stream`` holds the rows of the residual stream, which may be float32 beside a narrower ``matrix``.
+    ``stream`` has the rows of the residual stream, which may be float32 with a narrower ``matrix``.
     """
     reason = why_not(matrix) or _text(LIBRARY.crate_cuda_product_missing())
     if reason is not None:
@@ -177,8 +179,8 @@ def layer_norm(
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
     """``z (n, d)`` -> ``x = LN(z) (n, d)`` in ``dtype``, ``x`` in the dtype of z, ``mean, rstd (n,)``.
 
-    ``dtype`` is that of the products that read ``x``. z has the same or float32. The second result is ``x`` itself
-    where the two are the same, and None unless ``wide`` asks for it.
+    ``dtype`` is that of the products that read ``x``. z has the same dtype or float32. If both dtypes are equal, the
+    second result is ``x`` itself. Otherwise it is None unless ``wide`` requests it.
     """
     mean = torch.empty(z.shape[0], dtype=torch.float32, device=z.device)
     rstd = torch.empty_like(mean)
@@ -196,10 +198,10 @@ def layer_norm_again(
     grad: Tensor | None = None,
     out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """``x = LN(z)`` in ``dtype`` once more, in the backward, from the statistics that the forward saved.
+    """Recompute ``x = LN(z)`` in ``dtype`` in the backward, from the statistics that the forward saved.
 
-    With ``grad`` and ``out`` the same pass computes ``grad`` where ``out > 0``, else 0: in ``dtype``, and in the dtype
-    of z.
+    With ``grad`` and ``out`` the same pass also computes ``grad`` where ``out > 0``, else 0, in ``dtype`` and in the
+    dtype of z.
     """
     _expect(z, z.shape, grad=grad, out=out)
     mean, rstd = mean.contiguous(), rstd.contiguous()
@@ -220,7 +222,7 @@ def _layer_norm(
     known: bool,
     eps: float,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    """-> ``x, x_wide, gated, gated_wide``; what is not asked for is None."""
+    """-> ``x, x_wide, gated, gated_wide``; None for those that were not requested."""
     z, weight, bias = _packed(z), _float32(weight), _float32(bias)
     gates = grad is not None
     if gates:
@@ -247,7 +249,7 @@ def layer_norm_backward(
     rows, columns = z.shape
     _expect(z, z.shape, dx=dx, residual=residual)
     dz = torch.empty(z.shape, dtype=z.dtype, device=z.device)
-    # Tensors of their own: an operator's outputs may not share memory.
+    # Separate tensors, because outputs of an operator must not share memory.
     sums = [torch.empty(columns, dtype=torch.float32, device=z.device) for _ in range(2 if residual is None else 3)]
     blocks = min((rows + 3) // 4, PARTIAL_SUMS)
     partial = torch.empty((blocks, len(sums), columns), dtype=torch.float32, device=z.device)
@@ -268,9 +270,9 @@ def product(
     relu: bool = False,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """``alpha·a b + c + bias`` in ``dtype`` or that of ``a``, then ReLU if asked, as one cuBLASLt call.
+    """``alpha·a b + c + bias`` in ``dtype`` or that of ``a``, then ReLU if requested, as one cuBLASLt call.
 
-    Either operand may be a transpose. ``c`` and ``bias`` have the dtype of the result.
+    Either operand may be a transposed view. ``c`` and ``bias`` have the dtype of the result.
     """
     if relu and not _relu_keeps_nan(a.device, a.dtype, dtype or a.dtype):
         return _product(a, b, c, bias, alpha, False, dtype).relu_()
@@ -278,10 +280,11 @@ def product(
 
 
 def _relu_keeps_nan(device: torch.device, dtype: torch.dtype, out_dtype: torch.dtype) -> bool:
-    """Whether NaN survives the ReLU of cuBLASLt: a non-finite result must not look finite.
+    """Whether NaN survives the ReLU of cuBLASLt. A non-finite result must not look finite.
 
-    NVIDIA does not say, so the first product of its kind on a device finds out. While a graph is captured nothing can
-    be read: the safe route is taken, and the question stays open.
+    NVIDIA does not document it, so the first product of its kind on a device tests it. Values cannot be read while a
+    graph is
+    captured: the safe route is then taken, and a later call tests it.
     """
     kind = device, dtype, out_dtype
     if kind not in _NAN_KEPT:
@@ -320,7 +323,7 @@ def _product(
 
 
 def _enqueue(function: str, tensor: Tensor, *arguments) -> None:
-    """Call a function of the library with the device and the stream of ``tensor`` current."""
+    """Call a function of the library. The device and the stream of ``tensor`` are current during the call."""
     with torch.cuda.device_of(tensor):
         status = getattr(LIBRARY, f"crate_cuda_{function}")(*arguments, _stream(tensor.device))
     if status:
@@ -340,7 +343,7 @@ def _pointers(*tensors: Tensor | None) -> list[int | None]:
 
 
 def _expect(like: Tensor, shape: tuple[int, ...], **tensors: Tensor | None) -> None:
-    """What a kernel cannot see: the tensors have this shape, and the dtype and the device of ``like``."""
+    """Check what a kernel cannot check: the tensors have this shape, and the dtype and the device of ``like``."""
     for name, tensor in tensors.items():
         if tensor is None or (tensor.shape == shape and tensor.dtype == like.dtype and tensor.device == like.device):
             continue
@@ -355,7 +358,7 @@ def _on_boundary(tensor: Tensor) -> bool:
 
 
 def _packed(tensor: Tensor) -> Tensor:
-    """Contiguous, beginning on a 16-byte boundary."""
+    """A contiguous tensor that begins on a 16-byte boundary: the tensor itself or a copy."""
     if tensor.is_contiguous() and _on_boundary(tensor):
         return tensor
     return tensor.clone(memory_format=torch.contiguous_format)
@@ -370,12 +373,12 @@ def _aligned(heads: Tensor) -> Tensor:
 
 
 def _matrix(tensor: Tensor) -> tuple[Tensor, int, bool]:
-    """``tensor``, the stride of its rows as they are stored, and whether its transpose is what is stored.
+    """``tensor``, the stride of its stored rows, and whether its transpose is stored.
 
-    A copy where neither the matrix nor its transpose is row-major.
+    The tensor is copied if neither the matrix nor its transpose is row-major.
     """
     rows, columns = tensor.shape
-    # A matrix of one row or one column may have any stride there.
+    # The stride of a matrix with one row or one column can be anything.
     row, column = tensor.stride()
     if column == 1 and (row >= columns or rows == 1):
         return tensor, max(row, columns), False

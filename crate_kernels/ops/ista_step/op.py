@@ -1,4 +1,4 @@
-"""``crate::ista_step``: schema and fake. The implementations stand beside this file."""
+"""``crate::ista_step``: schema and fake. The files beside this one contain the implementations."""
 
 from __future__ import annotations
 

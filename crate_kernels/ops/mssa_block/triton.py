@@ -123,7 +123,7 @@ def backward(
         dout_weight = None
         do = narrow if step_size == 1 else step_size * narrow
     else:
-        # The step size goes with the small factor, not over the rows.
+        # The step size multiplies the small factor, which saves a pass over the rows.
         dout_weight = _scaled(narrow.T @ o.view(-1, u_weight.shape[0]), step_size)
         do = narrow @ (out_weight if step_size == 1 else step_size * out_weight)
     dw, _ = attention.backward(do.view(o.shape), w, None, lengths, o, lse, scale, causal)

@@ -1,4 +1,4 @@
-"""``crate::overcomplete_ista``: schema and fake. The implementations stand beside this file."""
+"""``crate::overcomplete_ista``: schema and fake. The files beside this one contain the implementations."""
 
 from __future__ import annotations
 

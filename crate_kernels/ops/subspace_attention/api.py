@@ -32,7 +32,7 @@ def subspace_attention(
             ``rope(w), w``).
         scale: factor of the scores; ``p ** -0.5`` if None.
         causal: token i attends only to tokens j <= i.
-        lengths: ``(B,)`` int32 or int64 in 1..N; the keys at ``lengths[b]`` and behind are masked. Masked tokens
+        lengths: ``(B,)`` int32 or int64 in 1..N; the keys from ``lengths[b]`` on are masked. Masked tokens
             may hold anything, NaN too. They attend to the unmasked keys, but their outputs are rarely useful.
         backend: ``"reference"``, ``"eager"``, ``"cpu"``, ``"triton"``, ``"cuda"``, or None for the automatic choice.
 

@@ -1,4 +1,4 @@
-"""``crate::subspace_cross_attention``: schema and fake. The implementations stand beside this file.
+"""``crate::subspace_cross_attention``: schema and fake. The files beside this one contain the implementations.
 
 ``lse`` is private to the implementation: only its own ``backward`` reads it.
 """

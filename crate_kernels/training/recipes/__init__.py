@@ -59,7 +59,7 @@ def read(name: str) -> Recipe:
     except OSError as error:
         raise ValueError(f"--recipe {name}: no such file, nor one of {', '.join(names())}") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is no TOML file: {error}") from error
+        raise ValueError(f"{path} is not a TOML file: {error}") from error
     fields = {field.name: str(field.type) for field in dataclasses.fields(Recipe)}
     if content.keys() != fields.keys():
         differ = sorted(content.keys() ^ fields.keys())
@@ -75,7 +75,7 @@ def options(name: str, command: str, kind: type, smoke: bool = False) -> dict[st
     """The options that a recipe gives to ``command``, whose settings are the dataclass ``kind``.
 
     Raises:
-        ValueError: the recipe is another command's, or holds what is no option of it or no value of the option.
+        ValueError: the recipe is for another command, has an unknown option, or gives an option a wrong value.
     """
     recipe = read(name)
     if recipe.command != command:
@@ -84,9 +84,9 @@ def options(name: str, command: str, kind: type, smoke: bool = False) -> dict[st
     for table in (recipe.model, recipe.training, recipe.smoke):
         for key, value in table.items():
             if key not in fields:
-                raise ValueError(f"--recipe {name}: {key} is no option of crate-kernels {command}")
+                raise ValueError(f"--recipe {name}: {key} is not an option of crate-kernels {command}")
             expected = str(fields[key].type).removesuffix(" | None")
-            # A bool is an int to Python, but not to whoever wrote the file.
+            # Python accepts a bool as an int. The author of a file probably did not mean that.
             if not isinstance(value, TYPES[expected]) or isinstance(value, bool) != (expected == "bool"):
                 raise ValueError(f"--recipe {name}: {key} must be of type {expected}, got {value!r}")
             choices = fields[key].metadata.get("choices")

@@ -89,6 +89,13 @@ class Launch:
             found.append(row | {"in flight": machine_code.copies_in_flight(code)})
         return found
 
+    def report(self) -> dict[str, Any]:
+        """What :mod:`.compile_report` says of the machine code."""
+        names = ("shared", "registers", "blocks", "spilled")
+        row: dict[str, Any] = {name: getattr(self, name) for name in names}
+        row |= {"looped_spills": self.looped_spills(), "serialized": self.serialized(), "loops": self.loops()}
+        return row
+
     def looped_spills(self) -> int:
         """Instructions inside loops that read or write local memory. For AMD: 1 if the kernel has any local memory."""
         if self.target.startswith("gfx"):

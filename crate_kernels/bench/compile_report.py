@@ -2,6 +2,7 @@
 
     python -m crate_kernels.bench.compile_report [--targets sm_90 gfx942] [--all] [--jobs 2] [--json report.json]
     python -m crate_kernels.bench.compile_report --write-budget tests/triton/budget.json
+    python -m crate_kernels.bench.compile_report --cuda crate_kernels/_cuda.so   # the CUDA C++ kernels of that library
 
 Each launch has a row: tile, warps, stages, bytes of shared memory, registers, programs that a multiprocessor holds,
 bytes of local memory (``spilled``), and how many instructions inside loops read or write local memory (``in loops``).
@@ -10,8 +11,8 @@ that may be in flight.
 
 The exit status is 1 if a kernel fails to compile, needs more shared memory than the target has, waits for every single
 ``wgmma``, waits for the copies that it has just issued, or spills without a reason in ``ACCEPTED_SPILLS``. With
-``--budget`` it is also 1 if a kernel exceeds the counts of that file. The counts depend on Triton's version. The file
-names the version, and under another version its counts do not hold.
+``--budget`` it is also 1 if a kernel exceeds the counts of that file. The counts depend on the version of the compiler,
+Triton or nvcc. The file names the version, and under another version its counts do not hold.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from . import predict
+from . import cuda_report, predict
 from .compilation import TARGETS, UNITS, Launch, compiling
 
 ACCEPTED_SPILLS = [
@@ -183,9 +184,7 @@ def compile_case(target: str, case: str) -> list[dict]:
         if case not in UNUSUAL and predict.predictable(launch):
             predict.predict(launch, predict.DEVICES[target])  # raises an error for unknown loops
         row = {"target": target, "case": case, "kernel": launch.kernel, "programs": launch.programs, **launch.options}
-        row |= {"shared": launch.shared, "registers": launch.registers, "blocks": launch.blocks}
-        row |= {"spilled": launch.spilled, "looped_spills": launch.looped_spills()}
-        row |= {"serialized": launch.serialized(), "loops": launch.loops()}
+        row |= launch.report()
         if row not in rows:
             rows.append(row)
     return rows
@@ -208,10 +207,14 @@ def faults(row: dict) -> list[str]:
 # -- the budget ----------------------------------------------------------------------------------------------------
 
 
-def budget(rows: list[dict]) -> dict[str, Any]:
-    """The budget of each kernel: the counts of ``rows``, for the installed version of Triton."""
+def version() -> dict[str, str]:
     import triton
 
+    return {"triton": triton.__version__}
+
+
+def budget(rows: list[dict], compiler: dict[str, str]) -> dict[str, Any]:
+    """The budget of each kernel: the counts of ``rows``, for one version of a compiler."""
     kernels = {
         name: {
             "registers": row["registers"],
@@ -220,7 +223,7 @@ def budget(rows: list[dict]) -> dict[str, Any]:
         }
         for name, row in named(rows).items()
     }
-    return {"triton": triton.__version__, "units": UNITS, "kernels": kernels}
+    return compiler | {"units": UNITS, "kernels": kernels}
 
 
 def named(rows: list[dict]) -> dict[str, dict]:
@@ -233,12 +236,9 @@ def named(rows: list[dict]) -> dict[str, dict]:
     return found
 
 
-def over_budget(rows: list[dict], allowed: dict[str, Any]) -> list[str]:
-    """One sentence for each count that exceeds the budget by more than a small margin. Empty for another Triton
-    version."""
-    import triton
-
-    if allowed["triton"] != triton.__version__:
+def over_budget(rows: list[dict], allowed: dict[str, Any], compiler: dict[str, str]) -> list[str]:
+    """One sentence for each count that exceeds the budget by more than a small margin. Empty for another version."""
+    if any(allowed[name] != version for name, version in compiler.items()):
         return []
     found = []
     for name, row in named(rows).items():
@@ -263,8 +263,8 @@ def over_budget(rows: list[dict], allowed: dict[str, Any]) -> list[str]:
     return found
 
 
-def write_budget(rows: list[dict], path: Path) -> None:
-    content = budget(rows)
+def write_budget(rows: list[dict], path: Path, compiler: dict[str, str]) -> None:
+    content = budget(rows, compiler)
     kernels = ",\n".join(f"  {json.dumps(name)}: {json.dumps(row)}" for name, row in content.pop("kernels").items())
     head = ",\n".join(f" {json.dumps(name)}: {json.dumps(value)}" for name, value in content.items())
     path.write_text(f'{{\n{head},\n "kernels": {{\n{kernels}\n }}\n}}\n')
@@ -277,6 +277,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS))
     parser.add_argument("--cases", nargs="+", choices=cases(), metavar="CASE", help="only these")
+    parser.add_argument("--cuda", type=Path, metavar="LIBRARY", help="read this library, compile nothing")
     parser.add_argument("--all", action="store_true", help="also the cases that differ in tile sizes alone")
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
     parser.add_argument("--json", type=Path, help="write the rows to this file")
@@ -287,25 +288,20 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error("--write-budget accepts none of --all, --cases and --targets: a budget contains every kernel")
     if os.environ.get("TRITON_INTERPRET") == "1":
         parser.error("kernels are interpreted, not compiled, under TRITON_INTERPRET=1")
-    names = options.cases or [name for name in cases() if options.all or name not in EXTRA]
     rows: list[dict] = []
-    failed = []
-    with concurrent.futures.ProcessPoolExecutor(options.jobs, multiprocessing.get_context("spawn")) as pool:
-        wanted = [(t, c) for t in options.targets for c in names]
-        if not (options.all or options.cases):
-            wanted = [(t, c) for t, c in wanted if c not in UNUSUAL or t in UNUSUAL_TARGETS]
-        tasks = {pool.submit(compile_case, t, c): (t, c) for t, c in wanted}
-        for task, (target, case) in tasks.items():
-            try:
-                rows += task.result()
-            except Exception as error:
-                failed.append(f"{target} {case}: {error!r}")
+    failed: list[str] = []
+    if options.cuda:
+        if options.all or options.cases:
+            parser.error("--all and --cases choose what Triton compiles; they do not go with --cuda")
+        rows, compiler = cuda_report.rows(options.cuda, options.targets), cuda_report.version(options.cuda)
+    else:
+        rows, compiler = _compile(options, failed), version()
     for row in rows:
         row["faults"] = faults(row)
     if options.json:
         options.json.write_text(json.dumps({"kernels": rows, "failed": failed}, indent=1))
     if options.write_budget and not failed:
-        write_budget(rows, options.write_budget)
+        write_budget(rows, options.write_budget, compiler)
     heads = ["target", "case", "kernel", "tile", "warps", "stages", "shared", "registers", "blocks", "spilled"]
     print(f"| {' | '.join([*heads, 'in loops', 'loops', 'faults'])} |\n{'|---' * (len(heads) + 3)}|")
     for row in rows:
@@ -318,10 +314,27 @@ def main(arguments: list[str] | None = None) -> int:
             f"| {', '.join(row['faults'])} |"
         )
     if options.budget:
-        failed += over_budget(rows, json.loads(options.budget.read_text()))
+        failed += over_budget(rows, json.loads(options.budget.read_text()), compiler)
     for line in failed:
         print(line)
     return 1 if failed or any(row["faults"] for row in rows) else 0
+
+
+def _compile(options: argparse.Namespace, failed: list[str]) -> list[dict]:
+    """The rows of all cases and targets that are asked for; ``failed`` gets a line for each that does not compile."""
+    names = options.cases or [name for name in cases() if options.all or name not in EXTRA]
+    wanted = [(t, c) for t in options.targets for c in names]
+    if not (options.all or options.cases):
+        wanted = [(t, c) for t, c in wanted if c not in UNUSUAL or t in UNUSUAL_TARGETS]
+    rows: list[dict] = []
+    with concurrent.futures.ProcessPoolExecutor(options.jobs, multiprocessing.get_context("spawn")) as pool:
+        tasks = {pool.submit(compile_case, t, c): (t, c) for t, c in wanted}
+        for task, (target, case) in tasks.items():
+            try:
+                rows += task.result()
+            except Exception as error:
+                failed.append(f"{target} {case}: {error!r}")
+    return rows
 
 
 def described(loop: dict) -> str:

@@ -307,8 +307,8 @@ def tool(name: str) -> Path:
     return path
 
 
-def _output(name: str, *arguments: str) -> str:
-    return subprocess.run([tool(name), *arguments], capture_output=True, text=True, check=True).stdout
+def _output(name: str, *arguments: str, folder: str | None = None) -> str:
+    return subprocess.run([tool(name), *arguments], capture_output=True, text=True, check=True, cwd=folder).stdout
 
 
 def disassembled(cubin: bytes) -> tuple[Program, dict[str, int]]:
@@ -318,3 +318,40 @@ def disassembled(cubin: bytes) -> tuple[Program, dict[str, int]]:
         file.flush()
         usage = re.findall(r"(REG|STACK|LOCAL):(\d+)", _output("cuobjdump", "-res-usage", file.name))
         return read_nvidia(_output("nvdisasm", "-c", file.name)), {name: int(value) for name, value in usage}
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A kernel of a library that nvcc compiled."""
+
+    target: str
+    symbol: str
+    threads: int
+    """Most threads of a block."""
+    registers: int
+    local: int
+    """Bytes of local memory of a thread."""
+    program: Program
+
+
+def library(path: Path) -> list[Kernel]:
+    """The kernels in the machine code that a library holds, for each of its architectures."""
+    found = []
+    with tempfile.TemporaryDirectory() as folder:
+        _output("cuobjdump", "-xelf", "all", str(path.resolve()), folder=folder)
+        for file in sorted(Path(folder).iterdir()):
+            target = re.search(r"\.(sm_\w+)\.cubin$", file.name)
+            usage = re.findall(r"Function (\S+):\s+(.*)", _output("cuobjdump", "-res-usage", str(file)))
+            if target is None or not usage:
+                continue
+            # The text of each section, behind its name.
+            _, *parts = re.split(r"^\s*\.section\s+([^,\s]+).*$", _output("nvdisasm", str(file)), flags=re.MULTILINE)
+            sections = dict(zip(parts[::2], parts[1::2], strict=True))
+            for symbol, line in usage:
+                used = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", line)}
+                words = sections[f".nv.info.{symbol}"].partition("EIATTR_MAX_THREADS")[2]
+                threads = re.search(r"\.word\s+(0x[0-9a-f]+)", words)
+                program = read_nvidia(sections[f".text.{symbol}"])
+                most = int(threads[1], 16) if threads else 1024
+                found.append(Kernel(target[1], symbol, most, used["REG"], used["STACK"] + used["LOCAL"], program))
+    return found

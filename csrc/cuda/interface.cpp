@@ -1,6 +1,5 @@
 #include "cuda/interface.h"
 
-#include <algorithm>
 #include <string>
 
 #include "cuda/launch.h"
@@ -9,7 +8,7 @@ using namespace crate;
 
 namespace {
 
-constexpr int kInterface = 2;
+constexpr int kInterface = 3;
 constexpr double kLog2OfE = 1.4426950408889634;
 
 thread_local std::string last_error;
@@ -64,8 +63,8 @@ const char* crate_cuda_error() { return last_error.c_str(); }
 const char* crate_cuda_missing() { return driver_missing(); }
 const char* crate_cuda_product_missing() { return product_missing(); }
 
-int crate_cuda_attention_shared_bytes(int width, int tokens) {
-    return std::max(attention_forward_shared_bytes(true, width, tokens), attention_backward_shared_bytes(true, width, tokens));
+int crate_cuda_attention_shared_bytes(int backward, int width, int tokens) {
+    return backward ? attention_backward_shared_bytes(true, width, tokens) : attention_forward_shared_bytes(true, width, tokens);
 }
 
 int crate_cuda_attention_forward(const void* w, void* o, float* lse, const int32_t* lengths, int64_t w_batch_stride,

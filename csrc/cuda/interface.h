@@ -21,8 +21,8 @@ CRATE_API const char* crate_cuda_error(void);
 CRATE_API const char* crate_cuda_missing(void);
 CRATE_API const char* crate_cuda_product_missing(void);
 
-// Bytes of shared memory of the larger of the two attention kernels; 0 if there is no kernel for the head.
-CRATE_API int crate_cuda_attention_shared_bytes(int width, int tokens);
+// Bytes of shared memory of a block of the attention forward or backward; 0 if there is no kernel for the head.
+CRATE_API int crate_cuda_attention_shared_bytes(int backward, int width, int tokens);
 
 // w (batch, tokens, heads, width) -> o, contiguous, and lse (batch, heads, tokens). lengths (batch,) may be null.
 CRATE_API int crate_cuda_attention_forward(

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from crate_kernels.bench import compile_report, cuda_report
 from crate_kernels.ops import cuda_kernels, libraries
 
 ROOT = Path(__file__).parents[2]
@@ -131,6 +132,20 @@ class TestWithNvcc:
         assert len(used) == 2 * (2 * 7 * 2 * 2 + 4 + 3 + 1)
         assert set(used) == {("0", "0", "0")}
 
+    def test_machine_code_within_its_budget(self, build):
+        """After a change that is meant, ``python -m crate_kernels.bench.compile_report --cuda LIBRARY`` with
+        ``--write-budget tests/cuda/budget.json`` writes the file anew."""
+        pytest.importorskip("triton", reason="its package holds the disassembler")
+        library = build / "lib" / "crate_kernels" / "_cuda.so"
+        rows = cuda_report.rows(library, ["sm_90"])  # sm_80 has the same loops
+        assert len(rows) == 2 * 7 * 2 * 2 + 4 + 3 + 1
+        assert not [fault for row in rows for fault in compile_report.faults(row)]
+        allowed = json.loads((Path(__file__).parent / "budget.json").read_text())
+        assert not compile_report.over_budget(rows, allowed, cuda_report.version(library))
+        # Two heads of CRATE-B/16 fit a multiprocessor.
+        (head,) = (r for r in rows if (r["kernel"], r["case"]) == ("attention_forward", "bfloat16 p=64 N=197"))
+        assert (head["num_warps"], head["shared"], head["blocks"]) == (7, 62784, 2)
+
     def test_it_needs_neither_torch_nor_python(self, build):
         library = build / "lib" / "crate_kernels" / "_cuda.so"
         symbols = subprocess.run(["nm", "-D", library], capture_output=True, text=True, check=True).stdout
@@ -142,7 +157,7 @@ class TestWithNvcc:
     def test_it_loads_and_knows_its_shapes(self, build):
         path = build / "lib" / "crate_kernels" / "_cuda.so"
         library = libraries.open_library(path, "cuda", cuda_kernels.INTERFACE, cuda_kernels.FUNCTIONS)
-        assert library.crate_cuda_attention_shared_bytes(64, 197) == 88192
-        assert library.crate_cuda_attention_shared_bytes(64, 273) == 0
+        assert [library.crate_cuda_attention_shared_bytes(backward, 64, 197) for backward in (0, 1)] == [62784, 88192]
+        assert library.crate_cuda_attention_shared_bytes(0, 64, 273) == 0
         assert library.crate_cuda_attention_forward(*4 * [None], 64, 64, 64, 1, 4, 1, 24, 0, 0.1, False, None) == 1
         assert b"no kernel was built" in library.crate_cuda_error()

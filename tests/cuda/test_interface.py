@@ -34,7 +34,10 @@ def test_python_and_the_header_declare_the_same_functions():
 
 
 def test_a_library_of_another_interface_is_not_loaded(simt):
-    with pytest.raises(libraries.Missing, match=r"has interface 2, the package needs 77: run `pip install` again"):
+    with pytest.raises(
+        libraries.Missing,
+        match=rf"has interface {cuda_kernels.INTERFACE}, the package needs 77: run `pip install` again",
+    ):
         libraries.open_library(simt.module.__file__, "cuda", 77, cuda_kernels.FUNCTIONS)
 
 

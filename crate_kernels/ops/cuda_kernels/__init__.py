@@ -29,14 +29,14 @@ PARTIAL_SUMS = 1024
 """Largest number of blocks of a LayerNorm backward. It is fixed, so that gradients do not depend on the device's
 size."""
 
-INTERFACE = 2
+INTERFACE = 3
 """The number of the C interface that this file uses. ``interface.cpp`` has that of the library."""
 
 FUNCTIONS = {
     "error": (c_char_p,),
     "missing": (c_char_p,),
     "product_missing": (c_char_p,),
-    "attention_shared_bytes": (c_int, c_int, c_int),
+    "attention_shared_bytes": (c_int, c_int, c_int, c_int),
     "attention_forward": (c_int, *4 * [c_void_p], *3 * [c_int64], *5 * [c_int], c_double, c_int, c_void_p),
     "attention_backward": (c_int, *6 * [c_void_p], *6 * [c_int64], *5 * [c_int], c_double, c_int, c_void_p),
     "layer_norm_forward": (c_int, *11 * [c_void_p], c_int64, *4 * [c_int], c_double, c_void_p),
@@ -87,8 +87,11 @@ def _why_not_device(device: torch.device) -> str | None:
 def _most_tokens(device: torch.device, width: int) -> int:
     """The number of tokens of a head of this width that fit the shared memory of a block."""
     available = torch.cuda.get_device_properties(device).shared_memory_per_block_optin
-    sizes = (LIBRARY.crate_cuda_attention_shared_bytes(width, n) for n in range(16, MAX_TOKENS + 1, 16))
-    return 16 * sum(size <= available for size in sizes)
+
+    def size(tokens: int) -> int:
+        return max(LIBRARY.crate_cuda_attention_shared_bytes(backward, width, tokens) for backward in (0, 1))
+
+    return 16 * sum(size(n) <= available for n in range(16, MAX_TOKENS + 1, 16))
 
 
 def runs_on(architectures: tuple[str, ...], major: int, minor: int) -> bool:

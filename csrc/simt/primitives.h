@@ -180,5 +180,6 @@ inline float exp2_approx(float x) {
 inline float log2_approx(float x) { return std::log2(x); }
 inline float rsqrt_approx(float x) { return 1.0f / std::sqrt(x); }
 inline float reciprocal_approx(float x) { return flush(1.0f / flush(x)); }
+inline float at_most_zero(float x) { return x > 0.0f ? 0.0f : x; }
 
 }  // namespace crate

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from ..ops import oracle
 from . import budget
 
 WIDTHS = (16, 32, 48, 64, 80, 96, 128)
@@ -70,6 +71,22 @@ def test_wide_norms_take_the_online_softmax(simt, width, dtype, tokens):
         forward, _ = check(simt, w, grad, **options)
         # Every score of its own, masked ones included, and a rescaling factor a row and step: more than all pairs once.
         assert forward.exp2 > (0.5 if options.get("causal") else 1) * tokens * tokens
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+def test_huge_equal_norms_take_the_online_softmax(simt, dtype):
+    w = torch.full((1, 40, 1, 16), 1e4, dtype=dtype)
+    o, _, forward = simt.attention(w)
+    assert torch.equal(o, w)
+    assert forward.exp2 > 40 * 40
+
+
+@pytest.mark.parametrize("lengths", [None, torch.tensor([40, 17, 33])], ids=["all tokens", "lengths"])
+@pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+@pytest.mark.usefixtures("emulated")
+def test_the_gradient_of_huge_scores_stays_in_bounds(dtype, causal, lengths):
+    oracle.check_huge_scores("cuda", dtype, causal, lengths, "cpu")
 
 
 def test_small_weights_of_float16_are_not_flushed(simt):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+
 import pytest
 import torch
 from torch import Tensor
@@ -50,6 +52,28 @@ def check(case: Case, dtype: torch.dtype, backend: str) -> None:
     score = abs(rounded.to(torch.float64).largest_score()) if case.tensors[0].numel() else 0.0
     verdict = judge(got, exact, reference, dtype, kinks=case.operator is ops.crate_layer, score=score)
     assert verdict.passed, verdict.detail
+
+
+def check_huge_scores(
+    backend: str, dtype: torch.dtype, causal: bool, lengths: Tensor | None = None, device: str = DEVICE
+) -> None:
+    """The gradient of scores of 1e9 stays in bounds where its log-normalizer is a rounding too low.
+
+    That rounding is 64, and no probability may become 2^64 for that. ``lengths`` has three entries of at most 40.
+    """
+    kernels = importlib.import_module(f"crate_kernels.ops.subspace_attention.{backend}")
+    generator = torch.Generator().manual_seed(0)
+    w = (1e4 * torch.randn(3, 40, 2, 16, generator=generator)).to(device, dtype)
+    grad = torch.randn(w.shape, generator=generator).to(device, dtype)
+    call = None if lengths is None else lengths.to(device), 0.25, causal
+    o, lse = kernels.forward(w, None, *call)
+    below = lse.nextafter(torch.full_like(lse, -torch.inf))
+    dw, _ = kernels.backward(grad, w, None, call[0], o, below, *call[1:])
+    leaf = w.double().requires_grad_()
+    exact = ops.subspace_attention(leaf, lengths=call[0], scale=0.25, causal=causal, backend="reference")
+    torch.testing.assert_close(o.double(), exact, rtol=2 * torch.finfo(dtype).eps, atol=0)
+    (want,) = torch.autograd.grad(exact, leaf, grad.double())
+    assert dw.norm(dtype=torch.float64) <= 100 * want.norm()
 
 
 def _moved(tensor: Tensor, dtype: torch.dtype, device: str) -> Tensor:

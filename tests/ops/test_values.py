@@ -26,6 +26,13 @@ def test_eager_is_as_exact_as_the_reference_in_each_dtype(name, dtype):
     oracle.check(CASES[name], dtype, "eager")
 
 
+@pytest.mark.parametrize("lengths", [None, torch.tensor([40, 17, 33])], ids=["all tokens", "lengths"])
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_gradient_of_huge_scores_stays_in_bounds(dtype, causal, lengths):
+    oracle.check_huge_scores("eager", dtype, causal, lengths)
+
+
 @pytest.mark.parametrize("backend", ["reference", "eager"])
 @pytest.mark.parametrize("name", SMALL)
 def test_gradcheck(name, backend):

@@ -84,6 +84,13 @@ def test_both_backward_paths_on_both_sides_of_the_guard(spread, causal):
     check(case, SINGLE)
 
 
+@pytest.mark.parametrize("lengths", [None, torch.tensor([40, 17, 33])], ids=["all tokens", "lengths"])
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("dtype", [SINGLE, BRAIN, HALF], ids=str)
+def test_the_gradient_of_huge_scores_stays_in_bounds(dtype, causal, lengths):
+    oracle.check_huge_scores("triton", dtype, causal, lengths)
+
+
 def test_one_long_token_among_short_ones():
     case = attention(1, 40, 1, 16, spread=0.5)
     case.tensors[0][0, 21] *= 200

@@ -55,11 +55,11 @@ def attend_backward(
     dw, dv = torch.empty_like(w, dtype=lse.dtype), torch.empty_like(v, dtype=lse.dtype)
     for rows in row_blocks(w, w_other):
         scores = _scores(w[:, :, rows], w_other, scale, None)
-        p = (scores - lse[:, :, rows, None]).exp()
+        p = probabilities(scores, lse[:, :, rows, None])
         if (mask := hidden and hidden(rows)) is not None:
             p = p.masked_fill(mask, 0)
         ds = p * ((grad[:, :, rows] @ v_other.mT).to(p.dtype) - delta[:, :, rows, None])
-        p = (scores - lse_other[:, :, None, :]).exp()
+        p = probabilities(scores, lse_other[:, :, None, :])
         if (mask := hidden_other and hidden_other(rows)) is not None:
             p = p.masked_fill(mask, 0)
         ds += p * ((v[:, :, rows] @ grad_other.mT).to(p.dtype) - delta_other[:, :, None, :])
@@ -90,6 +90,14 @@ def blocked_backward(
         scale=scale, hidden=hidden, hidden_other=hidden_other,
     )  # fmt: skip
     return dw.transpose(1, 2).to(w.dtype).contiguous(), dv.transpose(1, 2).to(w.dtype).contiguous()
+
+
+def probabilities(scores: Tensor, lse: Tensor) -> Tensor:
+    """``exp(scores − lse)``, at most 1.
+
+    Large scores differ from their log-normalizer by rounding, which must not become a power.
+    """
+    return (scores - lse).clamp_(max=0).exp_()
 
 
 def row_blocks(q: Tensor, k: Tensor) -> list[slice]:

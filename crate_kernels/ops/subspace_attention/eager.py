@@ -64,7 +64,8 @@ def backward(
             value, memory_format=torch.contiguous_format
         )
     q, v, g = w.transpose(1, 2), value.transpose(1, 2), grad.transpose(1, 2)
-    if _has_flash(w):
+    # torch's kernel does not bound probabilities: the rounding of large scores would become a power.
+    if _has_flash(w) and bool(lse.abs().amax() * torch.finfo(lse.dtype).eps <= 0.5):
         dtype = lse.dtype if w.shape[1] <= SHORT_SEQUENCE else w.dtype
         g, q, v, attended = (t.to(dtype) for t in (g, q, v, o.transpose(1, 2)))
         mask = _additive_mask(w, lengths, causal).to(dtype) if lengths is not None else None
@@ -76,8 +77,11 @@ def backward(
             dw.add_(dv)
         dw, dv = (t.transpose(1, 2).to(w.dtype).contiguous() for t in (dw, dv))
         return dw, None if shared else dv
+    narrow = w.dtype
+    if _has_flash(w):
+        grad, w, value, o = (t.to(lse.dtype) for t in (grad, w, value, o))
     dw, dv = blocked_backward(grad, w, value, lengths, o, lse, scale, causal)
-    return (dw + dv, None) if shared else (dw, dv)
+    return ((dw + dv).to(narrow), None) if shared else (dw.to(narrow), dv.to(narrow))
 
 
 def _has_flash(w: Tensor) -> bool:

@@ -8,8 +8,8 @@ a key to j. Both roles use the score ``w_i·w_j``::
 
     dw_i = Σ_j scale·(dS_ij + dS_ji) w_j + P_ji g_j,    dS = P∘(g valueᵀ − delta),    delta = rowsum(g∘o)
 
-and ``P_ji = P_ij·2^(lse_i − lse_j)``, so one exponential serves both roles if the log-normalizers of a head are close
-enough. There are no atomics, so gradients are bitwise repeatable.
+and ``P_ji = P_ij·2^(lse_i − lse_j)``, so one exponential serves both roles if the log-normalizers of a head are small
+and close enough. There are no atomics, so gradients are bitwise repeatable.
 """
 
 from __future__ import annotations
@@ -29,6 +29,8 @@ MAX_WIDTH = 256
 
 # exp2(-RANGE) times the 24 bits of a float32 is still a normal number.
 _RANGE = tl.constexpr(96.0)
+# Up to here a score and its log-normalizer differ by a fraction of 1 through rounding.
+_LARGE = tl.constexpr(2.0**22)
 _HIDDEN = tl.constexpr(-3.0e38)
 
 
@@ -297,7 +299,7 @@ def _delta(
 ):  # fmt: skip
     """``delta = rowsum(g∘o)``. With ``weight``, also ``weight = 2^(middle − lse)`` with one ``middle`` per head.
 
-    ``middle`` is NaN if the log-normalizers of the head differ too much for this.
+    ``middle`` is NaN if the log-normalizers of the head are too large or differ too much for this.
     """
     tiles = tl.cdiv(tokens, BLOCK_M)
     head = tl.program_id(0) // tiles
@@ -325,7 +327,8 @@ def _delta(
         own = tl.load(lse + start + row, mask=row < tokens, other=0.0)
         tl.store(weight + start + row, tl.exp2(center - own), mask=row < tokens)
         if first == 0:
-            tl.store(middle + head, tl.where(highest - lowest <= _RANGE, center, float("nan")))
+            close = (highest - lowest <= _RANGE) & (tl.abs(center) <= _LARGE)
+            tl.store(middle + head, tl.where(close, center, float("nan")))
 
 
 @triton.jit
@@ -355,7 +358,7 @@ def _pair(
             v_j = _rows(value, v_n, start, tokens, P=P, WIDTH=WIDTH, BLOCK=BLOCK_N, MASKED=MASKED)
         query = dot(g_i, tl.trans(v_j), None, PRECISION)
         if not SYMMETRIC:
-            p = tl.exp2(scores - lse_i[:, None])
+            p = _probability(scores - lse_i[:, None])
             if DIAGONAL:
                 p = tl.where((j[None, :] < visible) & (j[None, :] <= i), p, 0.0)
             elif MASKED or HIDING:
@@ -375,7 +378,7 @@ def _pair(
             ds = e * (ds + (key - delta_j[None, :]) * (weight_j * scale)[None, :])
         else:
             # Queries beyond the last token get exp(-inf).
-            p = tl.exp2(scores - _entries(lse, j, tokens, float("inf"), MASKED=MASKED)[None, :])
+            p = _probability(scores - _entries(lse, j, tokens, float("inf"), MASKED=MASKED)[None, :])
             if DIAGONAL:
                 p = tl.where((i < visible) & (i <= j[None, :]), p, 0.0)
             elif HIDING:
@@ -391,6 +394,13 @@ def _pair(
             dw = dot(rounded(p, g_j.dtype), g_j, dw, PRECISION)
     dw = dot(rounded(ds, w_j.dtype), w_j, dw, PRECISION)
     return dw, dv
+
+
+@triton.jit
+def _probability(exponent):
+    """``2^exponent``, at most 1: a large score differs from its log-normalizer by rounding, which must not become a
+    power of two. NaN stays."""
+    return tl.exp2(tl.minimum(exponent, 0.0, propagate_nan=tl.PropagateNan.ALL))
 
 
 @triton.jit

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..backends import accumulation_dtype
 from ..masks import finite_where_hidden, forbidden
-from ..subspace_attention.blocked import attend, row_blocks
+from ..subspace_attention.blocked import attend, probabilities, row_blocks
 
 
 def why_not(w: Tensor, *_) -> None:
@@ -43,7 +43,7 @@ def backward(
     dq, dk, dv = (torch.zeros(t.shape, dtype=lse.dtype, device=t.device) for t in (q, k, v))
     for rows in row_blocks(q, k):
         scores = (q[:, :, rows] @ k.mT).to(lse.dtype) * scale
-        p = (scores - lse[:, :, rows, None]).exp()
+        p = probabilities(scores, lse[:, :, rows, None])
         if mask is not None:
             p = p.masked_fill(mask, 0)
         ds = (p * ((g[:, :, rows] @ v.mT).to(p.dtype) - delta[:, :, rows, None])).to(q.dtype)

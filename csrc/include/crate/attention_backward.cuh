@@ -9,8 +9,8 @@
 // X_ij and P_ji as left operands for its own rows, and passes the transposes of X_ij and P_ij to the other warp. Sums
 // stay in registers, in an order that the shape alone fixes. There are no atomics, so results are bitwise repeatable.
 //
-// Exponents are relative to each row's own lse, so nothing can overflow, whatever the norms are, and no second path is
-// needed. This takes a second exponential per pair, which the products hide.
+// Exponents are relative to each row's own lse, so no second path is needed. This takes a second exponential per pair,
+// which the products hide. A large score differs from lse by rounding, so exponents are bounded by 0.
 //
 // Global traffic: w, g and o are read once, with four bytes per row, and dw is written once.
 #pragma once
@@ -244,8 +244,8 @@ struct AttentionBackward {
             for (int e = 0; e < 4; ++e) {
                 const Float2 own = row_scalars[e / 2], other = columns.row[e % 2];
                 const float score = s[n][e] * params.scale_log2;
-                p[e] = exp2_approx(score - own.x);
-                p_other[e] = exp2_approx(score - other.x);
+                p[e] = exp2_approx(at_most_zero(score - own.x));
+                p_other[e] = exp2_approx(at_most_zero(score - other.x));
                 d[n][e] -= own.y;
                 d_other[n][e] -= other.y;
             }

@@ -178,7 +178,8 @@ struct AttentionForward {
         }
         // With masked keys a row may lack its own term. Its scores then have only the lower bound -K.
         const float span = length < params.tokens ? 2 * high : high - low;
-        const bool safe = params.scale_log2 >= 0 && span <= ExponentRange<T>::kSpan;
+        // The rounding of larger scores could exceed the range of the exponents.
+        const bool safe = params.scale_log2 >= 0 && span <= ExponentRange<T>::kSpan && high <= 0x1p22f;
         return safe ? high - ExponentRange<T>::kTop : kInfinity;
     }
 

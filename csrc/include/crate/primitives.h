@@ -15,6 +15,7 @@
 //   mma<T>(c, a, b)                              c += a b, m16n8k16, 16-bit operands, fp32 accumulation
 //   pack<T>(lo, hi)  unpack<T>(v, lo, hi)        two fp32 <-> one 32-bit word of two 16-bit numbers, round to nearest
 //   exp2_approx(x)  log2_approx(x)  rsqrt_approx(x)  reciprocal_approx(x)
+//   at_most_zero(x)                              the smaller of x and 0; NaN stays
 //
 // The warp collectives (shuffle, vote, ldmatrix, movmatrix, mma) must be reached by all 32 lanes of a warp.
 #pragma once

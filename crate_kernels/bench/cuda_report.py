@@ -4,7 +4,7 @@
 
 The attention kernels exist for heads of up to 208 tokens and for larger ones. Their shared memory is that of heads of
 197 and of 257 tokens, and their blocks have as many threads as those heads need. LayerNorm's blocks have their most
-threads, which 2048 columns need.
+threads, which 2048 columns need; their few bytes of shared memory are left out.
 """
 
 from __future__ import annotations

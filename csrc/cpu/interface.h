@@ -7,6 +7,9 @@
 
 namespace crate {
 
+// Raise it, here and in ops/cpu_kernels, with every change of a structure or of what a field may hold.
+constexpr int32_t kInterface = 2;
+
 enum Type : int64_t { kFloat32 = 0, kBfloat16 = 1, kFloat16 = 2 };
 
 // A row-major matrix or a vector, with the type of its elements.

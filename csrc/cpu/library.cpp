@@ -104,6 +104,8 @@ __attribute__((visibility("default"))) const char* crate_cpu_built(int32_t runna
     return names.c_str();
 }
 
+__attribute__((visibility("default"))) int32_t crate_cpu_interface() { return kInterface; }
+
 __attribute__((visibility("default"))) const char* crate_cpu_error() { return error.c_str(); }
 
 __attribute__((visibility("default"))) int64_t crate_cpu_packed_bytes(const PackedSize* size) {

@@ -14,6 +14,7 @@ from struct import Struct
 import torch
 from torch import Tensor
 
+from .. import libraries
 from ..kept import kept
 
 ENVIRONMENT_VARIABLE = "CRATE_KERNELS_CPU_ISA"
@@ -21,6 +22,16 @@ ENVIRONMENT_VARIABLE = "CRATE_KERNELS_CPU_ISA"
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 MAX_WIDTH = 256
 """Largest head width. The blocks of a wider head would not fit the cache."""
+
+INTERFACE = 2
+"""The number of the C interface that this file speaks; ``csrc/cpu/interface.h`` holds that of the library."""
+FUNCTIONS: dict[str, tuple] = {
+    "open": (ctypes.c_char_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_char_p),
+    "built": (ctypes.c_char_p, ctypes.c_int32),
+    "error": (ctypes.c_char_p,),
+    "packed_bytes": (ctypes.c_int64, ctypes.c_char_p),
+}
+"""Result and arguments of the functions that take no structure."""
 
 MISSING: str | None = None
 """The reason why the library is not available."""
@@ -60,10 +71,8 @@ class _Function:
             raise RuntimeError(f"the CPU kernels failed: {self._error().decode()}")
 
 
-def _open(path: Path, isa: str | None) -> tuple[ctypes.CDLL, str]:
-    library = ctypes.CDLL(str(path))
-    library.crate_cpu_open.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_char_p]
-    library.crate_cpu_open.restype = library.crate_cpu_error.restype = library.crate_cpu_built.restype = ctypes.c_char_p
+def _open(isa: str | None) -> tuple[ctypes.CDLL, str]:
+    library = libraries.load("cpu", INTERFACE, FUNCTIONS)
     parallel, threads = _torch_functions()
     name = library.crate_cpu_open(parallel, threads, (isa or "").encode())
     if name is None:
@@ -89,14 +98,9 @@ def _torch_functions() -> tuple[int | None, int | None]:
 
 
 try:
-    _path = Path(__file__).parents[2] / "_cpu.so"
-    if not _path.exists():
-        raise OSError("the library was not built")
-    _library, ISA = _open(_path, os.environ.get(ENVIRONMENT_VARIABLE) or None)
+    _library, ISA = _open(os.environ.get(ENVIRONMENT_VARIABLE) or None)
     BUILT = tuple(_library.crate_cpu_built(0).decode().split())
     RUNNABLE = tuple(_library.crate_cpu_built(1).decode().split())
-    _library.crate_cpu_packed_bytes.argtypes = [ctypes.c_char_p]
-    _library.crate_cpu_packed_bytes.restype = ctypes.c_int64
     _packed_size = Struct("qqq").pack
     _pack = _Function(_library, "pack", _ARRAY + "qqqqq")
     _fold = _Function(_library, "fold", "qq" + 2 * _ARRAY)
@@ -107,7 +111,7 @@ try:
     _layer_backward = _Function(_library, "layer_backward", _layer + 5 * _ARRAY + "q" + _ARRAY + "qqqq" + 9 * _ARRAY)
     _overcomplete_forward = _Function(_library, "overcomplete_forward", "qqqddq" + 6 * _ARRAY)
     _overcomplete_backward = _Function(_library, "overcomplete_backward", "qqqdq" + 9 * _ARRAY)
-except (OSError, AttributeError) as error:
+except (libraries.Missing, OSError, AttributeError) as error:
     MISSING = f"the CPU kernels are not there: {error}"
 
 
@@ -117,7 +121,7 @@ def use_instruction_set(name: str | None) -> None:
     Packed weights have the order of the instruction set that packed them, so they must be packed again.
     """
     global ISA
-    _, ISA = _open(_path, name)
+    _, ISA = _open(name)
 
 
 def why_not(*tensors: Tensor | None) -> str | None:

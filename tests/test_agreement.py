@@ -1,4 +1,4 @@
-"""The error budget: what it grants, and what it must not."""
+"""The error budget: which errors it accepts, and which it refuses."""
 
 import torch
 
@@ -20,7 +20,7 @@ def test_gradients_of_a_model_are_judged_together():
         return [t * (1 + by * torch.randn(50, generator=generator)) for t in of]
 
     reference, good = off(1e-7), off(1e-7)
-    reference[7] = exact[7].clone()  # a lucky one: nothing is left of its budget but a rounding
+    reference[7] = exact[7].clone()  # an element with no reference error, whose budget is one rounding
     good[7] = off(1e-6, exact[7:8])[0]
     judged = dict(dtype=torch.float32, kinks=False)
     assert not agreement.judge(good, exact, reference, **judged).passed
@@ -40,11 +40,11 @@ def test_twice_the_error_of_the_reference_and_one_rounding_is_granted():
     assert share(5 * eps, 2 * eps) == 1
     assert share(1.01 * eps, 0.0) > 1
     assert share(float("nan"), eps) == float("inf")
-    assert share(1.0, float("inf")) == 0  # the reference itself overflows: there is nothing to compare with
+    assert share(1.0, float("inf")) == 0  # the reference overflows, so there is nothing to compare
 
 
 def test_a_flipped_relu_unit_is_granted_and_nothing_else():
-    """A unit within rounding of its threshold changes the gradient by its whole share, whatever the precision."""
+    """A unit close to its threshold may switch, and changes the gradient by its whole share at any precision."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(2000, 50, generator=generator, dtype=torch.float64)
     before = x @ torch.randn(50, generator=generator, dtype=torch.float64)

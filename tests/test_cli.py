@@ -50,7 +50,7 @@ def test_the_help_says_that_existing_files_are_replaced(name, capsys):
 
 
 def test_a_missing_package_is_named_with_its_remedy():
-    # In a process of its own: modules imported here already cannot be made to be missing.
+    # A new process is needed: modules that this process has imported cannot be hidden.
     code = "import sys; sys.modules['timm'] = None; from crate_kernels import cli; sys.exit(cli.main(['train']))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
     assert done.returncode == 2
@@ -65,7 +65,7 @@ def test_messages_name_the_extra_that_installs_a_package():
         assert distribution in [re.split("[>=]", entry)[0] for entry in extras[extra]]
     assert "pip install '.[onnx]'" in cli.sentence(ModuleNotFoundError("", name="onnxruntime.capi"))
     assert cli.sentence(ModuleNotFoundError("", name="other")).endswith("the package other: pip install other")
-    # The package is installed from its sources, so its name alone finds nothing in an index.
+    # The package is installed from its source, because no package index holds it.
     sources = [*root.glob("crate_kernels/**/*.py"), *root.glob("examples/*.py"), *root.glob("docs/*.md")]
     assert not [path for path in sources if "pip install 'crate_kernels[" in path.read_text()]
 

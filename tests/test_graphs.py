@@ -18,7 +18,7 @@ from crate_kernels.nn import prepare_for_inference
 
 
 class Graph(TorchDispatchMode):
-    """Computes again what was computed between its capture's begin and end, from and into the same memory."""
+    """Repeats the operators recorded during capture, and reads and writes the same memory."""
 
     captures = replays = 0
 
@@ -42,7 +42,7 @@ class Graph(TorchDispatchMode):
 
 @contextlib.contextmanager
 def capture(graph, stream):
-    assert not torch.is_autocast_cache_enabled()  # what the cache holds is gone when the graph is replayed
+    assert not torch.is_autocast_cache_enabled()  # cached tensors no longer exist when the graph is replayed
     Graph.captures += 1
     with graph:
         yield
@@ -83,7 +83,7 @@ def plain(model, x):
 
 
 def check(model, x, captures, replays):
-    """The call gives what the plain forward does, and that many captures and replays have happened."""
+    """The call returns the result of the plain forward, after the given numbers of captures and replays."""
     with torch.inference_mode():
         got = model(x)
         torch.testing.assert_close(got, plain(model, x))
@@ -136,7 +136,7 @@ def test_changed_weights_drop_the_graphs(model, change):
 
 def test_the_plain_forward_runs_where_a_graph_would_be_wrong(model, monkeypatch):
     x = images(2)
-    model(x).sum().backward()  # a gradient is wanted
+    model(x).sum().backward()  # a gradient is required
     assert model.head.weight.grad is not None if hasattr(model, "head") else True
     seen = []
     handle = next(m for m in model.modules() if isinstance(m, torch.nn.LayerNorm)).register_forward_hook(

@@ -1,4 +1,4 @@
-"""Imports go down and never in a circle: read from the source of every module."""
+"""Every module imports only from its own and lower layers, and there are no import cycles."""
 
 import ast
 from graphlib import CycleError, TopologicalSorter
@@ -20,7 +20,7 @@ LAYERS = (
 
 
 def modules(root: Path = ROOT) -> dict[str, Path]:
-    """Dotted name -> file, of every module; a package goes by its own name."""
+    """Dotted name -> file of every module. A package has its own name."""
     found = {}
     for path in root.rglob("*.py"):
         parts = path.relative_to(root.parent).with_suffix("").parts
@@ -29,7 +29,7 @@ def modules(root: Path = ROOT) -> dict[str, Path]:
 
 
 def imports(name: str, path: Path, known: dict[str, Path]) -> set[str]:
-    """The modules of the package that a module imports anywhere: in functions and for type checkers, too."""
+    """The package's modules that a module imports, including imports in functions and for type checkers."""
     package = name if path.name == "__init__.py" else name.rpartition(".")[0]
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
@@ -48,7 +48,7 @@ GRAPH = {name: imports(name, path, KNOWN) for name, path in KNOWN.items()}
 
 
 def unit(name: str) -> str:
-    """The module or package of the top level that a module belongs to; "" is the package itself."""
+    """The top-level module or package that contains a module. "" is the package itself."""
     return [*name.split("."), ""][1]
 
 
@@ -57,7 +57,7 @@ def layer(name: str) -> int:
 
 
 def circle(graph: dict[str, set[str]]) -> list[str]:
-    """A circle of a graph, empty if there is none."""
+    """A cycle of a graph, or an empty list."""
     try:
         TopologicalSorter(graph).prepare()
     except CycleError as error:

@@ -1,4 +1,4 @@
-"""What one command makes, the next one takes: every training command's folder, finished and interrupted."""
+"""Every command that reads a run accepts the folder of every training command, finished or interrupted."""
 
 import json
 import signal

@@ -1,4 +1,4 @@
-"""The modules against reference torch code: values and every gradient in float64, and what people do with modules."""
+"""The modules compared with plain torch code: values and all gradients in float64. Common uses of modules also work."""
 
 import copy
 import io
@@ -179,7 +179,7 @@ def test_lengths(build, reference, causal):
     module = double(build(12, 3, 4, causal=causal))
     x, lengths = torch.randn(3, 6, 12, dtype=torch.float64), torch.tensor([6, 1, 4])
     agree(module, reference, x, lengths=lengths)
-    # What lies behind the length changes nothing before it.
+    # Tokens beyond the length change no token before it.
     changed = x.clone()
     changed[2, 4:] = 7
     torch.testing.assert_close(module(x, lengths)[2, :4], module(changed, lengths)[2, :4])
@@ -267,7 +267,7 @@ def test_cross_attention(options, lengths):
     want = with_gradients(lambda x, c: reference(module, x, c), module, x, context)
     for name in want:
         torch.testing.assert_close(got[name], want[name], rtol=1e-10, atol=1e-10)
-    # Tokens that are their own context attend as they do without one.
+    # Attention with the tokens as their own context equals attention without a context.
     torch.testing.assert_close(module(context, lengths, context=context), module(context, lengths))
 
 
@@ -381,7 +381,7 @@ def test_autocast_gives_the_dtype_of_the_reference(build, reference):
         out = module(x)
     with torch.autocast("cpu", dtype=torch.bfloat16), use_backend("reference"):
         assert out.dtype == module(x).dtype  # the stream of a block stays float32, as in the reference
-    torch.testing.assert_close(out.float(), full, rtol=0.1, atol=0.1)  # a handful of roundings of 2^-8 each
+    torch.testing.assert_close(out.float(), full, rtol=0.1, atol=0.1)  # about four roundings of 2^-8 each
     out.float().sum().backward()
     assert x.grad.dtype == torch.float32
     assert all(p.grad.dtype == torch.float32 and p.grad.isfinite().all() for p in module.parameters())
@@ -413,7 +413,7 @@ def test_compiles_without_breaks_for_any_number_of_tokens(build):
 
 
 class Prepared:
-    """An ISTA module with a filled cache, and the check that a call is right and what the cache did for it."""
+    """An ISTA module with a filled cache. Its check compares a call's result and how the call used the cache."""
 
     def __init__(self):
         torch.manual_seed(0)
@@ -451,7 +451,7 @@ def data_assigned(p):
 
 
 def replaced(p):
-    # The new matrix may well lie where the old one was.
+    # The new matrix may have the same address as the old one.
     del p.ista.weight
     p.ista.weight = nn.Parameter(torch.randn(6, 6))
 
@@ -476,7 +476,7 @@ def under_inference_mode(p):
     with torch.inference_mode():
         in_place(p)
         p.check()
-    p.ista(p.x).sum().backward()  # a matrix folded in inference mode would be refused here
+    p.ista(p.x).sum().backward()  # autograd refuses a matrix that was folded in inference mode
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The options of every command: a command line is a run, or one sentence on the error output and exit code 2."""
+"""The options of every command. A command line either runs, or prints one sentence to stderr and exits with code 2."""
 
 import argparse
 import dataclasses
@@ -32,7 +32,7 @@ from crate_kernels.training.text import TextTrainer
 
 @dataclasses.dataclass
 class NoOptions:
-    """The options of a command that has flags alone."""
+    """The options of a command that has only flags."""
 
 
 COMMANDS = {
@@ -51,12 +51,12 @@ COMMANDS = {
     "tune": ([], tune.Settings),
     "selftest": ([], NoOptions),
 }
-"""Command -> the arguments that it cannot do without, and its options."""
+"""Command -> its required arguments, and its options."""
 
 
 @pytest.fixture(autouse=True)
 def no_work(monkeypatch, tmp_path):
-    """Everything but the work: what is left is reading and checking the options."""
+    """Remove the work of every command. Only reading and checking the options is left."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(training, "execute", lambda *arguments: 0)
     monkeypatch.setattr(analyze, "analyze", lambda *arguments: 0)
@@ -75,7 +75,7 @@ def no_work(monkeypatch, tmp_path):
 
 
 def outcome(arguments, capsys):
-    """The exit code, and the lines on the error output."""
+    """The exit code, and the lines written to stderr."""
     capsys.readouterr()
     try:
         code = cli.main(arguments)
@@ -97,7 +97,7 @@ WORDS = st.one_of(
 
 
 def words_of(field):
-    """Values of an option: any text, and those that it takes."""
+    """Values of an option: any text, and values that it accepts."""
     choices = field.metadata["choices"]
     return WORDS if choices is None else st.one_of(st.sampled_from(choices), WORDS)
 

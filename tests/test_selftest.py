@@ -1,4 +1,4 @@
-"""The known-answer test before the automatic choice takes a kernel; CPU kernels stand in the place of a GPU's."""
+"""The self-test that runs before the automatic choice uses a kernel. CPU kernels replace the GPU's here."""
 
 import json
 import types
@@ -64,7 +64,7 @@ def test_a_wrong_kernel_is_passed_by_with_one_warning(broken, recwarn):
     (warning,) = recwarn.list
     assert "ista_step" in str(warning.message)
     assert "budget" in str(warning.message)
-    with pytest.raises(AssertionError):  # whoever asks for the kernel gets it
+    with pytest.raises(AssertionError):  # an explicit request runs the kernel without the self-test
         torch.testing.assert_close(ops.ista_step(torch.ones(2, 8), torch.eye(8), backend="cpu"), call())
 
 

@@ -1,4 +1,4 @@
-"""``lengths``: what lies beyond is seen by nobody, whatever it holds; and bad values are an error on every way in."""
+"""``lengths``: tokens beyond a length change no result, even if they are NaN. Bad lengths raise an error everywhere."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ BACKENDS = ["reference", "eager", "blocked", "cpu"]
 
 @pytest.fixture
 def backend(request, monkeypatch):
-    """The name to request; "blocked" is the eager backend as it runs where torch has no flash kernel."""
+    """The backend's name. "blocked" is the eager backend as it runs where torch has no flash kernel."""
     skip_without(request.param)
     if request.param == "blocked":
         monkeypatch.setattr(eager_attention, "_has_flash", lambda w: False)
@@ -43,7 +43,7 @@ OPERATORS = {
 }
 """Everything that takes ``lengths``, as a function of tokens ``(B, N, 32)``."""
 GRADIENTS = [name for name in OPERATORS if name != "layer"]
-"""A token that is not finite has a gradient that is not, behind a second LayerNorm, too: of a layer only the output."""
+"""Operators whose gradients are checked. A layer's second LayerNorm gives a NaN token a NaN gradient."""
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
@@ -70,7 +70,7 @@ def test_hidden_tokens_of_any_value_reach_no_visible_row(backend, operator, bad)
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_hidden_tokens_of_any_value_in_modules_that_run_without_operators(bad):
-    """Attention with dropout, which writes its maps out, and cross-attention."""
+    """Attention with dropout, which stores its attention maps, and cross-attention."""
     z, context = normal(2, 9, 32), normal(2, 9, 32)
     poisoned = context.clone()
     poisoned[0, 4:] = bad

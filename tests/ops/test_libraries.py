@@ -1,4 +1,4 @@
-"""What the build wrote down about the compiled libraries, in words."""
+"""The sentences that describe the compiled libraries, from the record that the build writes."""
 
 import json
 

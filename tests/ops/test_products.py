@@ -1,4 +1,4 @@
-"""The eager backend's products against float64, from either library and for operands of any layout."""
+"""The eager backend's matrix products compared with float64, for both libraries and for operands of any layout."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def operands(m, k, n, dtype=torch.float32):
 def test_values(shape, first, second):
     a, b, start = operands(*shape)
     a, b = LAYOUTS[first](a), LAYOUTS[second](b)
-    # Rounding k products and sums of k of them, in one chain.
+    # The error of k rounded products that are summed one after another.
     bound = shape[1] * torch.finfo(torch.float32).eps * (a.abs().double() @ b.abs().double())
     kept = start.clone()
     for alpha in (1.0, -0.3):
@@ -82,4 +82,4 @@ def test_long_sums_keep_their_digits(library):
     a, b, _ = operands(384, 3072, 384)
     exact = a.double() @ b.double()
     off, torchs = ((product - exact).norm().item() for product in (products.multiply(a, b), a @ b))
-    assert off < 2 * torchs  # in one chain oneDNN is off by 2.2 times as much
+    assert off < 2 * torchs  # one chain of sums in oneDNN has 2.2 times the error

@@ -1,4 +1,4 @@
-"""What the operators guarantee whatever the numbers are."""
+"""Properties that the operators have for every input."""
 
 import torch
 from hypothesis import given, settings

@@ -67,7 +67,7 @@ def test_compiles_without_a_graph_break_and_with_any_number_of_tokens(name, back
     count.clear()
     rows = 0 if case.tensors[0].dim() == 2 else 1
     for tokens in (case.tensors[0].shape[rows], 5, 6, 7):
-        # The first tensor has tokens, and so has the attention's value; everything else is a parameter.
+        # The first tensor and the attention's value hold tokens. All other tensors are parameters.
         varying = 2 if case.operator is ops.subspace_attention else 1
         tensors = [t.narrow(rows, 0, tokens) for t in case.tensors[:varying]] + list(case.tensors[varying:])
         options = dict(case.options)

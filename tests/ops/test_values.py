@@ -1,4 +1,4 @@
-"""Values and gradients of every operator: eager against the reference, and both against finite differences."""
+"""Values and gradients of every operator: eager compared with the reference, and both with finite differences."""
 
 import pytest
 import torch
@@ -38,7 +38,7 @@ def test_the_gradient_of_huge_scores_stays_in_bounds(dtype, causal, lengths):
 def test_gradcheck(name, backend):
     case = CASES[name]
     leaves = [None if t is None else t.clone().requires_grad_() for t in case.tensors]
-    # Random directions in place of every element in turn: the elements have the reference to be compared with, above.
+    # Random directions are enough here: the test above compares every element with the reference.
     assert gradcheck(lambda *tensors: case.operator(*tensors, **case.options, backend=backend), leaves, fast_mode=True)
 
 
@@ -77,7 +77,7 @@ def test_not_finite_values_reach_the_same_outputs(name, bad):
     tensors[0].flatten()[1] = bad
     outputs = [case.operator(*tensors, **case.options, backend=b) for b in ("reference", "eager")]
     reference, eager = (o.flatten(1) if o.dim() > 2 else o for o in outputs)
-    # Folding may turn inf - inf into inf or NaN in another place of a row; which rows are touched stays the same.
+    # Folding may move an inf or NaN within its row. The set of rows with such values stays the same.
     assert torch.equal(~reference.isfinite().all(dim=-1), ~eager.isfinite().all(dim=-1))
 
 

@@ -108,7 +108,7 @@ def test_a_full_disk_is_named_with_the_file(tmp_path):
 
 @pytest.fixture
 def sharded():
-    """A state with one sharded tensor, on the one rank there is."""
+    """A state with one sharded tensor, on a single rank."""
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
     try:
         mesh = init_device_mesh("cpu", (1,))

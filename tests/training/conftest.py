@@ -8,6 +8,6 @@ from crate_kernels.training import speed
 
 @pytest.fixture(autouse=True)
 def few_repeats(monkeypatch):
-    """Speeds are checked for sense in one test; elsewhere one measurement is as good as many."""
+    """Measure each speed once. A single test checks that speeds are plausible."""
     medians = speed.medians
     monkeypatch.setattr(speed, "medians", lambda runs, device, rounds: medians(runs, device, 1))

@@ -1,4 +1,4 @@
-"""What all training commands have in common, on one rank; tests/distributed has several."""
+"""Behavior that all training commands share, on one rank. tests/distributed tests several ranks."""
 
 import contextlib
 import json
@@ -37,7 +37,7 @@ def text(tmp_path):
 
 @pytest.fixture
 def noise_root(tmp_path):
-    """48 images of noise in two classes, of the size that the runs take."""
+    """48 noise images in two classes, in the image size of the runs."""
     from PIL import Image
 
     generator = np.random.default_rng(0)
@@ -50,7 +50,7 @@ def noise_root(tmp_path):
 
 
 def test_accumulated_batches_are_one_large_batch(noise_root, tmp_path):
-    plain = dict(mixup=0.0, crop=1.0, flip=0.0, ema=0.0)  # what is drawn anew for every batch
+    plain = dict(mixup=0.0, crop=1.0, flip=0.0, ema=0.0)  # settings that draw random numbers for every batch
     two = follow("classifier", noise_root, tmp_path / "two", batch_size=8, accumulate=2, **plain)
     one = follow("classifier", noise_root, tmp_path / "one", batch_size=16, accumulate=1, **plain)
     torch.testing.assert_close(two["losses"], one["losses"], rtol=1e-12, atol=0)
@@ -71,7 +71,7 @@ def test_checkpointed_activations_change_memory_alone(name, noise_root, text, tm
             return tensor
 
         output = tmp_path / str(checkpointing)
-        # Within a checkpointed layer other hooks take precedence: what is counted is what outlives the forward pass.
+        # A checkpointed layer has its own hooks, so only tensors that outlive the forward pass are counted.
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             result = follow(name, (noise_root[0], text[-1]), output, activation_checkpointing=checkpointing, **options)
         return result, held
@@ -90,16 +90,16 @@ def test_every_command_measures_layer_by_layer(name, noise_root, text, tmp_path)
     first, last = (np.array(record["coding_rate_mean"]) for record in result["layers"])
     assert first.shape == (depth,)
     assert (first > 0).all()
-    assert (first != last).all()  # the same samples, other weights
+    assert (first != last).all()  # the same samples with different weights
     assert len((tmp_path / "run" / "layerwise.jsonl").read_text().splitlines()) == 2
     off = follow(name, (noise_root[0], text[-1]), tmp_path / "off", layerwise_steps=0)
     assert off["layers"] is None
-    assert off["losses"] == result["losses"]  # measuring leaves no trace
+    assert off["losses"] == result["losses"]  # measuring does not change the run
     assert not (tmp_path / "off" / "layerwise.jsonl").exists()
 
 
 class Writer:
-    """In place of TensorBoard's."""
+    """Replaces TensorBoard's writer."""
 
     def __init__(self, folder, purge_step):
         self.start, self.scalars = purge_step, {}
@@ -189,15 +189,15 @@ def test_a_restart_resumes_the_same_run_only(text, tmp_path, monkeypatch, capsys
     assert "--seed 4 contradicts the run to resume, which has 0" in capsys.readouterr().err
     assert main([*text, "--checkpoint-seconds=0", "--output", str(output)]) == 0
     assert "resuming from step 3 of 12" in capsys.readouterr().out
-    # Started again after its end, it writes its results once more; with other settings it is another run.
+    # A finished run that is started again rewrites its results. With other settings it is a different run.
     (output / "sample.txt").unlink()
     assert main([*text, "--checkpoint-seconds=0", "--output", str(output)]) == 0
     assert "resuming from step 12 of 12" in capsys.readouterr().out
     assert (output / "sample.txt").exists()
-    # Another run does not take the place of the finished one, even when torchrun starts it again.
+    # A different run does not replace the finished one, even when torchrun starts it again.
     assert main([*text, "--seed=4", "--output", str(output)]) == 2
     assert "holds a finished run" in capsys.readouterr().err
-    # A new run that replaces it, started again before it has a checkpoint, must not take the old one's.
+    # A new run that restarts before its first checkpoint must not load the old run's checkpoint.
     with monkeypatch.context() as patch:
         patch.setattr(Engine, "train_step", lambda self, batches: (_ for _ in ()).throw(RuntimeError("stopped")))
         assert main([*text, "--seed=4", "--overwrite", "--output", str(output)]) == 2

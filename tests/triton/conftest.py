@@ -25,7 +25,7 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(autouse=True)
 def poisoned_memory(monkeypatch):
-    """Fresh memory holds NaN: what a kernel does not write cannot pass for a result."""
+    """Fill new memory with NaN, so that elements which a kernel did not write fail the test."""
     empty, empty_like = torch.empty, torch.empty_like
 
     def poisoned(tensor):
@@ -39,7 +39,7 @@ def poisoned_memory(monkeypatch):
 
 @pytest.fixture(autouse=True)
 def small_tiles(request):
-    """Tiles so small that a few dozen tokens make full, cut and diagonal ones; on a GPU the real ones."""
+    """Small tiles, so that a few dozen tokens make full, cut and diagonal tiles. A GPU uses the real tiles."""
     if not launch.INTERPRETED:
         yield
         return

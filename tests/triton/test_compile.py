@@ -32,7 +32,7 @@ KERNELS = {
 
 @pytest.mark.slow
 def test_kernels_compile_and_fit(tmp_path):
-    # Apart, because kernels defined under TRITON_INTERPRET=1 cannot be compiled any more. One call for all targets,
+    # A separate process: kernels defined under TRITON_INTERPRET=1 cannot be compiled. One call for all targets,
     # because every process of the report imports torch and Triton first.
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     command = [sys.executable, "-m", "crate_kernels.bench.compile_report", "--targets", *TARGETS, "--jobs", "2"]

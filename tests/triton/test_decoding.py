@@ -1,4 +1,4 @@
-"""New tokens against a cache: the decoding kernel against causal attention in float64."""
+"""New tokens with a cache: the decoding kernel compared with causal attention in float64."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ from ..ops.oracle import DEVICE
 
 
 def setting(batch, queries, keys, heads, width, dtype, places=None):
-    """New tokens, the cache that holds them, and their places; later places of the cache hold NaN."""
+    """New tokens, the cache that holds them, and their positions. Later positions of the cache hold NaN."""
     generator = torch.Generator().manual_seed(queries + keys + width)
     w = torch.randn(batch, keys, heads, width, generator=generator, dtype=torch.float64).to(dtype)
     if places is None:

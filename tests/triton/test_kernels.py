@@ -1,4 +1,4 @@
-"""The shared kernels by themselves, and how the backend decides, refuses and is configured."""
+"""The shared kernels alone. The backend's choice of a kernel, its error messages and its settings."""
 
 import itertools
 import os
@@ -102,7 +102,7 @@ def test_a_product_measures_the_rows_that_it_writes_for_the_next_norm(columns):
 
 
 def test_tf32_behind_a_norm_is_as_exact_as_tf32_of_normalized_rows(monkeypatch):
-    """A row's mean must not be rounded with the row, and one outlier must not decide where a row is centered."""
+    """A row's mean must keep full precision, and one outlier must not change the value that centers a row."""
     z, matrix = normal(40, 768), normal(768, 24, seed=1)
     z[:, 0] += 20
     z += 5
@@ -118,7 +118,7 @@ def test_tf32_behind_a_norm_is_as_exact_as_tf32_of_normalized_rows(monkeypatch):
 @pytest.mark.parametrize(("rows", "width"), [(1, 1), (3, 17), (50, 24), (600, 8)])
 @pytest.mark.parametrize("residual", [False, True])
 def test_layer_norm_backward(rows, width, residual, monkeypatch):
-    monkeypatch.setattr("crate_kernels.ops.triton_kernels.layer_norm.PROGRAMS", 4)  # several rounds each
+    monkeypatch.setattr("crate_kernels.ops.triton_kernels.layer_norm.PROGRAMS", 4)  # several rows each
     z, grad, weight, bias = normal(rows, width), normal(rows, width, seed=1), 1 + normal(width), normal(width, seed=2)
     extra = normal(rows, width, seed=3) if residual else None
     wide = [t.double().requires_grad_() for t in (z, weight, bias)]
@@ -150,7 +150,7 @@ def test_a_column_of_one_value_has_the_norm_of_its_epsilon():
 @pytest.mark.parametrize("lengths", [[0, -5], [100, 2**40]])
 @pytest.mark.parametrize("causal", [False, True])
 def test_lengths_out_of_range_stay_in_bounds(lengths, causal):
-    """On a GPU their values cannot be checked without stalling it; nothing beyond the tensors may be touched."""
+    """Checking lengths on a GPU would wait for it, so they are not checked. No access may leave the tensors."""
     storage = torch.full((4, 21, 2, 8), float("nan"), device=DEVICE)
     w = storage[1:3]
     w.copy_(normal(2, 21, 2, 8))
@@ -165,7 +165,7 @@ def test_lengths_out_of_range_stay_in_bounds(lengths, causal):
 
 @pytest.mark.skipif(not launch.INTERPRETED, reason="takes memory that is only reserved on a CPU")
 def test_offsets_within_a_tile_beyond_32_bits():
-    """Rows so far apart that a tile's own extent does not fit 32 bits."""
+    """The rows are so far apart that offsets within a tile need more than 32 bits."""
     stride, rows = 1 << 27, 18
     try:
         storage = torch.from_numpy(numpy.zeros(rows * stride, numpy.float16))
@@ -232,7 +232,7 @@ def test_configurations_are_overridden_and_restored():
 
 
 def test_chained_products_have_no_short_side_where_wgmma_takes_them(monkeypatch):
-    """wgmma multiplies 64 rows or more; then every side is 64 or more."""
+    """wgmma multiplies at least 64 rows, so every side of its tiles is at least 64."""
     monkeypatch.setattr(launch, "shared_memory", lambda _: configurations.HOPPER)
     shapes = itertools.product(
         launch.DTYPES, ("attention_forward", "attention_backward"), (1, 64, 65, 512, 100_000), range(8, 257)

@@ -1,4 +1,4 @@
-"""A two-layer CRATE on the Triton kernels, and what training wraps around it."""
+"""A two-layer CRATE on the Triton kernels, and the wrappers that training uses."""
 
 import copy
 
@@ -60,7 +60,7 @@ def test_activation_checkpointing(model):
     for block in model.blocks:
         forward = block.forward
         block.forward = lambda z, *a, forward=forward, **k: checkpoint(forward, z, *a, use_reentrant=False, **k)
-    # The backward recomputes the blocks, so the request must still stand there.
+    # The backward pass recomputes the blocks, so it must request the same backend.
     assert_same(logits_and_gradients(model, IMAGES, "triton"), expected)
 
 

@@ -1,4 +1,4 @@
-"""``crate-kernels tune`` over launch options: what is tried, what is stored, and that later launches follow.
+"""``crate-kernels tune`` on launch options: the options it tries and stores. Later launches use the stored options.
 
 The clock is a stand-in. The kernels run, and the gate judges their results.
 """
@@ -19,7 +19,7 @@ from crate_kernels.ops.triton_kernels.product import product
 from ..ops.oracle import DEVICE
 
 WARPS = {4: 1.0, 8: 0.5, 2: 0.25, 1: 0.125}
-"""Seconds of a launch with so many warps, by the stand-in. Two warps give wrong results here; one fails."""
+"""Warps -> seconds of a launch on the simulated device. Two warps give wrong results, and one warp fails."""
 CASE = tune.Case("ista_step", "tiny", 1, 40, 2, 16)
 
 
@@ -70,11 +70,11 @@ def test_the_fastest_right_launch_is_stored_and_followed(device, monkeypatch, ca
     assert record["options"]["num_warps"] == 8
     assert {json.loads(name)["num_warps"] for name in record["seconds"]} == {4, 8}
     assert [launched(rows, monkeypatch) for rows in (40, 20, 80, 19, 81)] == [[8], [8], [8], [4], [4]]
-    tuned._launches.clear()  # as another process, which reads the file
+    tuned._launches.clear()  # like a new process, which reads the file
     configurations.forget()
     assert launched(40, monkeypatch) == [8]
     with configurations.override("product", num_warps=16):
-        assert launched(40, monkeypatch) == [16]  # the user's own word comes last
+        assert launched(40, monkeypatch) == [16]  # the user's setting overrides the stored one
     assert main(["tune", "--show", "--device", DEVICE]) == 0
     assert "product float32 rows 40 width 32: " in (out := capsys.readouterr().out)
     assert "2 measured; 2.00 times as fast as shipped" in out

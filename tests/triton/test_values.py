@@ -1,4 +1,4 @@
-"""Every operator on the shapes and values that hurt: output and all gradients against the float64 reference."""
+"""Every operator on difficult shapes and values: output and all gradients compared with the float64 reference."""
 
 import math
 from dataclasses import replace
@@ -77,7 +77,7 @@ def test_attention(name, dtype):
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("spread", [0.0, 1.0, 8.0, 40.0])
 def test_both_backward_paths_on_both_sides_of_the_guard(spread, causal):
-    """Log-normalizers that leave the range of float32's exponents take two exponentials a pair, the others one."""
+    """Log-normalizers outside the range of float32 exponents need two exponentials for a pair. Others need one."""
     case = attention(1, 70, 1, 16, spread=1.0, causal=causal)
     w = case.tensors[0]
     w *= spread * torch.linspace(0.1, 1, 70, dtype=torch.float64)[:, None, None]
@@ -188,7 +188,7 @@ VECTORS = {
 
 @pytest.mark.parametrize("layout", VECTORS)
 def test_vectors_with_any_stride(layout):
-    """The kernels read vectors densely: parameters and lengths that are views must be copied first."""
+    """The kernels need contiguous vectors, so parameters and lengths that are views must be copied first."""
     strided = VECTORS[layout]
     z, u, out = normal(2, 33, 16), normal(16, 16, spread=0.25), normal(16, 16, spread=0.25, seed=1)
     gamma, beta, bias = 1 + normal(16, spread=0.2), normal(16, spread=0.2, seed=1), normal(16, seed=2)
@@ -233,7 +233,7 @@ def test_blocks(name, dtype):
 @pytest.mark.parametrize("dtype", [SINGLE, BRAIN], ids=str)
 @pytest.mark.parametrize("offset", [0.0, 30.0])
 def test_rows_far_from_zero(offset, dtype):
-    """LayerNorm folded into the product must not lose a token's deviations beside its mean."""
+    """LayerNorm folded into the product must keep a token's small deviations from a large mean."""
     z = normal(50, 24) + offset * normal(50, 1, seed=3)
     case = Case("", ops.ista_block, (z, 1 + normal(24, spread=0.2), normal(24, spread=0.2), normal(24, 24, spread=0.2)))
     check(case, dtype)
@@ -243,7 +243,7 @@ def test_rows_far_from_zero(offset, dtype):
 
 def layer(batch, tokens, width, heads, p, **options):
     attention = mssa(batch, tokens, width, heads, p)
-    # Biases of 5 keep all units of the ReLU open: a unit that flips would hide what this case is about.
+    # Biases of 5 keep all ReLU units active. A unit that switches would hide the error that this case looks for.
     norm = 1 + normal(width, spread=0.2, seed=5), 5 + normal(width, spread=0.2, seed=6)
     dictionary = normal(width, width, spread=width**-0.5, seed=7)
     return Case("", ops.crate_layer, (*attention.tensors, *norm, dictionary), dict(heads=heads, **options))
@@ -267,7 +267,7 @@ STREAM = {
 @pytest.mark.parametrize("dtype", [BRAIN, HALF], ids=str)
 @pytest.mark.parametrize("name", STREAM)
 def test_the_stream_stays_float32_under_autocast(name, dtype):
-    """At most 1.3 times the error of the reference under the same autocast: output, and all gradients together."""
+    """The error is at most 1.3 times that of the reference under the same autocast, for output and all gradients."""
     case = STREAM[name].to(SINGLE)
     exact = run(case, "reference", torch.float64)
     with torch.autocast(DEVICE, dtype):

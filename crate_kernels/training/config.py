@@ -264,7 +264,7 @@ def given(args: argparse.Namespace, kind: type = Config) -> dict[str, Any]:
     named = options.given(args, kind)
     if args.recipe is None:
         if args.smoke:
-            raise ValueError("--smoke makes a recipe small: give one with --recipe")
+            raise ValueError("--smoke applies only with --recipe: it makes a recipe small")
         return named
     recipe = recipes.options(args.recipe, args.command, kind, args.smoke)
     data = "data" if "data" in {field.name for field in options.fields(kind)} else "text"

@@ -1,8 +1,9 @@
 """One GPU run: build, test, sanitize, measure. It needs only the standard library, and runs from a checkout.
 
-    python benchmarks/gpu_run.py OUT                      every stage, within nine minutes
-    python benchmarks/gpu_run.py OUT --stages operators   some stages, which then share the nine minutes
-    python benchmarks/gpu_run.py OUT --dry-run            the same commands with tiny shapes on the CPU
+    python benchmarks/gpu_run.py OUT                           every stage but tune, within ten minutes
+    python benchmarks/gpu_run.py OUT --stages operators        some stages, which then share the ten minutes
+    python benchmarks/gpu_run.py OUT --stages build,tune,operators,models   with the choices that fit this GPU
+    python benchmarks/gpu_run.py OUT --dry-run                 the same commands with tiny shapes on the CPU
 
 A stage that fails or runs out of time does not stop the next one. OUT gets one log for each group of stages,
 ``operators.json``, ``models.json`` and ``summary.json``. The script prints the summary as a table at the end. It
@@ -24,7 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-TOTAL = 9 * 60
+TOTAL = 570
 """Seconds for all stages together. A stage may use the time that earlier stages did not use, but no time of later
 stages."""
 LOG_BYTES = 1 << 20
@@ -37,7 +38,11 @@ NO_TESTS = 5
 
 @dataclass
 class Stage:
-    """One command and its time limit in seconds. ``missing`` is the reason why it cannot run here, or None."""
+    """One command and its time limit in seconds.
+
+    ``missing`` is the reason why the command cannot run here, or None. An ``optional`` stage runs only if ``--stages``
+    names it.
+    """
 
     name: str
     log: str
@@ -45,11 +50,13 @@ class Stage:
     command: list[str]
     missing: str | None = None
     environment: dict[str, str] | None = None
+    optional: bool = False
 
 
 def stages(out: Path, dry: bool, commit: str) -> list[Stage]:
     python, device = sys.executable, "cpu" if dry else "cuda"
-    bench = [python, "-m", "crate_kernels", "bench", "--device", device, "--results", str(out / "results")]
+    package = [python, "-m", "crate_kernels"]
+    bench = [*package, "bench", "--device", device, "--results", str(out / "results")]
     bench += ["--commit", commit] if commit else []
     bench += ["--quick"] if dry else []
     tests = [python, "-m", "pytest", "-q", "-x" if dry else "--maxfail=20", "-p", "no:cacheprovider"]
@@ -60,11 +67,15 @@ def stages(out: Path, dry: bool, commit: str) -> list[Stage]:
     checked = [*bench, "--suite", "operators", "--check-only"]
     checked += [] if "--quick" in bench else ["--quick"]
 
+    tuned = ["--seconds", "0.3"]
+    if dry:
+        tuned = ["--seconds", "0.01", "--model", "crate_tiny", "--batch", "1", "--image-size", "32"]
+
     def hardware(folder: str, *chosen: str) -> Stage:
         path = ROOT / "tests" / folder
         missing = None if path.is_dir() and any(path.rglob("test_*.py")) else f"there are no tests in tests/{folder}"
         chosen = ("--collect-only",) if dry else chosen
-        return Stage(f"tests-{folder}", "tests.log", 45, [*tests, str(path), *chosen], no_pytest or missing)
+        return Stage(f"tests-{folder}", "tests.log", 40, [*tests, str(path), *chosen], no_pytest or missing)
 
     def sanitized(tool: str) -> Stage:
         prefix = [] if dry else [sanitizer or "", "--tool", tool, "--error-exitcode", "9", "--print-limit", "20"]
@@ -79,15 +90,17 @@ def stages(out: Path, dry: bool, commit: str) -> list[Stage]:
         {"CRATE_KERNELS_SKIP_CUDA": "1"} if dry else {"CRATE_KERNELS_FORCE_BUILD": "1"} | _architecture()
     )
     return [
-        Stage("environment", "environment.log", 20, [python, "-m", "crate_kernels.collect_env"]),
+        Stage("environment", "environment.log", 15, [python, "-m", "crate_kernels.collect_env"]),
         Stage("build", "build.log", 90, [python, "setup.py", "build_ext", "--inplace"], build, build_environment),
+        Stage("selftest", "tests.log", 50, [*package, "selftest", "--all"]),
         hardware("cuda", "-m", "gpu"),
         # These stages run on the present GPU. Compilation for other chips needs no GPU and can happen elsewhere.
         hardware("triton", "--ignore", str(ROOT / "tests" / "triton" / "test_compile.py"), *parallel),
         hardware("ops", "-m", "gpu"),
         *map(sanitized, ("memcheck", "racecheck", "initcheck")),
+        Stage("tune", "bench.log", 180, [*package, "tune", "--device", device, *tuned], optional=True),
         Stage("operators", "bench.log", 120, [*bench, "--suite", "operators"]),
-        Stage("models", "bench.log", 115, [*bench, "--suite", "models", *([] if dry else ["--sizes", "base"])]),
+        Stage("models", "bench.log", 110, [*bench, "--suite", "models", *([] if dry else ["--sizes", "base"])]),
     ]
 
 
@@ -176,6 +189,8 @@ def main(arguments: list[str] | None = None, make: Callable[..., list[Stage]] = 
         found = [stage for stage in found if stage.name.startswith(prefixes)]
         if not found:
             parser.error(f"--stages: none begins with {' or '.join(prefixes)}")
+    else:
+        found = [stage for stage in found if not stage.optional]
     end, summary = time.monotonic() + args.total, []
     for index, stage in enumerate(found):
         later = sum(other.limit for other in found[index + 1 :] if not other.missing)

@@ -67,7 +67,7 @@ def test_only_complete_checkpoints_of_runs_are_read_and_no_code_runs(tmp_path, m
     with pytest.raises(CheckpointError, match="give a file of weights with --init"):
         checkpoints.load(path)
     torch.save(STATE | {"format": checkpoints.FORMAT, "code": Code()}, path)
-    with pytest.raises(CheckpointError, match="no checkpoint of a run"):
+    with pytest.raises(CheckpointError, match="not a checkpoint of a run"):
         checkpoints.load(path)
     assert not (tmp_path / "should-not-exist").exists()
 

@@ -106,6 +106,11 @@ def load(source: ImageSource) -> ImageData:
         DataError: files are missing, damaged or not laid out as expected, or classes do not fit ``num_classes``.
     """
     if source.data in READERS:
+        if Path(source.data).is_dir():
+            raise DataError(
+                f"{source.data} is a data set of the package and also a folder here: write ./{source.data} for the "
+                "folder, or start in another folder"
+            )
         data = READERS[source.data](source)
     else:
         data = (shards if image_shards.is_prepared(source.data) else image_folder)(source)

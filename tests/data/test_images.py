@@ -173,6 +173,13 @@ def test_missing_and_empty_folders(tmp_path):
         d.load(ImageSource(data=str(tmp_path)))
 
 
+def test_a_folder_with_the_name_of_a_data_set_is_not_passed_over(image_root, monkeypatch):
+    monkeypatch.chdir(image_root.parent)
+    with pytest.raises(d.DataError, match=r"photos is a data set .* write \./photos for the folder"):
+        d.load(ImageSource(data="photos"))
+    assert d.load(ImageSource(data="./photos")).classes == ["blue", "red"]
+
+
 def test_splits_with_different_classes(image_root, tmp_path):
     shutil.copytree(image_root, tmp_path / "s" / "train")
     shutil.copytree(image_root, tmp_path / "s" / "val")

@@ -1,5 +1,4 @@
-"""Speed up a CRATE model that you wrote yourself. ``fuse`` finds its layers, whatever the names of their classes
-are."""
+"""Speed up a CRATE model that you wrote yourself: ``fuse`` finds its layers under any class names."""
 
 import torch
 from torch import nn

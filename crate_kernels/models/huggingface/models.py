@@ -435,9 +435,12 @@ class CrateGPTForCausalLM(_WithHead, GenerationMixin):
         if generation_config.use_cache and model_kwargs.get("past_key_values") is None:
             model_kwargs["past_key_values"] = CrateCache()
 
-    def prepare_inputs_for_generation(self, *args, tokenizer=None, assistant_tokenizer=None, **kwargs):
-        # generate passes on the tokenizers that it got for stop_strings; forward has no use for them.
-        return super().prepare_inputs_for_generation(*args, **kwargs)
+    def prepare_inputs_for_generation(
+        self, *args, inputs_embeds=None, tokenizer=None, assistant_tokenizer=None, **kwargs
+    ):
+        # generate passes on the tokenizers that it got for stop_strings; forward has no use for them. It looks for
+        # inputs_embeds in this signature.
+        return super().prepare_inputs_for_generation(*args, inputs_embeds=inputs_embeds, **kwargs)
 
     def forward(
         self,

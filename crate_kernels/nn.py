@@ -66,6 +66,7 @@ class MSSA(nn.Module):
             raise ValueError(f"rotary: expected a positive base, got {rotary}")
         if rotary is not None and dim_head % 2:
             raise ValueError(f"rotary: rotates pairs of channels, so dim_head must be even; got {dim_head}")
+        self.dim = dim
         self.heads = heads
         self.scale = scale
         self.causal = causal
@@ -127,13 +128,15 @@ class MSSA(nn.Module):
                 or rotary.
             positions: ``(N,)`` or ``(B, N)``, for rotary embeddings; 0 to N - 1 if None.
         """
-        if isinstance(x, Tensor) and x.dim() == 4:
+        checks.width("x", x, self.dim, maps=True)
+        if x.dim() == 4:
             return _as_map(self.forward(_as_tokens(x), lengths, context=context, positions=positions), x)
         checks.tensor("x", x, ("B", "N", "d"))
         if context is None and self.training and self.dropout:
             return self.with_maps(x, lengths, positions)
         w = self.project(x)
         if context is not None:
+            checks.width("context", context, self.dim, maps=True)
             o = self._cross(w, _as_tokens(context) if context.dim() == 4 else context, lengths)
         elif self.one_operand:
             o = ops.subspace_attention(w, scale=self.scale, causal=self.causal, lengths=lengths)
@@ -334,6 +337,7 @@ class ISTA(KeepsFolded):
 
     def forward(self, x: Tensor) -> Tensor:
         """``x (..., d)`` -> ``(..., d)``."""
+        checks.width("x", x, self.weight.shape[0])
         if self.learns_step:
             weight, shifted = self.weight, x - self.step_size * self.lambd
             # As in the operator: fold the dictionary where that is less work. A compiled graph always folds.
@@ -381,6 +385,7 @@ class CrateBlock(nn.Module):
         super().__init__()
         checks.positive_int("dim", dim)
         checks.number("eps", eps, minimum=0.0)
+        self.dim = dim
         self.mssa_step_size = checks.number("mssa_step_size", mssa_step_size)
         self.shrink = checks.number("shrink", shrink)
         mssa_options |= dict(dropout=dropout, causal=causal, output_bias=output_bias)
@@ -419,6 +424,7 @@ class CrateBlock(nn.Module):
 
         A feature map ``(B, d, rows, columns)`` is processed as its tokens and returned as a map.
         """
+        checks.width("z", z, self.dim, maps=True)
         if z.dim() == 4:
             return _as_map(self.forward(_as_tokens(z), lengths), z)
         z = residual_stream(z, self.residual_dtype)
@@ -506,6 +512,7 @@ class OvercompleteISTA(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``x (..., d)`` -> ``(..., d)``."""
+        checks.width("x", x, self.D.shape[0])
         if isinstance(self.step_size, Tensor):
             threshold = self.step_size * self.lambd
             codes = torch.relu(self.step_size * (x @ self.D) - threshold)
@@ -570,6 +577,7 @@ class CrateDecoderBlock(nn.Module):
         super().__init__()
         checks.positive_int("dim", dim)
         checks.number("eps", eps, minimum=0.0)
+        self.dim = dim
         self.dictionary_norm = nn.LayerNorm(dim, eps=eps)
         self.dictionary = nn.Linear(dim, dim, bias=False)
         self.mssa_norm = nn.LayerNorm(dim, eps=eps)
@@ -577,6 +585,7 @@ class CrateDecoderBlock(nn.Module):
 
     def forward(self, z: Tensor, lengths: Tensor | None = None) -> Tensor:
         """``z (B, N, d)`` -> ``(B, N, d)``, or a feature map ``(B, d, rows, columns)`` -> the same."""
+        checks.width("z", z, self.dim, maps=True)
         if z.dim() == 4:
             return _as_map(self.forward(_as_tokens(z), lengths), z)
         y = self.dictionary(self.dictionary_norm(z))

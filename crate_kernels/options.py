@@ -7,6 +7,7 @@ import dataclasses
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 LARGEST = 2**31 - 1
@@ -140,6 +141,14 @@ def range_in_words(limits: Mapping[str, float | None]) -> str:
         if bound is not None
     ]
     return "be " + " and ".join(parts)
+
+
+def check_output_file(path: Path) -> None:
+    """Raise ValueError if ``path``, the value of ``--output`` or its default, cannot become a file."""
+    if path.is_dir():
+        raise ValueError(f"--output must be a file, and {path} is a folder")
+    if above := next((parent for parent in path.parents if parent.is_file()), None):
+        raise ValueError(f"--output {path} is in no folder: {above} is a file")
 
 
 DEVICE = re.compile(r"auto|cpu|cuda(:\d+)?")

@@ -526,3 +526,20 @@ def test_prepare_for_inference_returns_the_model_in_evaluation_mode():
     assert prepare_for_inference(model) is model
     assert not any(m.training for m in model.modules())
     assert model[0].ista.keep_folded
+
+
+@pytest.mark.parametrize("options", [{}, {"dropout": 0.1}, {"learnable": "channel"}])
+def test_an_input_of_another_width_is_refused_by_its_own_name(options):
+    modules = {"z": [CrateBlock(16, 2, 8, **options), CrateDecoderBlock(16, 2, 8), OvercompleteCrateBlock(16, 2, 8)]}
+    modules["x"] = [MSSA(16, 2, 8), ISTA(16), OvercompleteISTA(16)]
+    for name, several in modules.items():
+        for module in several:
+            with pytest.raises(ValueError, match=f"^{name}: expected width 16, got 17$"):
+                module(torch.zeros(2, 5, 17))
+            with pytest.raises(TypeError, match=f"^{name}: expected a torch.Tensor, got ndarray$"):
+                module(torch.zeros(2, 5, 16).numpy())
+            if not isinstance(module, ISTA | OvercompleteISTA):
+                with pytest.raises(ValueError, match=f"^{name}: expected width 16, got 17$"):
+                    module(torch.zeros(2, 17, 3, 16))
+    with pytest.raises(ValueError, match="^context: expected width 16, got 17$"):
+        MSSA(16, 2, 8)(torch.zeros(2, 5, 16), context=torch.zeros(2, 5, 17))

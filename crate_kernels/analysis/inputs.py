@@ -14,6 +14,7 @@ from ..data.text import open_corpus
 from ..models import CheckpointError, CrateModel
 from ..models.tokenizers import create_tokenizer
 from ..models.vision import VisionModel
+from ..terminal import count
 
 
 def normalization(model: VisionModel, metadata: dict) -> tuple[Tensor, Tensor]:
@@ -74,16 +75,16 @@ def _images(model, metadata, samples, data, root) -> tuple[Tensor, str]:
     channels = model.patch_embedding.channels
     if images.channels != channels:
         raise ValueError(f"{data} has images of {images.channels} channels, the model takes {channels}")
-    parts, count = [], 0
+    parts, found = [], 0
     _spread(images.test, samples)
     for batch, _ in evaluation_batches(images, Batching(samples, workers=0), size, torch.device("cpu")):
         parts.append(batch)
-        count += len(batch)
-        if count >= samples:
+        found += len(batch)
+        if found >= samples:
             break
     mean, std = normalization(model, metadata)
     batch = (torch.cat(parts)[:samples].float() / 255 - mean) / std
-    return batch, f"{len(batch)} test images of {images.name}, {size[0]} x {size[1]}"
+    return batch, f"{count(len(batch), 'test image')} of {images.name}, {size[0]} x {size[1]}"
 
 
 def _spread(split, samples: int) -> None:
@@ -93,8 +94,8 @@ def _spread(split, samples: int) -> None:
     """
     if isinstance(split, ShardSplit):
         return
-    count = min(samples, len(split))
-    kept = [i * len(split) // count for i in range(count)]
+    wanted = min(samples, len(split))
+    kept = [i * len(split) // wanted for i in range(wanted)]
     split.images = [split.images[i] for i in kept] if isinstance(split.images, list) else split.images[kept]
     split.labels = split.labels[kept]
 
@@ -111,6 +112,7 @@ def _text(model, metadata, samples, text) -> tuple[Tensor, str]:
             f"the tokenizer {tokenizer.name} has {tokenizer.vocab_size} tokens, "
             f"the model knows {model.config['vocab_size']}"
         )
-    windows = open_corpus(text, tokenizer.name, context).validation_windows(context)[:samples]
+    corpus = open_corpus(text, tokenizer.name, context, window="the model's window of")
+    windows = corpus.validation_windows(context)[:samples]
     source = "Python's manual" if text is None else str(text)
-    return windows, f"{len(windows)} pieces of {context} tokens ({tokenizer.name}) of {source}"
+    return windows, f"{count(len(windows), 'piece')} of {context} tokens ({tokenizer.name}) of {source}"

@@ -63,6 +63,8 @@ def write(folder: Path, settings: Settings) -> int:
     began = time.monotonic()
     if not folder.is_dir():
         raise FileNotFoundError(f"no folder {folder}: give the folder of a training run")
+    path = Path(settings.output) if settings.output else folder / "report.html"
+    options.check_output_file(path)
     model, metadata = open_model(folder, settings.model)
     try:
         inputs, what = real_inputs(
@@ -72,7 +74,6 @@ def write(folder: Path, settings: Settings) -> int:
         if settings.data or settings.text:
             raise
         inputs, what = None, str(error)  # the run may come from another machine; the rest of the report needs no data
-    path = Path(settings.output) if settings.output else folder / "report.html"
     document = build(folder, model, metadata, inputs, what)
     write_atomically(path, document.encode())
     print(f"{path}: {in_bytes(len(document))}, {time.monotonic() - began:.1f} s")

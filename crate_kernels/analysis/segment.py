@@ -65,6 +65,9 @@ def segment_files(images: list[str], checkpoint: str, settings: Settings) -> int
         raise ValueError(f"{checkpoint} holds a {type(model).__name__}, which takes no images")
     if not -len(model.blocks) <= settings.layer < len(model.blocks):
         raise ValueError(f"--layer must lie in {-len(model.blocks)}..{len(model.blocks) - 1}, got {settings.layer}")
+    size, least = settings.size or min(model.image_size), 2 * max(model.patch_embedding.patch_size)
+    if size < least:
+        raise ValueError(f"--size must be at least {least} for this model, two patches, got {size}")
     if model.config.get("pool") == "mean":
         print("note: this model's head reads the mean of all tokens, so training hardly affects its class token")
     output = Path(settings.output)

@@ -193,7 +193,7 @@ def image_folder(source: ImageSource) -> ImageData:
     """A folder of class folders. It has ``train`` and ``val`` (or ``test``) inside, or is split 4 to 1 by the seed."""
     root = Path(source.data)
     if not root.is_dir():
-        raise DataError(f"no folder {root}; --data takes {', '.join(READERS)} a folder of class folders, or shards")
+        raise DataError(f"no folder {root}; --data takes {', '.join(READERS)}, a folder of class folders, or shards")
     train_root = root / "train" if (root / "train").is_dir() else root
     test_root = next((root / name for name in ("val", "test") if (root / name).is_dir()), None)
     if train_root is root:

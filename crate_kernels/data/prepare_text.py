@@ -257,5 +257,6 @@ def write(inputs: list[str], wanted: Options, settings: Settings) -> int:
         print(f"{split}: {tokens}, {documents}, {size} of text in {count(len(getattr(manifest, split)), 'shard')}")
     if not manifest.validation:
         print(f"warning: No text fell into the validation split. {MORE_VALIDATION}", file=sys.stderr)
-    print(f"{seconds:.0f} s; train on them with crate-kernels train-text --text {output}")
+    advice = f"; train on them with crate-kernels train-text --text {output}" if manifest.validation else ""
+    print(f"{seconds:.0f} s{advice}")  # train-text refuses shards without a validation split
     return 0

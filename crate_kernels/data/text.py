@@ -15,6 +15,9 @@ from .text_shards import MORE_VALIDATION, TextShards, WindowOrder
 EVALUATION_TOKENS = 1 << 16
 """An evaluation reads about this many validation tokens, evenly spread if there are more."""
 
+WINDOW = "--context"
+"""The option of ``train-text`` that sets the length of the longest window."""
+
 
 def read_text(path: Path) -> str:
     """The content of a UTF-8 text file."""
@@ -40,6 +43,8 @@ class Corpus:
         tokenizer: cuts text into tokens.
         context: length of the longest window.
         train, validation: numbers of tokens.
+        source: the name of the text in an error.
+        window: the name of ``context`` in an error.
 
     Raises:
         ValueError: the validation tokens are too few for one window.
@@ -52,11 +57,13 @@ class Corpus:
     advice = ""
     """End of the error about too few validation tokens: how to get more."""
 
-    def __init__(self, tokenizer: Tokenizer, context: int, train: int, validation: int):
+    def __init__(
+        self, tokenizer: Tokenizer, context: int, train: int, validation: int, source: str, window: str = WINDOW
+    ):
         if validation <= context:
             raise ValueError(
-                f"{validation:,} of {train + validation:,} tokens are for validation; "
-                f"there must be more than --context {context}{self.advice}"
+                f"{source}: {validation:,} of {train + validation:,} tokens are for validation; "
+                f"there must be more than {window} {context}{self.advice}"
             )
         self.tokenizer, self.context = tokenizer, context
         self.training_tokens, self.validation_tokens = train, validation
@@ -100,14 +107,16 @@ class TextCorpus(Corpus):
 
     Args:
         text: the whole text.
-        tokenizer, context: see :class:`Corpus`.
+        tokenizer, context, source, window: see :class:`Corpus`.
     """
 
-    def __init__(self, text: str, tokenizer: Tokenizer, context: int):
+    def __init__(
+        self, text: str, tokenizer: Tokenizer, context: int, source: str = "the text", window: str = WINDOW
+    ):
         tokens = torch.from_numpy(tokenizer.encode_array(text).astype(np.int32))
         cut = len(tokens) * 9 // 10
         self.train, self.validation = tokens[:cut], tokens[cut:]
-        super().__init__(tokenizer, context, len(self.train), len(self.validation))
+        super().__init__(tokenizer, context, len(self.train), len(self.validation), source, window)
         self.fingerprint = f"a text of {len(tokens):,} tokens (sha256 {digest(tokens.numpy())})"
         self.bytes_per_token = len(tokenizer.to_bytes(self.validation.tolist())) / len(self.validation)
 
@@ -133,6 +142,7 @@ class ShardCorpus(Corpus):
         folder: the output of ``crate-kernels prepare-text``.
         context: see :class:`Corpus`.
         seed: seed of the order.
+        window: see :class:`Corpus`.
 
     Raises:
         ValueError: the folder is damaged, or was made with another tokenizer than the present one.
@@ -140,7 +150,7 @@ class ShardCorpus(Corpus):
 
     advice = f". In crate-kernels prepare-text: {MORE_VALIDATION}"
 
-    def __init__(self, folder: Path, context: int, seed: int):
+    def __init__(self, folder: Path, context: int, seed: int, window: str = WINDOW):
         self.shards = shards = TextShards(folder)
         tokenizer, manifest = create_tokenizer(shards.manifest.tokenizer), shards.manifest
         if (tokenizer.vocab_size, tokenizer.end_of_text) != (manifest.vocab_size, manifest.end_of_text):
@@ -148,7 +158,7 @@ class ShardCorpus(Corpus):
                 f"{folder} was made with {manifest.vocab_size} tokens of the tokenizer {manifest.tokenizer}, "
                 f"which now has {tokenizer.vocab_size}"
             )
-        super().__init__(tokenizer, context, len(shards.train), len(shards.validation))
+        super().__init__(tokenizer, context, len(shards.train), len(shards.validation), str(folder), window)
         self.seed, self.fingerprint = seed, shards.fingerprint()
         self.bytes_per_token = manifest.total("validation", "bytes") / len(shards.validation)
         self.orders: dict[tuple[int, int], WindowOrder] = {}
@@ -170,17 +180,19 @@ class ShardCorpus(Corpus):
         return torch.nn.functional.pad(counts, (0, self.vocab_size - len(counts)))
 
 
-def open_corpus(path: str | None, tokenizer: str, context: int, seed: int = 0) -> Corpus:
+def open_corpus(path: str | None, tokenizer: str, context: int, seed: int = 0, window: str = WINDOW) -> Corpus:
     """The corpus for ``--text path``: a text file, a folder of token shards, or Python's manual if None.
 
+    ``window`` is the name of ``context`` in an error.
+
     Raises:
-        ValueError: the file is no text, or the shards were made with another tokenizer.
+        ValueError: the file is no text or is too short, or the shards were made with another tokenizer.
     """
     if path is None:
-        return TextCorpus(python_manual(), create_tokenizer(tokenizer), context)
+        return TextCorpus(python_manual(), create_tokenizer(tokenizer), context, "Python's manual", window)
     if not Path(path).is_dir():
-        return TextCorpus(read_text(Path(path)), create_tokenizer(tokenizer), context)
-    corpus = ShardCorpus(Path(path), context, seed)
+        return TextCorpus(read_text(Path(path)), create_tokenizer(tokenizer), context, path, window)
+    corpus = ShardCorpus(Path(path), context, seed, window)
     if corpus.tokenizer.name != tokenizer:
         raise ValueError(f"{path} was made with the tokenizer {corpus.tokenizer.name}, not with {tokenizer}")
     return corpus

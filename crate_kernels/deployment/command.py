@@ -103,6 +103,7 @@ def _path(checkpoint: Path, settings: Settings, suffix: str) -> Path:
         path = Path(settings.output)
         if path.suffix != suffix:
             raise ValueError(f"--output must end in {suffix} with --format {settings.format}, got {path}")
+    options.check_output_file(path)
     if path.exists() and path.samefile(checkpoint):
         raise ValueError(f"--output {path} is the checkpoint itself")
     run = checkpoint if checkpoint.is_dir() else checkpoint.parent

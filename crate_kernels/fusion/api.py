@@ -101,7 +101,7 @@ def unfuse(model: nn.Module) -> None:
 
 def _check(model: nn.Module) -> None:
     if not isinstance(model, nn.Module):
-        got = f"the class {model.__name__}" if isinstance(model, type) else f"a {type(model).__name__}"
+        got = f"the class {model.__name__}" if isinstance(model, type) else type(model).__name__
         raise TypeError(f"model: expected a torch.nn.Module, got {got}")
 
 

@@ -238,8 +238,10 @@ def _refusal(path: Path, error: Exception) -> str:
             f" torch.serialization.add_safe_globals([{name}])"
         )
     kind = "safetensors file" if path.suffix == ".safetensors" else "checkpoint of tensors and plain containers"
-    first_line = text.splitlines()[0] if text and "weights_only" not in text else type(error).__name__
-    return f"is not a readable {kind} ({path.stat().st_size} bytes; truncated, or of another format): {first_line}"
+    # Other errors come from the inside of the unpickler and say nothing about the file.
+    tells = isinstance(error, (pickle.UnpicklingError, RuntimeError, OSError, safetensors.SafetensorError))
+    detail = f": {text.splitlines()[0]}" if tells and text and "weights_only" not in text else ""
+    return f"is not a readable {kind} ({path.stat().st_size} bytes; truncated, or of another format){detail}"
 
 
 def unwrap(content, source: str = "checkpoint") -> dict[str, Tensor]:

@@ -73,6 +73,17 @@ def model_input(name: str, value, weight: Tensor | None):
         raise ValueError(f"{name}: is on {value.device}, but the model is on {weight.device}")
 
 
+def width(name: str, value, wanted: int, *, maps: bool = False):
+    """``value`` is a tensor ``(..., wanted)``. With ``maps`` a tensor of four dimensions is ``(B, wanted, rows,
+    columns)``."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: expected a torch.Tensor, got {type(value).__name__}")
+    if value.dim():
+        got = value.shape[1 if maps and value.dim() == 4 else -1]
+        if got != wanted:
+            raise ValueError(f"{name}: expected width {wanted}, got {got}")
+
+
 def model_dtype(name: str, value: Tensor, weight: Tensor | None):
     """``value`` has the dtype of ``weight``, a parameter of a model, if that is a floating one.
 

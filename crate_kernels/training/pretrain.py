@@ -293,7 +293,11 @@ class Pretrainer(Engine):
             return
         self.model = model
         for name, value in metrics.items():
-            report.line(f"{name.replace('_', ' ')}: {value:.4f} (untrained {self.untrained[name]:.4f})")
+            trained, untrained = (
+                f"{100 * number:.2f} %" if name.endswith("accuracy") else f"{number:.4f}"
+                for number in (value, self.untrained[name])
+            )
+            report.line(f"{name.replace('_', ' ')}: {trained} (untrained {untrained})")
         path = self.output / "model.safetensors"
         model.save(path, **self.metadata())
         written = [path, *self.draw(), *self.plot_probe()]

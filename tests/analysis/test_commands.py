@@ -67,7 +67,15 @@ def test_analyze_text(tmp_path):
 def test_analyze_refuses(tmp_path):
     save_vision(tmp_path / "vision.safetensors")
     save_language(tmp_path / "language.safetensors")
+    empty = tmp_path / "empty.txt"
+    empty.touch()
     for arguments, error, message in (
+        ((empty,), CheckpointError, r"not a readable checkpoint .* of another format\)$"),
+        (
+            (tmp_path / "language.safetensors", "--text", empty),
+            ValueError,
+            r"^\S*empty\.txt: 0 of 0 tokens .* must be more than the model's window of 16$",
+        ),
         ((tmp_path / "none.safetensors",), FileNotFoundError, "no checkpoint at"),
         ((tmp_path,), CheckpointError, "is not the folder of a training run"),
         ((tmp_path / "vision.safetensors", "--text", "x"), ValueError, "reads images, not text"),
@@ -106,6 +114,8 @@ def test_segment(tmp_path, capsys):
             assert labels.mode == "L"
             assert np.asarray(labels).max() <= 3
     assert "4 x 6 patches" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="^--size must be at least 14 for this model, two patches, got 13$"):
+        run("segment", *pictures, "--checkpoint", tmp_path, "--size", 13)
 
 
 def test_segment_refuses_a_model_of_text(tmp_path):
@@ -124,6 +134,10 @@ def test_report(tmp_path, capsys):
     (tmp_path / "summary.json").write_text(json.dumps(summary))
     lines = [{"step": step, "loss": 1 / step, "test_loss": 2 / step, "accuracy": 0.5} for step in (1, 2, 3)]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step"')
+    with pytest.raises(ValueError, match=r"^--output must be a file, and \S* is a folder$"):
+        run("report", tmp_path, "--output", tmp_path)
+    with pytest.raises(ValueError, match=r"^--output \S* is in no folder: \S*summary\.json is a file$"):
+        run("report", tmp_path, "--output", tmp_path / "summary.json" / "report.html")
     assert not run("report", tmp_path, "--samples", 6)
     page = (tmp_path / "report.html").read_text()
     for text in ("91.23 %", "92.00 %", "12 s", "9.9", "Layer by layer", "Attention of the class token", "2.00"):

@@ -38,6 +38,9 @@ def test_cached_attention_is_the_last_rows_of_causal_attention(dtype):
     wanted = full[torch.arange(2)[:, None], positions]
     tolerance = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2}[dtype]
     torch.testing.assert_close(got.double(), wanted, rtol=0, atol=tolerance)
+    cache = w.clone()
+    cache[0, 7:] = 1e3  # after the last new token of this sequence
+    assert ops.cached_subspace_attention(new, cache, positions, scale=0.7).equal(got)
     with pytest.raises(ValueError, match="cache: expected shape"):
         ops.cached_subspace_attention(new, w[:, :, :2], positions)
     with pytest.raises(TypeError, match="positions: dtype"):

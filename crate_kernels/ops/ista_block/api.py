@@ -37,7 +37,7 @@ def ista_block(
         eps: added to the variance.
 
     Returns:
-        ``(..., d)``, non-negative, in the dtype of ``z`` (autocast's dtype under autocast).
+        ``(..., d)``, non-negative, in the dtype of ``z``, under autocast too.
 
     Raises:
         TypeError, ValueError, RuntimeError: as for :func:`crate_kernels.ops.subspace_attention`.

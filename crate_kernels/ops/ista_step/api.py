@@ -28,14 +28,14 @@ def ista_step(
     Args:
         x: ``(..., d)``; float16, bfloat16, float32 or float64.
         weight: ``(d, d)``, the dictionary W, in the dtype of ``x``.
-        step_size: positive; upstream's ``step_size`` or ``eta``.
-        lambd: non-negative weight of the l1 penalty; upstream's ``lambd``.
+        step_size: 0 or more; upstream's ``step_size`` or ``eta``.
+        lambd: weight of the l1 penalty, 0 or more; upstream's ``lambd``.
         folded: ``fold(weight)`` if the caller has it already. It is a cache, not a second parameter: the result and
             the gradient of ``weight`` are those without it, and it must be of the present ``weight``.
         backend: ``"reference"``, ``"eager"``, ``"cpu"``, ``"triton"``, ``"cuda"``, or None for the automatic choice.
 
     Returns:
-        ``(..., d)``, non-negative, in the dtype of ``x`` (autocast's dtype under autocast).
+        ``(..., d)``, non-negative, in the dtype of ``x``, under autocast too.
 
     Raises:
         TypeError, ValueError, RuntimeError: as for :func:`crate_kernels.ops.subspace_attention`.
@@ -55,7 +55,9 @@ def fold(weight: Tensor) -> Tensor:
 
     Computed once it saves d³ multiplications in each later call (``ista_step(..., folded=M)``). Not differentiable.
     """
-    checks.tensor("weight", weight, ("d", weight.shape[0] if isinstance(weight, Tensor) and weight.dim() else "d"))
+    checks.tensor("weight", weight, ("d", "d"))
+    if weight.shape[0] != weight.shape[1]:
+        raise ValueError(f"weight: expected a square matrix (d, d), got {tuple(weight.shape)}")
     return folding.fold(weight.detach())
 
 

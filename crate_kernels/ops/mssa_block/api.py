@@ -46,7 +46,7 @@ def mssa_block(
         eps: added to the variance.
 
     Returns:
-        ``(B, N, d)`` in the dtype of ``z`` (autocast's dtype under autocast).
+        ``(B, N, d)`` in the dtype of ``z``, under autocast too.
 
     Raises:
         TypeError, ValueError, RuntimeError: as for :func:`crate_kernels.ops.subspace_attention`.

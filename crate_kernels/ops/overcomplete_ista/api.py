@@ -32,8 +32,8 @@ def overcomplete_ista(
         x: ``(..., d)``; float16, bfloat16, float32 or float64.
         D: ``(d, m)``, the dictionary, usually m = 4d.
         D1: ``(d, m)``, the dictionary that decodes; ``D`` if None.
-        step_size: positive; upstream's ``eta``.
-        lambd: non-negative weight of the l1 penalty; upstream's ``lmbda``.
+        step_size: 0 or more; upstream's ``eta``.
+        lambd: weight of the l1 penalty, 0 or more; upstream's ``lmbda``.
         backend: ``"reference"``, ``"eager"``, ``"cpu"``, ``"triton"``, ``"cuda"``, or None for the automatic choice.
 
     Returns:

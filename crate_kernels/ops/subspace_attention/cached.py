@@ -35,7 +35,8 @@ def cached_subspace_attention(
         w: ``(B, M, H, p)``, the projections of the new tokens; float16, bfloat16, float32 or float64.
         cache: ``(B, N, H, p)``, the projections of all tokens in their places, including the new ones.
         positions: ``(B, M)`` int64 in 0..N-1, the places of the new tokens. They may differ between sequences, so
-            sequences of different lengths can share a batch. Places of the cache after them are never visible.
+            sequences of different lengths can share a batch. Places of the cache after them have the weight zero.
+            Without ``block_table`` these places must hold finite numbers, such as zeros, because zero times NaN is NaN.
         block_table: ``(B, T)`` int32 or int64, for a paged cache. The cache is then a pool ``(blocks, S, H, p)`` that
             all sequences share. Token j of sequence b is in ``cache[block_table[b, j // S], j % S]``, and N is T·S.
             Entries beyond the last position of a sequence may hold anything.

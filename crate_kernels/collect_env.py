@@ -14,6 +14,7 @@ import torch
 from . import ops
 from .ops import backends, cpu_kernels, libraries
 from .ops.products import FASTER_WITH_ONEDNN
+from .ops.subspace_attention import cached
 from .terminal import count
 from .version import __version__
 
@@ -25,6 +26,7 @@ def example_inputs(operator: str, device: torch.device, dtype: torch.dtype) -> t
     tokens = torch.empty(1, 16, d, device=device, dtype=dtype)
     return {
         "subspace_attention": (tokens.unflatten(-1, (heads, -1)), None, None, 0.125, False),
+        "subspace_cross_attention": (tokens.unflatten(-1, (heads, -1)), tokens.unflatten(-1, (heads, -1)), None),
         "ista_step": (tokens[0], matrix),
         "overcomplete_ista": (tokens[0], torch.cat([matrix] * 4, dim=1), None),
         "mssa_block": (tokens, vector, vector, matrix, matrix, vector, None, heads, 0.125, False, 1.0, 1e-5),
@@ -39,7 +41,7 @@ def example_inputs(operator: str, device: torch.device, dtype: torch.dtype) -> t
 def backend_report(device: torch.device | None = None) -> dict[str, dict[str, str]]:
     """Operator -> backend -> ``"yes"`` or the reason why not, for a bfloat16 call on ``device`` (CUDA if available)."""
     device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return {
+    found = {
         operator: {
             backend: backends.why_not(
                 importlib.import_module(f"{ops.__name__}.{operator}.op").operator.implementations,
@@ -49,8 +51,21 @@ def backend_report(device: torch.device | None = None) -> dict[str, dict[str, st
             or "yes"
             for backend in backends.BACKENDS
         }
-        for operator in ops.OPERATORS
+        for operator in (*ops.OPERATORS, "subspace_cross_attention")
     }
+    return found | {"cached_subspace_attention": _cached_report(device, torch.bfloat16)}
+
+
+def _cached_report(device: torch.device, dtype: torch.dtype) -> dict[str, str]:
+    """The same for ``cached_subspace_attention``, which is Triton's kernel or stock PyTorch."""
+    reason = "the package triton is not installed"
+    if cached.TRITON:
+        from .ops.triton_kernels.decoding import why_not
+
+        w = torch.empty(1, 1, 2, 64, device=device, dtype=dtype)
+        reason = why_not(w, w) or "yes"
+    own = {"eager": "yes", "triton": reason}
+    return {backend: own.get(backend, "runs eager instead") for backend in backends.BACKENDS}
 
 
 def report() -> str:

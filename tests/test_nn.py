@@ -541,5 +541,5 @@ def test_an_input_of_another_width_is_refused_by_its_own_name(options):
             if not isinstance(module, ISTA | OvercompleteISTA):
                 with pytest.raises(ValueError, match=f"^{name}: expected width 16, got 17$"):
                     module(torch.zeros(2, 17, 3, 16))
-    with pytest.raises(ValueError, match="^context: expected width 16, got 17$"):
+    with pytest.raises(ValueError, match=r"^context: expected width 16, got 17$"):
         MSSA(16, 2, 8)(torch.zeros(2, 5, 16), context=torch.zeros(2, 5, 17))

@@ -110,9 +110,7 @@ class TextCorpus(Corpus):
         tokenizer, context, source, window: see :class:`Corpus`.
     """
 
-    def __init__(
-        self, text: str, tokenizer: Tokenizer, context: int, source: str = "the text", window: str = WINDOW
-    ):
+    def __init__(self, text: str, tokenizer: Tokenizer, context: int, source: str = "the text", window: str = WINDOW):
         tokens = torch.from_numpy(tokenizer.encode_array(text).astype(np.int32))
         cut = len(tokens) * 9 // 10
         self.train, self.validation = tokens[:cut], tokens[cut:]

@@ -14,4 +14,4 @@ from .subspace_attention import subspace_attention as subspace_attention
 from .subspace_cross_attention import subspace_cross_attention as subspace_cross_attention
 
 OPERATORS = ("subspace_attention", "mssa_block", "ista_step", "ista_block", "overcomplete_ista", "crate_layer")
-"""The operators that ``crate-kernels info`` reports and ``crate-kernels bench`` measures."""
+"""The operators that ``crate-kernels selftest`` tests on every backend."""

@@ -114,7 +114,7 @@ def test_segment(tmp_path, capsys):
             assert labels.mode == "L"
             assert np.asarray(labels).max() <= 3
     assert "4 x 6 patches" in capsys.readouterr().out
-    with pytest.raises(ValueError, match="^--size must be at least 14 for this model, two patches, got 13$"):
+    with pytest.raises(ValueError, match=r"^--size must be at least 14 for this model, two patches, got 13$"):
         run("segment", *pictures, "--checkpoint", tmp_path, "--size", 13)
 
 

@@ -161,7 +161,7 @@ def corrupt(path):
 
 
 def test_missing_and_empty_folders(tmp_path):
-    with pytest.raises(d.DataError, match=r"no folder .*nowhere.*mnist5k, fashion-mnist, cifar10"):
+    with pytest.raises(d.DataError, match=r"no folder .*nowhere.*mnist5k, fashion-mnist, cifar10, photos, a folder of"):
         d.load(ImageSource(data=str(tmp_path / "nowhere")))
     with pytest.raises(d.DataError, match="has no class folders"):
         d.load(ImageSource(data=str(tmp_path)))

@@ -372,3 +372,4 @@ def test_the_command_warns_of_shards_without_validation(tmp_path, capsys):
     said = capsys.readouterr()
     assert "train: 2 tokens, 1 document, 1 byte of text in 1 shard\n" in said.out
     assert "No text fell into the validation split. Raise --validation, or split the text with --separator." in said.err
+    assert "train-text" not in said.out  # it refuses shards without validation

@@ -45,6 +45,7 @@ def test_a_file_is_written_checked_and_measured(kind, tmp_path, capsys):
         ("--output model.onnx", "--output must end in .safetensors with --format safetensors, got model.onnx"),
         ("--output model.safetensors --overwrite", "--output model.safetensors is the checkpoint itself"),
         ("--output old.safetensors", "old.safetensors already exists: give --overwrite, or another --output"),
+        ("--output folder.safetensors --overwrite", "--output must be a file, and folder.safetensors is a folder"),
         ("--image-size 9", "--image-size must be a multiple of the patch size 8 x 8, got 9"),
     ],
 )
@@ -53,9 +54,10 @@ def test_what_cannot_be_written_is_refused(options, message, tmp_path, capsys, m
     build("crate").save("model.safetensors")
     build("crate").save("old.safetensors")
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    (tmp_path / "folder.safetensors").mkdir()
     assert main(["export", "model.safetensors", "--format", "safetensors", *options.split()]) == 2
     assert message in capsys.readouterr().err
-    assert before == {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    assert before == {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
     assert main(["export", "model.safetensors", "--format=safetensors", "--output=old.safetensors", "--overwrite"]) == 0
 
 

@@ -104,3 +104,9 @@ def test_an_argument_is_checked_whatever_the_call_before_it_had(option):
     ops.subspace_attention(w, causal=True, scale=1.0)  # 1 == True == 1.0
     with pytest.raises(TypeError, match=f"{next(iter(option))}: expected"):
         ops.subspace_attention(w, **{"causal": True, "scale": 1.0, **option})
+
+
+def test_fold_takes_a_square_matrix():
+    for shape, message in (((3, 4), r"a square matrix \(d, d\), got \(3, 4\)"), ((3,), r"shape \(d, d\), got \(3,\)")):
+        with pytest.raises(ValueError, match=f"^weight: expected {message}$"):
+            ops.fold(torch.zeros(shape))

@@ -231,7 +231,7 @@ def test_the_manual_is_there():
         (["--heads", "3"], "--heads 3 does not divide --dim 16"),
         (["--steps", "0"], "--steps must be at least 1"),
         (["--dropout", "1"], "--dropout must lie in 0..0.99"),
-        (["--context", "4000"], "there must be more than --context 4000"),
+        (["--context", "4000"], r"rhyme\S*: \S+ of \S+ tokens .* there must be more than --context 4000"),
         (["--learning-rate", "-1"], "--learning-rate must be above 0"),
     ],
 )

@@ -1,6 +1,5 @@
 """CRATE-BERT: a bidirectional language model, pre-trained to predict masked tokens ("White-Box Transformers via Sparse
-Rate
-Reduction: Compression Is All There Is?", arXiv 2311.13110)."""
+Rate Reduction: Compression Is All There Is?", arXiv 2311.13110)."""
 
 from __future__ import annotations
 

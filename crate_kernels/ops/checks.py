@@ -15,6 +15,18 @@ FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 INTEGER = (torch.int32, torch.int64)
 
 
+def is_tensor(name: str, value):
+    """``value`` is a tensor."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: expected a torch.Tensor, got {type(value).__name__}")
+
+
+def same_device(name: str, value: Tensor, like: Tensor, beside: str):
+    """``value`` is on the device of ``like``, which the message calls ``beside``."""
+    if value.device != like.device:
+        raise ValueError(f"{name}: is on {value.device}, but {beside} is on {like.device}")
+
+
 def tensor(
     name: str,
     value,
@@ -26,12 +38,10 @@ def tensor(
 ):
     """``value`` is a tensor of one of ``dtypes`` and of ``shape``, on the device of ``like``.
 
-    The message about the device calls ``like`` what ``beside`` says.
-
-    In ``shape`` an integer is an exact size and a string names a free size. ``None`` accepts any shape.
+    In ``shape`` an integer is an exact size and a string names a free size. ``None`` accepts any shape. ``beside`` is
+    the name of ``like`` in the message about the device.
     """
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{name}: expected a torch.Tensor, got {type(value).__name__}")
+    is_tensor(name, value)
     if value.is_nested or value.layout != torch.strided:
         layout = "nested" if value.is_nested else str(value.layout).removeprefix("torch.")
         raise TypeError(f"{name}: expected a dense tensor, got a {layout} one")
@@ -45,8 +55,8 @@ def tensor(
         if not fits:
             wanted = ", ".join(str(size) for size in shape) + ("," if len(shape) == 1 else "")
             raise ValueError(f"{name}: expected shape ({wanted}), got {tuple(value.shape)}")
-    if like is not None and value.device != like.device:
-        raise ValueError(f"{name}: is on {value.device}, but {beside} is on {like.device}")
+    if like is not None:
+        same_device(name, value, like, beside)
 
 
 def same_dtype(dtype: torch.dtype, also: tuple[torch.dtype, ...] = (), **values: Tensor | None):
@@ -66,18 +76,16 @@ def same_dtype(dtype: torch.dtype, also: tuple[torch.dtype, ...] = (), **values:
 
 
 def model_input(name: str, value, weight: Tensor | None):
-    """``value`` is a tensor on the device of ``weight``, a parameter of a model; None for it leaves out the device."""
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{name}: expected a torch.Tensor, got {type(value).__name__}")
-    if weight is not None and value.device != weight.device:
-        raise ValueError(f"{name}: is on {value.device}, but the model is on {weight.device}")
+    """``value`` is a tensor on the device of ``weight``, a parameter of a model. None accepts any device."""
+    is_tensor(name, value)
+    if weight is not None:
+        same_device(name, value, weight, "the model")
 
 
 def width(name: str, value, wanted: int, *, maps: bool = False):
     """``value`` is a tensor ``(..., wanted)``. With ``maps`` a tensor of four dimensions is ``(B, wanted, rows,
     columns)``."""
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{name}: expected a torch.Tensor, got {type(value).__name__}")
+    is_tensor(name, value)
     if value.dim():
         got = value.shape[1 if maps and value.dim() == 4 else -1]
         if got != wanted:

@@ -370,7 +370,7 @@ inline void layer_forward(const LayerForward& call) {
     Frame frame;
     LayerForward own = call;
     const AttentionShape& attention = call.shape.attention;
-    for (MutableArray* t : {&own.w, &own.o})  // in memory that stays: fresh pages cost more than the product that fills them
+    for (MutableArray* t : {&own.w, &own.o})  // scratch memory stays mapped: new memory costs a fault for every page
         if (call.halves & 1 && t->data == nullptr)
             t->data = frame.take<char>(attention.batch * attention.tokens * t->stride * bytes_of(t->type));
     with_engine(attention.low_precision, [&](auto kPairs) { forward<kPairs>(own); });

@@ -64,8 +64,9 @@ def backward(
             value, memory_format=torch.contiguous_format
         )
     q, v, g = w.transpose(1, 2), value.transpose(1, 2), grad.transpose(1, 2)
+    dtype_of_w, on_cpu = w.dtype, _has_flash(w)
     # torch's kernel does not bound probabilities: the rounding of large scores would become a power.
-    if _has_flash(w) and bool(lse.abs().amax() * torch.finfo(lse.dtype).eps <= 0.5):
+    if on_cpu and bool(lse.abs().amax() * torch.finfo(lse.dtype).eps <= 0.5):
         dtype = lse.dtype if w.shape[1] <= SHORT_SEQUENCE else w.dtype
         g, q, v, attended = (t.to(dtype) for t in (g, q, v, o.transpose(1, 2)))
         mask = _additive_mask(w, lengths, causal).to(dtype) if lengths is not None else None
@@ -77,11 +78,10 @@ def backward(
             dw.add_(dv)
         dw, dv = (t.transpose(1, 2).to(w.dtype).contiguous() for t in (dw, dv))
         return dw, None if shared else dv
-    narrow = w.dtype
-    if _has_flash(w):
+    if on_cpu:  # where 16-bit products are slow
         grad, w, value, o = (t.to(lse.dtype) for t in (grad, w, value, o))
     dw, dv = blocked_backward(grad, w, value, lengths, o, lse, scale, causal)
-    return ((dw + dv).to(narrow), None) if shared else (dw.to(narrow), dv.to(narrow))
+    return ((dw + dv).to(dtype_of_w), None) if shared else (dw.to(dtype_of_w), dv.to(dtype_of_w))
 
 
 def _has_flash(w: Tensor) -> bool:
